@@ -1,0 +1,134 @@
+"""SHA-256 of files and of the members of containers, and the canonical JSON that digests are taken over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from mamldata.errors import DamagedError
+
+CHUNK = 1 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """``value`` as canonical JSON: sorted keys, no spaces, ASCII, one final newline."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of ``data``, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex; ``advance`` is told of each chunk's length."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for chunk in chunks(stream):
+            digest.update(chunk)
+            if advance:
+                advance(len(chunk))
+    return digest.hexdigest()
+
+
+def chunks(stream: IO[bytes], size: int = CHUNK) -> Iterator[bytes]:
+    """The rest of ``stream``, in pieces of at most ``size`` bytes."""
+    while chunk := stream.read(size):
+        yield chunk
+
+
+def safe_member_name(name: str, container: str) -> str:
+    """``name`` if it is a plain relative path; members that point elsewhere make a container unfit.
+
+    Raises:
+        DamagedError: for absolute paths, ``..`` components, backslashes or NUL characters.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise DamagedError(f"{container}: the member {name!r} points outside the container; the file is not used.")
+    return name
+
+
+def content_sha256(path: Path, limit: int) -> str:
+    """The content digest of a zip or tar: what its members say, whatever container holds them.
+
+    One line ``path NUL sha256hex NEWLINE`` per file, the lines sorted as bytes, sha256 of the whole.
+
+    Args:
+        path: the container.
+        limit: the most bytes that all members may unpack to, so that a crafted container cannot
+            keep us busy for ever.
+
+    Raises:
+        DamagedError: neither a zip nor a tar, a damaged member, an unsafe name, or more than ``limit`` bytes.
+    """
+    with reading_container(path):
+        lines = sorted(
+            name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in _member_digests(path, limit)
+        )
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+@contextmanager
+def reading_container(path: Path) -> Iterator[None]:
+    """Turn whatever zipfile, tarfile and the decompressors raise on damaged bytes into one clear error.
+
+    Raises:
+        DamagedError: the container, or a member of it, cannot be read.
+    """
+    try:
+        yield
+    except _CONTAINER_ERRORS as error:
+        raise DamagedError(f"{path}: a damaged container ({error}).") from error
+
+
+# NotImplementedError and RuntimeError are zipfile's answers to flipped method and encryption bits.
+_CONTAINER_ERRORS = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,
+    OverflowError,
+)
+
+
+def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:
+    spent = 0
+    for name, stream in _members(path):
+        digest = hashlib.sha256()
+        for chunk in chunks(stream):
+            spent += len(chunk)
+            if spent > limit:
+                raise DamagedError(f"{path}: its members unpack to more than {limit:,} bytes; the file is not used.")
+            digest.update(chunk)
+        yield safe_member_name(name, str(path)), digest.hexdigest()
+
+
+def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as container:
+            for info in container.infolist():
+                if not info.is_dir():
+                    with container.open(info) as stream:
+                        yield info.filename, stream
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield member.name, content
+    else:
+        raise DamagedError(f"{path}: neither a zip nor a tar file, so it has no content digest.")

@@ -1,0 +1,67 @@
+"""Atomic writes: a file appears under its final name whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mamldata.errors import WriteError
+
+
+def temporary(path: Path) -> Path:
+    """The name under which ``path`` is written before it is renamed. One writer at a time: lock first."""
+    return path.with_name(path.name + ".part")
+
+
+def commit(path: Path) -> None:
+    """Flush the temporary file of ``path`` to disk and give it its final name."""
+    part = temporary(path)
+    with part.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` through a temporary file and a rename.
+
+    Raises:
+        WriteError: the place cannot be written to.
+    """
+    with writing(path):
+        temporary(path).write_bytes(data)
+        commit(path)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into an error that names the place and the remedy.
+
+    Raises:
+        WriteError: no permission, a read-only or full disk, or something else in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise WriteError(
+                f"No space left to write {place} ({error.strerror}). Free some space, or choose another "
+                "folder, and run the same command again: it goes on from what is there."
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
+            raise WriteError(
+                f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
+            ) from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and its parents.
+
+    Raises:
+        WriteError: it cannot be made, or is a file.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,410 @@
+"""Manifests: what a dataset is made of, as data.
+
+A manifest is a TOML file, read and checked as a whole: every fault is reported at once, with its place. The
+built-in ones come with the package; a user's own is given by its path and has the same rights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from mamldata.errors import ManifestError, RequestError
+
+FORMAT = "mamldata-manifest/1"
+SPLITS = ("train", "val", "test")
+ROTATIONS = ("all", "train", "none")
+RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+GENERATORS = ("glyphs",)
+READERS: Mapping[str, tuple[str, ...]] = {"class-folders": ("depth",)}  # reader: its options
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One raw file: where it is had from and how it is known to be the right one.
+
+    Attributes:
+        name: its file name under ``raw/``.
+        bytes: its length.
+        sha256: the digest of its bytes, in hex.
+        urls: mirrors, tried in turn; empty for a generated file.
+        content_sha256: the digest of a zip's or tar's members (see ``mamldata.digest.content_sha256``), so that a
+            repacked container with genuine members is accepted too.
+        content_bytes: what the members unpack to, in bytes: the bound on reading a repacked container.
+        generator: the name of the program that draws the file, for embedded datasets.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    urls: tuple[str, ...] = ()
+    content_sha256: str | None = None
+    content_bytes: int | None = None
+    generator: str | None = None
+
+
+@dataclass(frozen=True)
+class ReaderRecipe:
+    """Which reader finds the images in the raw files.
+
+    Attributes:
+        type: ``class-folders``: every image lies in a folder named after its class.
+        depth: how many path components above the image name its class.
+    """
+
+    type: str
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How a raw image becomes an image of the bank, in this order: channels, resize, invert.
+
+    Attributes:
+        size: default height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        resampling: a Pillow filter's name.
+        invert: replace each value v by 255 - v, so that ink is 255 and paper 0.
+        bank_sha256: for each image size whose bank is known, its digest: a machine that makes
+            other pixels is told so instead of building archives that compare with nobody's.
+    """
+
+    size: int
+    channels: int
+    resampling: str
+    invert: bool
+    bank_sha256: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class SplitScheme:
+    """One way of dividing a dataset's classes into train, val and test.
+
+    Attributes:
+        name, description: shown beside every result, because accuracies of different schemes do not compare.
+        lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded.
+        counts: for each split its number of classes, if seeded.
+        seed: of the division, if seeded.
+    """
+
+    name: str
+    description: str
+    lists: Mapping[str, tuple[str, ...]]
+    counts: Mapping[str, int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset: its files, how they are read, its split schemes. See ``docs/datasets.md`` for the TOML."""
+
+    name: str
+    title: str
+    version: str
+    licence: str
+    homepage: str
+    citation: str
+    files: tuple[SourceFile, ...]
+    reader: ReaderRecipe
+    image: ImageRecipe
+    rotations: str
+    split_scheme: str
+    schemes: Mapping[str, SplitScheme]
+
+    def scheme(self, name: str | None = None) -> SplitScheme:
+        """The split scheme ``name``, or the default one.
+
+        Raises:
+            RequestError: there is none of that name; the message lists those that there are.
+        """
+        chosen = name or self.split_scheme
+        if chosen not in self.schemes:
+            raise RequestError(
+                f"{self.name} has no split scheme {chosen!r}; it has: {', '.join(self.schemes)}."
+                f"{did_you_mean(chosen, self.schemes)}"
+            )
+        return self.schemes[chosen]
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """`` Did you mean 'x'?`` for the nearest of the known words, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def builtin_names() -> list[str]:
+    """The names of the datasets that come with the package, sorted."""
+    folder = resources.files("manifests")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_manifest(name_or_path: str) -> Manifest:
+    """The manifest of a built-in dataset, or of a user's own TOML file.
+
+    Args:
+        name_or_path: a name such as ``omniglot``, or a path that ends in ``.toml``.
+
+    Raises:
+        RequestError: no dataset of that name, or no such file.
+        ManifestError: the file has faults; all of them are listed.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RequestError(f"There is no manifest file {path}.")
+        return parse_manifest(path.read_bytes(), str(path), path.parent)
+    names = builtin_names()
+    if name_or_path not in names:
+        raise RequestError(
+            f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} Built in are "
+            f"{', '.join(names)}; your own dataset is given by the path of its .toml file."
+        )
+    folder = resources.files("manifests")
+    file = f"{name_or_path}.toml"
+    return parse_manifest((folder / file).read_bytes(), file, folder)
+
+
+def parse_manifest(data: bytes, source: str, folder: Traversable) -> Manifest:
+    """Check TOML as a whole and make a manifest of it. Reads nothing but the class lists that it names.
+
+    Args:
+        data: the TOML file's bytes.
+        source: its name, for messages.
+        folder: where the text files stand that it names.
+
+    Raises:
+        ManifestError: with every fault and its place.
+    """
+    try:
+        document = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(source, [f"not valid TOML: {error}"]) from error
+    faults: list[str] = []
+    manifest = _manifest(_Table(document, "", faults), folder)
+    if faults:
+        raise ManifestError(source, faults)
+    return manifest
+
+
+class _Table:
+    """A TOML table being read: takes values by key and type, and notes every fault with its place."""
+
+    def __init__(self, values: dict[str, Any], place: str, faults: list[str]) -> None:
+        self.values = values
+        self.place = place
+        self.faults = faults
+        self.known: set[str] = set()
+
+    def fault(self, key: str, text: str) -> None:
+        self.faults.append(f"{self.at(key)}: {text}")
+
+    def at(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+    def take(self, key: str, kind: type, default: Any = None, *, required: bool = True) -> Any:
+        """The value of ``key`` if it is a ``kind``; else ``default``, and a fault if it is wrong or must be there."""
+        self.known.add(key)
+        if key not in self.values:
+            if required:
+                self.fault(key, "is missing")
+            return default
+        value = self.values[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self.fault(key, f"must be {_KINDS[kind]}, not {value!r}")
+            return default
+        return value
+
+    def text(self, key: str, check: Callable[[str], str | None] | None = None, *, required: bool = True) -> str:
+        value: str = self.take(key, str, "", required=required)
+        problem = check(value) if check and value else None
+        if problem:
+            self.fault(key, problem)
+        if key in self.values and self.values[key] == "":
+            self.fault(key, "is empty")
+        return value
+
+    def whole(self, key: str, minimum: int, maximum: int | None = None, *, required: bool = True) -> int:
+        value: int = self.take(key, int, minimum, required=required)
+        if value < minimum or (maximum is not None and value > maximum):
+            limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+            self.fault(key, f"must be {limits}, not {value}")
+        return value
+
+    def choice(self, key: str, choices: Any, default: str | None = None) -> str:
+        value: str = self.take(key, str, default or "", required=default is None)
+        if value and value not in choices:
+            self.fault(key, f"{value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+        return value
+
+    def table(self, key: str, *, required: bool = True) -> _Table:
+        return _Table(self.take(key, dict, {}, required=required), self.at(key), self.faults)
+
+    def finish(self) -> None:
+        """Note every key that nobody took: a misspelt option must not be passed over."""
+        for key in self.values:
+            if key not in self.known:
+                self.fault(key, f"is not known here.{did_you_mean(key, self.known)}")
+
+
+_KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "a table"}
+
+
+def _manifest(top: _Table, folder: Traversable) -> Manifest:
+    if (declared := top.text("format")) not in {"", FORMAT}:
+        top.fault("format", f"is {declared!r}; this version reads {FORMAT!r}")
+    schemes = _schemes(top.table("splits"), folder)
+    manifest = Manifest(
+        name=top.text("name", _dataset_name),
+        title=top.text("title"),
+        version=top.text("version"),
+        licence=top.text("licence"),
+        homepage=top.text("homepage"),
+        citation=top.text("citation").strip(),
+        files=_files(top),
+        reader=_reader(top.table("reader")),
+        image=_image(top.table("image")),
+        rotations=top.choice("rotations", ROTATIONS, default="none"),
+        split_scheme=top.choice("split_scheme", schemes) if schemes else top.text("split_scheme"),
+        schemes=schemes,
+    )
+    top.finish()
+    return manifest
+
+
+def _dataset_name(name: str) -> str | None:
+    good = re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+    return None if good else f"{name!r} may only have small letters, digits and single hyphens between them"
+
+
+def _sha256(text: str) -> str | None:
+    return None if re.fullmatch(r"[0-9a-f]{64}", text) else "must be 64 small hexadecimal digits"
+
+
+def _plain_name(name: str) -> str | None:
+    good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and not name.endswith((".part", ".sha256"))
+    return None if good else f"{name!r} must be a plain file name"
+
+
+def _files(top: _Table) -> tuple[SourceFile, ...]:
+    entries = top.take("files", list, [])
+    if "files" in top.values and not entries:
+        top.fault("files", "must have at least one entry")
+    files = []
+    for position, entry in enumerate(entries):
+        place = f"files[{position}]"
+        if not isinstance(entry, dict):
+            top.fault(place, "must be a table")
+            continue
+        files.append(_file(_Table(entry, place, top.faults)))
+    names = [file.name for file in files]
+    for name in sorted({name for name in names if name and names.count(name) > 1}):
+        top.fault("files", f"the name {name!r} stands twice")
+    return tuple(files)
+
+
+def _file(table: _Table) -> SourceFile:
+    generator = table.choice("generator", GENERATORS, default="") or None
+    urls = table.take("urls", list, [], required=generator is None)
+    for url in urls:
+        if not isinstance(url, str) or urlsplit(url).scheme not in {"http", "https"}:
+            table.fault("urls", f"{url!r} is not an http(s) address")
+    if generator is None and "urls" in table.values and not urls:
+        table.fault("urls", "must name at least one address")
+    content = table.text("content_sha256", _sha256, required=False) or None
+    file = SourceFile(
+        name=table.text("name", _plain_name),
+        bytes=table.whole("bytes", 1),
+        sha256=table.text("sha256", _sha256),
+        urls=tuple(urls),
+        content_sha256=content,
+        content_bytes=table.whole("content_bytes", 1) if content else None,
+        generator=generator,
+    )
+    table.finish()
+    return file
+
+
+def _reader(table: _Table) -> ReaderRecipe:
+    kind = table.choice("type", READERS)
+    options = {
+        key: table.whole(key, 1, 8, required=False) for key in READERS.get(kind, ()) if key in table.values
+    }
+    if table.values:
+        table.finish()
+    return ReaderRecipe(kind, **options)
+
+
+def _image(table: _Table) -> ImageRecipe:
+    digests: dict[int, str] = {}
+    known = table.table("bank_sha256", required=False)
+    for key in known.values:
+        if key.isascii() and key.isdigit():
+            digests[int(key)] = known.text(key, _sha256)
+        else:
+            known.fault(key, "must be an image size in pixels")
+            known.known.add(key)
+    recipe = ImageRecipe(
+        size=table.whole("size", 1, 4096),
+        channels=table.whole("channels", 1, 3),
+        resampling=table.choice("resampling", RESAMPLINGS),
+        invert=table.take("invert", bool, False, required=False),
+        bank_sha256=digests,
+    )
+    if recipe.channels == 2:
+        table.fault("channels", "must be 1 (grey) or 3 (RGB)")
+    table.finish()
+    return recipe
+
+
+def _schemes(splits: _Table, folder: Traversable) -> dict[str, SplitScheme]:
+    schemes = {}
+    for name in splits.values:
+        table = splits.table(name)
+        if problem := _dataset_name(name):
+            splits.fault(name, problem)
+        schemes[name] = _scheme(name, table, folder)
+        table.finish()
+    return schemes
+
+
+def _scheme(name: str, table: _Table, folder: Traversable) -> SplitScheme:
+    description = table.text("description")
+    if "seed" in table.values:
+        seed = table.whole("seed", 0)
+        counts = {split: table.whole(split, 1) for split in SPLITS}
+        return SplitScheme(name, description, lists={}, counts=counts, seed=seed)
+    lists = {}
+    for split in SPLITS:
+        table.known.add(split)
+        value = table.values.get(split)
+        if isinstance(value, str):
+            lists[split] = _list_file(split, value, table, folder)
+        elif isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+            lists[split] = tuple(value)
+        else:
+            table.fault(split, "must be a list of classes or the name of a text file with one class a line")
+    return SplitScheme(name, description, lists=lists, counts={})
+
+
+def _list_file(split: str, name: str, table: _Table, folder: Traversable) -> tuple[str, ...]:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        table.fault(split, f"{name!r} must be a path below the manifest's own folder")
+        return ()
+    try:
+        text = folder.joinpath(*path.parts).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        table.fault(split, f"cannot read the class list {name!r} ({error})")
+        return ()
+    entries = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    if not entries:
+        table.fault(split, f"the class list {name!r} is empty")
+    return entries

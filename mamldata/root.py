@@ -1,0 +1,52 @@
+"""Where datasets live on this machine: ``<root>/<dataset>/raw/…`` and ``<root>/<dataset>/<dataset>-<size>.npy``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+ENVIRONMENT = "MAMLDATA_ROOT"
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The root folder: ``root``, else ``MAMLDATA_ROOT``, else the platform's user cache folder."""
+    chosen = root or os.environ.get(ENVIRONMENT) or platformdirs.user_cache_dir("mamldata")
+    return Path(chosen).expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """The folder of one dataset under a root. Nothing here touches the disk."""
+
+    root: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """``<root>/<dataset>``."""
+        return self.root / self.name
+
+    @property
+    def raw(self) -> Path:
+        """Where fetched files stand, unchanged and read-only."""
+        return self.path / "raw"
+
+    @property
+    def lock(self) -> Path:
+        """Held while files are fetched or a bank is made; the operating system frees it when its holder dies."""
+        return self.path / ".lock"
+
+    def receipt(self, file: str) -> Path:
+        """The checksum line written once ``raw/<file>`` was verified, in the format of ``sha256sum``."""
+        return self.raw / f"{file}.sha256"
+
+    def bank(self, size: int) -> Path:
+        """The bank's array at image size ``size``."""
+        return self.path / f"{self.name}-{size}.npy"
+
+    def bank_json(self, size: int) -> Path:
+        """The bank's description, written last."""
+        return self.path / f"{self.name}-{size}.json"

@@ -245,7 +245,9 @@ class _Table:
         return value
 
     def table(self, key: str, *, required: bool = True) -> _Table:
-        return _Table(self.take(key, dict, {}, required=required), self.at(key), self.faults)
+        # A table that is not there is one fault, not one for each of its keys.
+        faults = self.faults if isinstance(self.values.get(key), dict) else []
+        return _Table(self.take(key, dict, {}, required=required), self.at(key), faults)
 
     def finish(self) -> None:
         """Note every key that nobody took: a misspelt option must not be passed over."""

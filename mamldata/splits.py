@@ -1,0 +1,88 @@
+"""Split schemes: which classes belong to train, val and test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from mamldata.errors import RequestError
+from mamldata.manifest import SPLITS, SplitScheme, did_you_mean
+
+Division = Mapping[str, tuple[int, ...]]
+
+
+def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Division:
+    """The classes of each split, as positions in ``class_names``, in canonical order.
+
+    Args:
+        scheme: lists of classes, or counts and a seed.
+        class_names: all classes of the bank, in canonical order.
+        dataset: for messages.
+
+    Returns:
+        For each of train, val and test a sorted tuple; no class is in two of them.
+
+    Raises:
+        RequestError: a listed class that is not there, a class in two splits, or more classes asked for than exist.
+    """
+    if scheme.counts:
+        return _seeded(scheme, class_names, dataset)
+    return _listed(scheme, class_names, dataset)
+
+
+def _seeded(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Division:
+    """Order the classes by sha256 of ``seed NUL name`` and cut: train first, then val, then test.
+
+    The order depends on nothing but the names, so any language can repeat it in one line.
+    """
+    wanted = sum(scheme.counts.values())
+    if wanted > len(class_names):
+        raise RequestError(
+            f"{dataset}, split scheme {scheme.name!r} needs {wanted} classes; the bank has {len(class_names)}. "
+            "Lower the counts in the manifest."
+        )
+    shuffled = sorted(range(len(class_names)), key=lambda c: division_key(scheme.seed, class_names[c]))
+    division, start = {}, 0
+    for split in SPLITS:
+        stop = start + scheme.counts[split]
+        division[split] = tuple(sorted(shuffled[start:stop]))
+        start = stop
+    return division
+
+
+def division_key(seed: int, class_name: str) -> bytes:
+    """What a seeded division sorts by: SHA-256 of the seed in decimal, a NUL, and the class name in UTF-8."""
+    return hashlib.sha256(f"{seed}\0{class_name}".encode()).digest()
+
+
+def _listed(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Division:
+    place = f"{dataset}, split scheme {scheme.name!r}"
+    division = {
+        split: tuple(sorted(_resolve(scheme.lists[split], class_names, f"{place}, split {split!r}")))
+        for split in SPLITS
+    }
+    owner: dict[int, str] = {}
+    for split, classes in division.items():
+        for position in classes:
+            if position in owner:
+                raise RequestError(
+                    f"{place}: the class {class_names[position]!r} is in both {owner[position]!r} and {split!r}. "
+                    "Take it out of one of them."
+                )
+            owner[position] = split
+    return division
+
+
+def _resolve(entries: Sequence[str], class_names: Sequence[str], place: str) -> set[int]:
+    exact = {name: position for position, name in enumerate(class_names)}
+    found: set[int] = set()
+    for entry in entries:
+        if entry.endswith("/*"):
+            prefix = entry[:-1]
+            matches = {position for name, position in exact.items() if name.startswith(prefix)}
+        else:
+            matches = {exact[entry]} if entry in exact else set()
+        if not matches:
+            raise RequestError(f"{place}: there is no class {entry!r}.{did_you_mean(entry, class_names)}")
+        found |= matches
+    return found

@@ -1,0 +1,126 @@
+"""Verify: hash everything again and check that it fits together. Problems are returned, all of them, not raised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mamldata.archive import (
+    INDEX,
+    INDEX_SUM,
+    Archive,
+    Shard,
+    check_size,
+    index_sum,
+    open_shard,
+    read_archive,
+    shard_sizes,
+)
+from mamldata.bank import check_bank
+from mamldata.digest import sha256_file
+from mamldata.episodes import EpisodeSampler
+from mamldata.errors import DamagedError, DataMissingError
+from mamldata.manifest import Manifest
+from mamldata.progress import Progress, silent
+from mamldata.raw import check_raw
+from mamldata.root import DatasetFolder
+
+
+def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) -> list[str]:
+    """Hash a dataset's raw files and all its banks again.
+
+    Returns:
+        One line for each problem: which file, expected and got, the remedy. Empty if all is well.
+
+    Raises:
+        DataMissingError: nothing of the dataset is there.
+    """
+    folder = DatasetFolder(root, manifest.name)
+    banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
+    arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
+    if not banks and not folder.raw.is_dir():
+        raise DataMissingError(f"There is nothing of {manifest.name} in {root}. Run: mamldata fetch {manifest.name}")
+    problems = check_raw(manifest, root, progress)
+    for description in banks:
+        problems += check_bank(description, progress)
+    for path in arrays:
+        if path.with_suffix(".json") not in banks:
+            problems.append(f"{path} has no description {path.stem}.json. Delete it: the next build makes it anew.")
+    return problems
+
+
+def verify_archive(folder: Path, progress: Progress = silent, *, digest: str | None = None) -> list[str]:
+    """Hash all shards of an archive again, check their structure, and draw every episode again.
+
+    Args:
+        folder: the archive.
+        progress: told of hashed bytes.
+        digest: the digest that the archive should have, as cited.
+
+    Returns:
+        One line for each problem, naming file and episode. Empty if all is well.
+
+    Raises:
+        RequestError: the folder is no archive.
+    """
+    try:
+        archive = read_archive(folder)
+    except DamagedError as error:
+        return [str(error)]
+    problems = _check_index(folder, archive, digest)
+    total = sum(shard.bytes for split in archive.splits.values() for shard in split.shards)
+    with progress("verify", total, "B") as advance:
+        for name, split in archive.splits.items():
+            sampler = EpisodeSampler(archive.spec(name), split.classes)
+            for shard in split.shards:
+                problems += _check_shard(folder / shard.file, archive, shard, sampler)
+                advance(shard.bytes)
+    return problems + _strangers(folder, archive)
+
+
+def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str]:
+    problems = []
+    if not (folder / INDEX_SUM).is_file():
+        problems.append(
+            f"{folder / INDEX_SUM} is missing. If {archive.digest} is the digest that you expect, mend it with: "
+            f"(cd {folder} && sha256sum {INDEX} > {INDEX_SUM})"
+        )
+    elif (folder / INDEX_SUM).read_bytes() != index_sum(archive.digest):
+        problems.append(f"{folder / INDEX_SUM} does not say the sha256 of {INDEX}, which is {archive.digest}.")
+    if digest is not None and digest.removeprefix("sha256:").lower() != archive.digest:
+        problems.append(f"{folder} is another archive: its digest is {archive.digest}, expected {digest}.")
+    return problems
+
+
+def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSampler) -> list[str]:
+    """A shard's problems: at most one, since the first makes the others moot."""
+    try:
+        check_size(path, shard)
+        got = sha256_file(path)
+        mapped = open_shard(path, shard, archive.layout)
+    except DamagedError as error:
+        return [str(error)]
+    if got != shard.sha256:
+        return [
+            f"The shard {path} is damaged: sha256 {got}, expected {shard.sha256}. "
+            "Copy it anew, or build the archive again."
+        ]
+    stored = archive.layout.view(mapped, archive.layout.source)
+    for start, count in shard_sizes(shard.episodes, 1024):
+        expected = sampler.sample(shard.first_episode + start, count)
+        wrong = (stored[start : start + count] != expected).any(axis=(1, 2))
+        if wrong.any():
+            episode = shard.first_episode + start + int(np.argmax(wrong))
+            return [
+                f"The shard {path} is whole, but episode {episode} in it is not the one that the settings in "
+                f"{INDEX} give: the archive was not made by mamldata build, or {INDEX} was altered."
+            ]
+    return []
+
+
+def _strangers(folder: Path, archive: Archive) -> list[str]:
+    """Tar files that the archive does not know would be read by tools that take every tar of a folder."""
+    known = {shard.file for split in archive.splits.values() for shard in split.shards}
+    found = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
+    return [f"{folder / name} does not belong to the archive. Move it elsewhere." for name in found]

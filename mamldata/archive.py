@@ -203,7 +203,14 @@ class Archive:
         """What the episodes of a split are a function of."""
         turns = quarter_turns(self.rotations, split)
         return EpisodeSpec(
-            self.bank_sha256, self.split_scheme, split, self.n_way, self.k_shot, self.k_query, turns, self.seed
+            self.bank_sha256,
+            self.split_scheme,
+            split,
+            self.n_way,
+            self.k_shot,
+            self.k_query,
+            turns,
+            self.seed,
         )
 
     def split(self, name: str) -> ArchiveSplit:
@@ -239,7 +246,11 @@ class Archive:
 def _split_json(split: ArchiveSplit) -> dict[str, Any]:
     table = split.classes
     columns = zip(
-        table.names, table.quarter_turns.tolist(), table.first_row.tolist(), table.images.tolist(), strict=True
+        table.names,
+        table.quarter_turns.tolist(),
+        table.first_row.tolist(),
+        table.images.tolist(),
+        strict=True,
     )
     return {
         "classes": [
@@ -274,8 +285,7 @@ def read_archive(folder: Path) -> Archive:
         raise RequestError(
             f"{folder} is an unfinished build. Run the same mamldata build again: it goes on."
             if unfinished
-            else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: "
-            "mamldata build NAME --out DIR"
+            else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: mamldata build NAME --out DIR"
         )
     data = path.read_bytes()
     try:
@@ -338,7 +348,10 @@ def _split_from_json(document: dict[str, Any]) -> ArchiveSplit:
         return np.array([entry[key] for entry in classes], dtype=np.int64)
 
     table = ClassTable(
-        tuple(entry["name"] for entry in classes), column("quarter_turns"), column("first_row"), column("images")
+        tuple(entry["name"] for entry in classes),
+        column("quarter_turns"),
+        column("first_row"),
+        column("images"),
     )
     shards = tuple(Shard(**shard) for shard in document["shards"])
     return ArchiveSplit(table, document["episodes"], shards)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from filelock import FileLock
 from PIL import Image
 
@@ -175,7 +176,7 @@ def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
     if missing:
         raise DataMissingError(
             f"The raw files of {manifest.name} are not in {folder.raw}: {', '.join(missing)}. "
-            f"Run: mamldata fetch {manifest.name} --root {folder.root}"
+            f"Run: mamldata fetch {manifest.reference} --root {folder.root}"
         )
     return {file.name: folder.receipt(file.name).read_text().split(" ", 1)[0] for file in manifest.files}
 
@@ -338,6 +339,6 @@ def _check_known(manifest: Manifest, size: int, digest: str, part: Path) -> None
         part.unlink()
         raise DamagedError(
             f"{manifest.name} at {size} pixels came out as sha256 {digest}, where {known} is known to be right. "
-            f"Either a raw file is damaged (run: mamldata verify {manifest.name}), or this Pillow "
-            f"({Image.__version__}) computes other pixels: install another version of it."
+            f"Either a raw file is damaged (run: mamldata verify {manifest.reference}), or this Pillow "
+            f"({PIL.__version__}) computes other pixels: install another version of it."
         )

@@ -1,10 +1,14 @@
-"""What a stream gives: a meta-batch of episodes as tensors."""
+"""Meta-batches: what a stream gives, and how one is put together from stored images."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+from mamldata.buffers import BufferPool
+from mamldata.order import Order
+from mamldata.sources import Source
 
 
 class EpisodeBatch(NamedTuple):
@@ -18,11 +22,81 @@ class EpisodeBatch(NamedTuple):
         query_y: labels, int64 ``[B, n_way * k_query]``.
         index: each episode's index in its split, int64 ``[B]``.
 
-    The labels are the same for every meta-batch and may share their memory: do not write into them.
+    The labels of all meta-batches share their memory: do not write into them.
     """
 
     support_x: torch.Tensor
     support_y: torch.Tensor
     query_x: torch.Tensor
     query_y: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # the field's word; tuple.index is of no use here
+
+
+class Stored(NamedTuple):
+    """Images ``[B, n_way * k, C, H, W]``, channels-last in memory, twice; and indices int64 ``[B]``."""
+
+    support: torch.Tensor
+    query: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]
+
+
+class BatchReader:
+    """Reads meta-batches. For one thread at a time.
+
+    Args:
+        source: of the episodes.
+        order: which episodes a meta-batch holds.
+        dtype: of the images.
+        device: where finished meta-batches are.
+    """
+
+    def __init__(self, source: Source, order: Order, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.order = order
+        self.dtype = dtype
+        info = source.info
+        counts = (info.k_shot, info.k_query)
+        self.shapes = tuple((order.batch_size, info.n_way * k, *info.image_shape) for k in counts)
+        self._labels = tuple(
+            torch.arange(info.n_way).repeat_interleave(k).repeat(order.batch_size, 1).to(device) for k in counts
+        )
+        self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
+        self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
+
+    def read(self, t: int) -> EpisodeBatch:
+        """Meta-batch ``t`` on the CPU, in memory from the pools."""
+        stored = self.read_stored(t)
+        if self.dtype == torch.uint8:
+            return self.label(*stored)
+        support, query = (
+            torch.mul(images, _SCALE, out=pool.take()[0][: len(images)])
+            for images, pool in zip(stored[:2], self._scaled, strict=True)
+        )
+        return self.label(support, query, stored.index)
+
+    def read_stored(self, t: int) -> Stored:
+        """The images of meta-batch ``t`` as they are stored, uint8, in memory from the pools."""
+        index = self.order.indices(t)
+        (support, support_memory), (query, query_memory) = (pool.take() for pool in self._stored)
+        self.source.read(index, support_memory, query_memory)
+        if len(index) < self.order.batch_size:
+            support, query = support[: len(index)], query[: len(index)]
+        return Stored(support, query, torch.from_numpy(index.copy()))
+
+    def finish(self, stored: Stored) -> EpisodeBatch:
+        """Scale and label a stored meta-batch on the device where it is."""
+        if self.dtype == torch.uint8:
+            return self.label(*stored)
+        support, query = ((images * _SCALE).to(self.dtype) for images in stored[:2])
+        return self.label(support, query, stored.index)
+
+    def label(self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> EpisodeBatch:
+        """A meta-batch from images in their final dtype; moves no memory."""
+        support_y, query_y = self._labels
+        if len(index) < self.order.batch_size:
+            support_y, query_y = support_y[: len(index)], query_y[: len(index)]
+        return EpisodeBatch(support, support_y, query, query_y, index)
+
+
+# Multiplied in float32 and then rounded to the dtype: devices divide differently, but multiply alike.
+_SCALE = 1 / 255

@@ -131,9 +131,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
     splits = {}
     for split in SPLITS:
         if episodes := request.episodes.get(split, 0):
-            table = class_table(
-                bank.class_names, bank.class_offsets, division[split], quarter_turns(rotations, split)
-            )
+            table = class_table(bank.class_names, bank.class_offsets, division[split], quarter_turns(rotations, split))
             shards = tuple(
                 Shard(shard_file(split, number), first, count, layout.shard_bytes(count), "")
                 for number, (first, count) in enumerate(shard_sizes(episodes, per_shard))
@@ -196,7 +194,10 @@ def _difference(there: Archive | dict[str, Any], plan: Archive) -> str:
     if simple:
         return ", ".join(f"{key} {old.get(key)!r} there, {new[key]!r} asked for" for key in simple)
     counts = {
-        split: (old["splits"].get(split, {}).get("episodes", 0), new["splits"].get(split, {}).get("episodes", 0))
+        split: (
+            old["splits"].get(split, {}).get("episodes", 0),
+            new["splits"].get(split, {}).get("episodes", 0),
+        )
         for split in SPLITS
     }
     parts = [f"{split} {a} episodes there, {b} asked for" for split, (a, b) in counts.items() if a != b]
@@ -287,7 +288,7 @@ def shard_pieces(task: ShardTask) -> Iterator[memoryview]:
             layout.view(block, layout.support),
             layout.view(block, layout.query),
         )
-        yield memoryview(block.reshape(-1))
+        yield block.reshape(-1).data
     yield memoryview(bytes(END))
 
 

@@ -72,9 +72,7 @@ def content_sha256(path: Path, limit: int) -> str:
         DamagedError: neither a zip nor a tar, a damaged member, an unsafe name, or more than ``limit`` bytes.
     """
     with reading_container(path):
-        lines = sorted(
-            name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in _member_digests(path, limit)
-        )
+        lines = sorted(name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in _member_digests(path, limit))
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 

@@ -178,9 +178,7 @@ def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
         )
 
 
-def gather(
-    images: Images, table: ClassTable, source: Source, k_shot: int, support: Images, query: Images
-) -> None:
+def gather(images: Images, table: ClassTable, source: Source, k_shot: int, support: Images, query: Images) -> None:
     """Copy the pixels of episodes from the bank, each class turned as the table says.
 
     Args:

@@ -110,4 +110,5 @@ def _curve(points: Ints) -> Ints:
     t = np.arange(_STEPS + 1)[:, None]
     start, middle, end = (points[..., None, index, :] for index in range(3))
     away = _STEPS - t
-    return (away * away * start + 2 * away * t * middle + t * t * end) // (_STEPS * _STEPS)
+    curve: Ints = (away * away * start + 2 * away * t * middle + t * t * end) // (_STEPS * _STEPS)
+    return curve

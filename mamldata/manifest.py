@@ -104,8 +104,12 @@ class SplitScheme:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset: its files, how they are read, its split schemes. See ``docs/datasets.md`` for the TOML."""
+    """A dataset: its files, how they are read, its split schemes. See ``docs/datasets.md`` for the TOML.
 
+    ``reference`` is how the user named it, a built-in name or a path, for commands in messages.
+    """
+
+    reference: str
     name: str
     title: str
     version: str
@@ -160,7 +164,7 @@ def load_manifest(name_or_path: str) -> Manifest:
         path = Path(name_or_path)
         if not path.is_file():
             raise RequestError(f"There is no manifest file {path}.")
-        return parse_manifest(path.read_bytes(), str(path), path.parent)
+        return parse_manifest(path.read_bytes(), str(path), path.parent, name_or_path)
     names = builtin_names()
     if name_or_path not in names:
         raise RequestError(
@@ -169,16 +173,17 @@ def load_manifest(name_or_path: str) -> Manifest:
         )
     folder = resources.files("manifests")
     file = f"{name_or_path}.toml"
-    return parse_manifest((folder / file).read_bytes(), file, folder)
+    return parse_manifest((folder / file).read_bytes(), file, folder, name_or_path)
 
 
-def parse_manifest(data: bytes, source: str, folder: Traversable) -> Manifest:
+def parse_manifest(data: bytes, source: str, folder: Traversable, reference: str | None = None) -> Manifest:
     """Check TOML as a whole and make a manifest of it. Reads nothing but the class lists that it names.
 
     Args:
         data: the TOML file's bytes.
         source: its name, for messages.
         folder: where the text files stand that it names.
+        reference: how the user named it; ``source`` if None.
 
     Raises:
         ManifestError: with every fault and its place.
@@ -188,7 +193,7 @@ def parse_manifest(data: bytes, source: str, folder: Traversable) -> Manifest:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ManifestError(source, [f"not valid TOML: {error}"]) from error
     faults: list[str] = []
-    manifest = _manifest(_Table(document, "", faults), folder)
+    manifest = _manifest(_Table(document, "", faults), folder, reference or source)
     if faults:
         raise ManifestError(source, faults)
     return manifest
@@ -259,11 +264,12 @@ class _Table:
 _KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "a table"}
 
 
-def _manifest(top: _Table, folder: Traversable) -> Manifest:
+def _manifest(top: _Table, folder: Traversable, reference: str) -> Manifest:
     if (declared := top.text("format")) not in {"", FORMAT}:
         top.fault("format", f"is {declared!r}; this version reads {FORMAT!r}")
     schemes = _schemes(top.table("splits"), folder)
     manifest = Manifest(
+        reference=reference,
         name=top.text("name", _dataset_name),
         title=top.text("title"),
         version=top.text("version"),
@@ -336,9 +342,7 @@ def _file(table: _Table) -> SourceFile:
 
 def _reader(table: _Table) -> ReaderRecipe:
     kind = table.choice("type", READERS)
-    options = {
-        key: table.whole(key, 1, 8, required=False) for key in READERS.get(kind, ()) if key in table.values
-    }
+    options = {key: table.whole(key, 1, 8, required=False) for key in READERS.get(kind, ()) if key in table.values}
     if table.values:
         table.finish()
     return ReaderRecipe(kind, **options)

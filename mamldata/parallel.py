@@ -46,9 +46,7 @@ def run_tasks(
         yield from _collect(pool, function, todo)
 
 
-def _collect(
-    pool: Executor, function: Callable[[Task], Result], tasks: list[Task]
-) -> Iterator[tuple[Task, Result]]:
+def _collect(pool: Executor, function: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
     futures = {pool.submit(function, task): task for task in tasks}
     try:
         for future in as_completed(futures):

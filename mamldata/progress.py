@@ -13,9 +13,7 @@ class Progress(Protocol):
     ``unit`` is ``"B"`` for bytes, else a plural noun such as ``"images"``; ``total`` is None when unknown.
     """
 
-    def __call__(
-        self, label: str, total: int | None, unit: str, /
-    ) -> AbstractContextManager[Callable[[int], object]]:
+    def __call__(self, label: str, total: int | None, unit: str, /) -> AbstractContextManager[Callable[[int], object]]:
         """Start one bar."""
         ...
 

@@ -1,0 +1,57 @@
+"""Verified, bit-reproducible episode archives for few-shot learning, streamed into PyTorch.
+
+``fetch`` and ``build`` make an archive; ``EpisodeStream`` reads it:
+
+    for batch in mamldata.EpisodeStream("omniglot-5w1s", split="train", batch_size=32, seed=0).to("cuda"):
+        ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mamldata.archive import Archive, read_archive
+    from mamldata.batch import EpisodeBatch
+    from mamldata.errors import MamldataError
+    from mamldata.manifest import Manifest, load_manifest
+    from mamldata.sources import EpisodeInfo, live
+    from mamldata.stream import EpisodeStream
+
+__all__ = [
+    "Archive",
+    "EpisodeBatch",
+    "EpisodeInfo",
+    "EpisodeStream",
+    "MamldataError",
+    "Manifest",
+    "live",
+    "load_manifest",
+    "read_archive",
+]
+
+_HOME = {
+    "Archive": "archive",
+    "EpisodeBatch": "batch",
+    "EpisodeInfo": "sources",
+    "EpisodeStream": "stream",
+    "Manifest": "manifest",
+    "MamldataError": "errors",
+    "live": "sources",
+    "load_manifest": "manifest",
+    "read_archive": "archive",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because torch alone takes seconds to import and most commands do without it.
+    if name in _HOME:
+        return getattr(import_module(f"mamldata.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mamldata' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

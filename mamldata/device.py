@@ -1,0 +1,173 @@
+"""Streams on a device: read ahead in a background thread, copied while the consumer computes.
+
+The thread fills a small ring of pinned buffers, and copies each to the device on a stream of its own; images cross
+as uint8, a quarter of their floating size, and are scaled there. The consumer's stream waits for the copy on the
+device, so that no processor waits for the other.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mamldata.batch import BatchReader, EpisodeBatch, Stored
+from mamldata.errors import RequestError
+
+if TYPE_CHECKING:
+    from mamldata.sources import EpisodeInfo
+    from mamldata.stream import EpisodeStream
+
+_Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
+
+
+class DeviceStream:
+    """What ``EpisodeStream.to(device)`` gives: the same meta-batches, read ahead and on the device.
+
+    State is that of the stream below: of what was handed out, not of what was read ahead.
+
+    Args:
+        stream: the stream.
+        device: where its meta-batches go.
+        prefetch: meta-batches that are ready in advance, at least 1.
+
+    Raises:
+        RequestError: ``device`` is a GPU that is not there.
+    """
+
+    def __init__(self, stream: EpisodeStream, device: torch.device, prefetch: int = 2) -> None:
+        if prefetch < 1:
+            raise RequestError(f"prefetch must be at least 1, not {prefetch}.")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.")
+        self.stream = stream
+        self.device = device
+        self.prefetch = prefetch
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self.stream.info
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer stands; see ``EpisodeStream.state_dict``."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at exactly the next meta-batch; see ``EpisodeStream.load_state_dict``."""
+        self.stream.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:
+        ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
+        stop = threading.Event()
+        work = threading.Thread(
+            target=self._read_ahead,
+            args=(self.stream.start_pass(), ready, stop),
+            name="mamldata-read-ahead",
+            daemon=True,
+        )
+        work.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                t, batch, copied = item
+                if copied is not None:
+                    _hand_over(batch, copied, self.device)
+                self.stream.next_batch = t + 1
+                # Nothing here may keep a meta-batch that the consumer has let go: its memory is used again.
+                del item
+                yield batch
+                del batch
+        finally:
+            stop.set()
+            while work.is_alive():
+                _empty(ready)
+                work.join(0.01)
+
+    def _read_ahead(
+        self, batches: range, ready: queue.Queue[_Item | BaseException | None], stop: threading.Event
+    ) -> None:
+        """The background thread: everything, an error or the end included, goes through the queue."""
+        try:
+            transfer = _transfer(self.stream, self.device, self.prefetch)
+            for t in batches:
+                ready.put(transfer(t))
+                if stop.is_set():
+                    return
+        except BaseException as error:  # raised again where the consumer waits
+            ready.put(error)
+        else:
+            ready.put(None)
+
+
+def _transfer(stream: EpisodeStream, device: torch.device, prefetch: int) -> Any:
+    reader = BatchReader(stream.source, stream.order, stream.dtype, device)
+    if device.type == "cuda":
+        return _PinnedRing(reader, device, prefetch + 1)
+    if device.type == "cpu":
+        return lambda t: (t, reader.read(t), None)
+    return lambda t: (t, reader.finish(Stored(*(part.to(device) for part in reader.read_stored(t)))), None)
+
+
+class _PinnedRing:
+    """Page-locked buffers used in turn, each copied to the device on a stream of our own."""
+
+    def __init__(self, reader: BatchReader, device: torch.device, slots: int) -> None:
+        self.reader = reader
+        self.device = device
+        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The images' memory is [B, images, H, W, C]; as tensors they are seen as all others are.
+        memory = [
+            [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in reader.shapes] for _ in range(slots)
+        ]
+        self.memory = [[part.view(-1).numpy() for part in parts] for parts in memory]
+        self.slots = [
+            Stored(
+                parts[0].permute(0, 1, 4, 2, 3),
+                parts[1].permute(0, 1, 4, 2, 3),
+                torch.empty(reader.order.batch_size, dtype=torch.int64, pin_memory=True),
+            )
+            for parts in memory
+        ]
+        self.copied: list[torch.cuda.Event | None] = [None] * slots
+
+    def __call__(self, t: int) -> _Item:
+        slot = t % len(self.slots)
+        if (earlier := self.copied[slot]) is not None:
+            earlier.synchronize()  # only this thread waits: until the buffer may be written to again
+        index = self.reader.order.indices(t)
+        self.reader.source.read(index, *self.memory[slot])
+        pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
+        pinned.index.numpy()[:] = index
+        with torch.cuda.stream(self.copies):
+            stored = Stored(*(part.to(self.device, non_blocking=True) for part in pinned))
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(self.copies)
+            batch = self.reader.finish(stored)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self.copies)
+        self.copied[slot] = copied
+        return t, batch, done
+
+
+def _hand_over(batch: EpisodeBatch, done: torch.cuda.Event, device: torch.device) -> None:
+    """Make the consumer's stream wait, on the device, for the copy; and keep the memory until it is through."""
+    consumer = torch.cuda.current_stream(device)
+    consumer.wait_event(done)
+    for tensor in batch:
+        tensor.record_stream(consumer)
+
+
+def _empty(ready: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            ready.get_nowait()
+    except queue.Empty:
+        pass

@@ -1,0 +1,276 @@
+"""Where a stream's episodes come from: an archive on disk, or drawn live from a bank. One interface for all."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mamldata.archive import Archive, check_size, open_shard, quarter_turns, read_archive
+from mamldata.bank import make_bank
+from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
+from mamldata.errors import RequestError
+from mamldata.manifest import ROTATIONS, SPLITS, load_manifest
+from mamldata.order import Indices
+from mamldata.root import data_root
+from mamldata.splits import divide
+
+Images = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What a source's episodes are; printed beside results, saved with runs, and compared on resume.
+
+    Attributes:
+        dataset, split_scheme, split, n_way, k_shot, k_query: in the field's terms.
+        rotations: ``all``, ``train`` or ``none``.
+        image_shape: ``(H, W, C)``.
+        bank_sha256: the digest of the images.
+        episode_seed: the seed that the episodes were drawn with.
+        archive_sha256: the digest of the archive, None for live episodes.
+    """
+
+    dataset: str
+    split_scheme: str
+    split: str
+    n_way: int
+    k_shot: int
+    k_query: int
+    rotations: str
+    image_shape: tuple[int, int, int]
+    bank_sha256: str
+    episode_seed: int
+    archive_sha256: str | None
+
+
+class Source(Protocol):
+    """Anything that gives episodes by their index."""
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        ...
+
+    @property
+    def episodes(self) -> int | None:
+        """How many there are; None if they never end."""
+        ...
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Copy episodes into the caller's memory.
+
+        Args:
+            index: int64 ``[B]``.
+            support: its beginning is filled with ``[B, n_way, k_shot, H, W, C]``; uint8, of one dimension.
+            query: its beginning is filled with ``[B, n_way, k_query, H, W, C]``; uint8, of one dimension.
+        """
+        ...
+
+
+class ArchiveSource:
+    """A split of an archive in a local folder, memory-mapped.
+
+    All shards must be there and have their length when the source is made. A shard's headers are checked, and with
+    ``verify`` its digest, when it is first read from.
+
+    Raises:
+        RequestError: not an archive, or it has no such split.
+        DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: str = "train", *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        self.archive: Archive = read_archive(self.folder)
+        self.verify = verify
+        self._split = self.archive.split(split)
+        self._info = archive_info(self.archive, split)
+        self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
+        self._open: dict[int, memoryview] = {}
+        for shard in self._split.shards:
+            check_size(self.folder / shard.file, shard)
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self._info
+
+    @property
+    def episodes(self) -> int:
+        """How many there are."""
+        return self._split.episodes
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Copy episodes out of the maps, one by one: fancy indexing of a strided map would copy it whole.
+
+        Through memoryviews, whose slices cost a third of NumPy's: at Omniglot's size that is what counts.
+        """
+        layout = self.archive.layout
+        support_at, support_bytes = layout.support.data, layout.support.bytes
+        query_at, query_bytes = layout.query.data, layout.query.bytes
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        offsets = (index - self._starts[shards]) * layout.stride
+        to_support, to_query = support.data, query.data
+        s = q = 0
+        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+            episodes = self._open.get(shard) or self._open_shard(shard)
+            start = offset + support_at
+            to_support[s : s + support_bytes] = episodes[start : start + support_bytes]
+            s += support_bytes
+            start = offset + query_at
+            to_query[q : q + query_bytes] = episodes[start : start + query_bytes]
+            q += query_bytes
+
+    def _open_shard(self, number: int) -> memoryview:
+        shard = self._split.shards[number]
+        mapped = open_shard(self.folder / shard.file, shard, self.archive.layout, verify=self.verify)
+        self._open[number] = mapped.data
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Maps are opened anew in another process: pickling them would copy the archive.
+        return {**self.__dict__, "_open": {}}
+
+
+def archive_info(archive: Archive, split: str) -> EpisodeInfo:
+    """What the episodes of an archive's split are."""
+    return EpisodeInfo(
+        dataset=archive.dataset,
+        split_scheme=archive.split_scheme,
+        split=split,
+        n_way=archive.n_way,
+        k_shot=archive.k_shot,
+        k_query=archive.k_query,
+        rotations=archive.rotations,
+        image_shape=archive.image_shape,
+        bank_sha256=archive.bank_sha256,
+        episode_seed=archive.seed,
+        archive_sha256=archive.digest,
+    )
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """Episodes drawn from a bank when they are asked for; the same as those that an archive would hold.
+
+    Attributes:
+        info: what the episodes are.
+        images: the bank, uint8 ``[images, H, W, C]``.
+        sampler: draws them.
+        episodes: how many, or None for no end.
+    """
+
+    info: EpisodeInfo
+    bank_path: Path
+    images: Images = field(repr=False)
+    sampler: EpisodeSampler = field(repr=False)
+    episodes: int | None = None
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self.sampler.table
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Draw episodes and copy their images out of the bank."""
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        source = np.concatenate(
+            [self.sampler.sample(int(run[0]), len(run)) for run in np.split(index, breaks) if len(run)]
+        )
+        info = self.info
+        shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
+        parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
+        gather(self.images, self.table, source, info.k_shot, *parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "images": self.images.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        images = state.pop("images")
+        self.__dict__.update(state)
+        start = self.bank_path.stat().st_size - int(np.prod(images))
+        self.__dict__["images"] = np.asarray(np.memmap(self.bank_path, np.uint8, "r", start, images))
+
+
+def live(
+    dataset: str,
+    split: str = "train",
+    *,
+    n_way: int = 5,
+    k_shot: int = 1,
+    k_query: int = 15,
+    seed: int = 0,
+    episodes: int | None = None,
+    split_scheme: str | None = None,
+    rotations: str | None = None,
+    image_size: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+) -> LiveSource:
+    """Episodes without an archive: drawn from a dataset's bank as they are asked for.
+
+    The bank is made first if it is not there; nothing is downloaded.
+
+    Args:
+        dataset: a built-in name, or the path of a manifest.
+        split: ``train``, ``val`` or ``test``.
+        n_way, k_shot, k_query: classes; support and query images per class.
+        seed: of the episodes; an archive built with it holds the very same ones.
+        episodes: how many; None for no end.
+        split_scheme, rotations, image_size: the manifest's own if None.
+        root: the data root; see ``mamldata.root.data_root``.
+        workers: processes that decode images, if the bank must be made.
+
+    Raises:
+        RequestError: an unknown name, or episodes that cannot be made.
+        DataMissingError: the raw files are not there; the message names the command.
+    """
+    if split not in SPLITS:
+        raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    if rotations not in {None, *ROTATIONS}:
+        raise RequestError(f"rotations must be one of {', '.join(ROTATIONS)}, not {rotations!r}.")
+    if episodes is not None and episodes < 1:
+        raise RequestError(f"episodes must be at least 1, not {episodes}.")
+    manifest = load_manifest(dataset)
+    scheme = manifest.scheme(split_scheme)
+    bank = make_bank(manifest, data_root(root), image_size, workers=workers)
+    turned = rotations or manifest.rotations
+    turns = quarter_turns(turned, split)
+    members = divide(scheme, bank.class_names, manifest.name)[split]
+    table = class_table(bank.class_names, bank.class_offsets, members, turns)
+    spec = EpisodeSpec(bank.sha256, scheme.name, split, n_way, k_shot, k_query, turns, seed)
+    info = EpisodeInfo(
+        dataset=manifest.name,
+        split_scheme=scheme.name,
+        split=split,
+        n_way=n_way,
+        k_shot=k_shot,
+        k_query=k_query,
+        rotations=turned,
+        image_shape=bank.shape[1:],
+        bank_sha256=bank.sha256,
+        episode_seed=seed,
+        archive_sha256=None,
+    )
+    return LiveSource(info, bank.path, bank.open_images(), EpisodeSampler(spec, table), episodes)
+
+
+def as_source(source: Source | str | os.PathLike[str], split: str | None, *, verify: bool) -> Source:
+    """A source, from itself or from the folder of an archive.
+
+    Raises:
+        RequestError: not an archive; or the split of a source was asked for that it does not give.
+        DamagedError: the archive is damaged.
+    """
+    if isinstance(source, str | os.PathLike):
+        return ArchiveSource(source, split or "train", verify=verify)
+    if split is not None and split != source.info.split:
+        raise RequestError(f"The source gives the split {source.info.split!r}, not {split!r}.")
+    if verify:
+        raise RequestError("verify=True is for archives; live episodes have no digest to compare with.")
+    return source

@@ -1,0 +1,149 @@
+"""Stream meta-batches of episodes: ``for batch in EpisodeStream("omniglot-5w1s", batch_size=32).to("cuda")``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mamldata.batch import BatchReader, EpisodeBatch
+from mamldata.device import DeviceStream
+from mamldata.errors import RequestError
+from mamldata.order import Order
+from mamldata.sources import EpisodeInfo, Source, as_source
+
+_STATE_VERSION = 1
+
+
+class EpisodeStream(IterableDataset[EpisodeBatch]):
+    """Meta-batches of episodes from an archive, or live from a bank.
+
+    Each ``iter()`` is one epoch and the next one is the next epoch; live episodes never end. After
+    ``load_state_dict`` the next ``iter()`` goes on at exactly the next meta-batch instead.
+
+    Args:
+        source: the folder of an archive, or a source such as ``mamldata.live("omniglot")``.
+        split: ``train`` (the default), ``val`` or ``test``.
+        batch_size: episodes in a meta-batch.
+        seed: of the order; equal seeds give equal orders everywhere.
+        shuffle: a new permutation in each epoch, without the rest that fills no meta-batch; or, if False, every
+            episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
+        dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
+        verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
+
+    Raises:
+        RequestError: the source or an argument cannot be.
+        DamagedError: the archive is damaged; the message names the shard and the episode.
+    """
+
+    def __init__(
+        self,
+        source: Source | str | os.PathLike[str],
+        split: str | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        *,
+        shuffle: bool | None = None,
+        dtype: torch.dtype = torch.float32,
+        verify: bool = False,
+    ) -> None:
+        super().__init__()
+        if dtype != torch.uint8 and not dtype.is_floating_point:
+            raise RequestError(f"dtype must be torch.uint8 or a floating type, not {dtype}.")
+        self.source = as_source(source, split, verify=verify)
+        if shuffle and self.source.episodes is None:
+            raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
+        if shuffle is None:
+            shuffle = self.source.info.split == "train" and self.source.episodes is not None
+        self.order = Order(self.source.episodes, batch_size, shuffle, seed)
+        self.dtype = dtype
+        self.next_batch = 0
+        self._resumed = False
+        self._reader: BatchReader | None = None  # kept for its memory
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self.source.info
+
+    def __len__(self) -> int:
+        """Meta-batches in an epoch.
+
+        Raises:
+            TypeError: live episodes never end.
+        """
+        if self.order.batches_per_epoch is None:
+            raise TypeError("This stream never ends, so it has no length.")
+        return self.order.batches_per_epoch
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:
+        reader = self._reader = self._reader or BatchReader(self.source, self.order, self.dtype, torch.device("cpu"))
+        worker = get_worker_info()
+        # A DataLoader takes from its workers in turn, so that striding keeps the order.
+        skip, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for t in self.start_pass()[skip::step]:
+            batch = reader.read(t)
+            self.next_batch = t + 1
+            # A worker's tensors travel through shared memory, which must not be written to again.
+            yield EpisodeBatch(*(tensor.clone() for tensor in batch)) if worker else batch
+
+    def start_pass(self) -> range:
+        """The meta-batches of the pass that begins now, counted through all epochs."""
+        per_epoch = self.order.batches_per_epoch
+        if per_epoch is None:
+            return range(self.next_batch, 2**62)
+        if not self._resumed:
+            # An epoch that was broken off is not taken up again: what follows is a whole one.
+            self.next_batch = -(-self.next_batch // per_epoch) * per_epoch
+        self._resumed = False
+        return range(self.next_batch, (self.next_batch // per_epoch + 1) * per_epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of ``epoch``, as torch's distributed samplers do.
+
+        A ``DataLoader`` with workers needs it before each epoch, because its workers iterate over copies.
+        """
+        self.next_batch = epoch * (self.order.batches_per_epoch or 0)
+        self._resumed = False
+
+    def to(self, device: torch.device | str, *, prefetch: int = 2) -> DeviceStream:
+        """The same stream, read ahead by a background thread and put on a device.
+
+        Args:
+            device: such as ``"cuda"``; ``"cpu"`` takes the same path without pinned memory.
+            prefetch: meta-batches that are ready in advance.
+        """
+        return DeviceStream(self, torch.device(device), prefetch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: plain numbers and strings, valid for any number of workers."""
+        return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at exactly the next meta-batch.
+
+        Raises:
+            RequestError: the state is of a stream with another source or order; every difference is named.
+        """
+        expected = {"version": _STATE_VERSION, **self._identity()}
+        different = [
+            f"{key}: {state.get(key)!r} saved, {value!r} here"
+            for key, value in expected.items()
+            if state.get(key) != value
+        ]
+        if different:
+            raise RequestError("The saved state is of another stream:\n  " + "\n  ".join(different))
+        self.next_batch = int(state["next_batch"])
+        self._resumed = True
+
+    def _identity(self) -> dict[str, Any]:
+        order = asdict(self.order)
+        info = asdict(self.info)
+        return {**order, **info, "image_shape": list(info["image_shape"])}

@@ -126,6 +126,14 @@ class ArchiveSource:
             to_query[q : q + query_bytes] = episodes[start : start + query_bytes]
             q += query_bytes
 
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        layout = self.archive.layout
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+        source = layout.view(shard, layout.source)[index - self._starts[number]]
+        return [self._split.classes.label(int(way[0])) for way in source]
+
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
         mapped = open_shard(self.folder / shard.file, shard, self.archive.layout, verify=self.verify)
@@ -186,6 +194,10 @@ class LiveSource:
         shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
         parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
         gather(self.images, self.table, source, info.k_shot, *parts)
+
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(int(way[0])) for way in self.sampler.sample(index, 1)[0]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "images": self.images.shape}

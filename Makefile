@@ -1,0 +1,34 @@
+# Daily commands. `make demo` and `make test` need nothing but Python 3.11 or newer: they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## Fetch, build, train and evaluate on the embedded data, without a network
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## Run the tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## Run every benchmark on the embedded data, or on MAMLDATA_TEST_DATA where it is set
+	$(BIN)/python benchmarks/run_all.py
+
+clean:  ## Remove what these commands made
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mamldata needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Choose one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable . --group test --group lint
+	@touch $@

@@ -1,0 +1,32 @@
+"""``mamldata datasets``."""
+
+from __future__ import annotations
+
+import click
+
+from cli.common import json_option, next_command, print_json, root_option
+from mamldata.catalogue import list_datasets
+from mamldata.root import data_root
+
+
+@click.command(
+    epilog="\b\nExample:\n  mamldata datasets",
+)
+@root_option
+@json_option
+def command(root: str | None, as_json: bool) -> None:
+    """List the built-in datasets, their split schemes, and what of them is here."""
+    entries = list_datasets(data_root(root))
+    if as_json:
+        print_json(entries)
+        return
+    for entry in entries:
+        have = f"{entry['files_here']} of {entry['files']} raw files"
+        banks = "".join(f", bank at {size} pixels" for size in entry["banks"])
+        click.echo(f"{entry['name']}: {entry['title']}")
+        click.echo(f"    here: {have}{banks}")
+        for scheme in entry["split_schemes"]:
+            mark = " (default)" if scheme["default"] else ""
+            click.echo(f"    split scheme {scheme['name']}{mark}: {scheme['description']}")
+    click.echo(f"Kept in {data_root(root)}")
+    next_command("mamldata fetch NAME")

@@ -1,0 +1,28 @@
+"""``mamldata doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from cli.common import json_option, print_json, root_option, size_text
+from mamldata.doctor import examine
+from mamldata.root import data_root
+
+
+@click.command(
+    epilog="\b\nExample:\n  mamldata doctor",
+)
+@root_option
+@json_option
+def command(root: str | None, as_json: bool) -> None:
+    """Print versions, devices, folders and free space: what a bug report needs."""
+    report = examine(data_root(root))
+    if as_json:
+        print_json(report)
+        return
+    for key, value in report.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        elif key.endswith("_free"):
+            value = size_text(int(value))
+        click.echo(f"{key.replace('_', ' ')}: {value}")

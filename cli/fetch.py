@@ -1,0 +1,82 @@
+"""``mamldata fetch``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cli.common import bars, json_option, next_command, print_json, root_option, say, size_text
+from mamldata.errors import FetchError
+from mamldata.fetch import Action, Fetched, fetch, plan
+from mamldata.manifest import Manifest, load_manifest
+from mamldata.root import DatasetFolder, data_root
+
+
+@click.command(
+    epilog="\b\nExamples:\n  mamldata fetch glyphs\n  mamldata fetch omniglot --from ~/downloads --dry-run",
+)
+@click.argument("name", metavar="NAME|FILE.toml")
+@click.option(
+    "--from",
+    "places",
+    metavar="PLACE",
+    multiple=True,
+    help="A folder or address to look in before the manifest's own; may be repeated.",
+)
+@click.option("--offline", is_flag=True, help="Touch no network.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@root_option
+@json_option
+def command(
+    name: str, places: tuple[str, ...], offline: bool, dry_run: bool, root: str | None, as_json: bool
+) -> None:
+    """Get a dataset's raw files, verify each, and keep them read-only.
+
+    A download that was cut off goes on where it stopped. A second run finds everything there.
+    """
+    manifest = load_manifest(name)
+    home = data_root(root)
+    if dry_run:
+        _show_plan(manifest, home, plan(manifest, home, places, offline=offline), as_json)
+        return
+    results = fetch(manifest, home, places, offline=offline, progress=bars, notify=say)
+    if as_json:
+        print_json([asdict(result) for result in results])
+        return
+    for result in results:
+        click.echo(_line(result))
+    click.echo(f"{manifest.name} is in {DatasetFolder(home, manifest.name).raw}")
+    next_command(f"mamldata build {name} --out ARCHIVE")
+
+
+def _line(result: Fetched) -> str:
+    origin = f" from {result.source}" if result.source else ""
+    check = "content digest" if result.checked_by == "content_sha256" else "sha256"
+    return f"{result.name}: {result.how}{origin}, {size_text(result.bytes)}, {check} right"
+
+
+def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: bool) -> None:
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": action.file.name,
+                    "action": action.kind,
+                    "path": str(action.path),
+                    "bytes": action.file.bytes,
+                    "have_bytes": action.have_bytes,
+                    "sources": list(action.sources),
+                }
+                for action in actions
+            ]
+        )
+    else:
+        for action in actions:
+            click.echo(f"{action.file.name}: {action.kind}, {size_text(action.file.bytes)}")
+            for source in action.sources:
+                click.echo(f"    {source}")
+        click.echo(f"into {DatasetFolder(root, manifest.name).raw}")
+    if missing := [action.file.name for action in actions if action.kind == "missing"]:
+        raise FetchError(f"Without a network there is no source for: {', '.join(missing)}. Give one with --from.")

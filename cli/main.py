@@ -1,0 +1,78 @@
+"""The group of all verbs. A verb's module is imported when the verb is used, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+import mamldata
+from mamldata.errors import MamldataError
+
+# verb: the module that has it as ``command``, and its line in the overview.
+VERBS = {
+    "datasets": ("cli.datasets", "List the datasets, and what of them is here."),
+    "fetch": ("cli.fetch", "Get a dataset's raw files and verify them."),
+    "verify": ("cli.verify", "Hash everything of a dataset or an archive again."),
+    "build": ("cli.build", "Build an archive of episodes."),
+    "inspect": ("cli.inspect", "Show what is in an archive, and its digest."),
+    "preview": ("cli.preview", "Draw an episode as a picture."),
+    "train": ("cli.train", "Train on an archive or on live episodes."),
+    "eval": ("cli.eval", "Evaluate a checkpoint."),
+    "doctor": ("cli.doctor", "Print what a bug report needs."),
+}
+
+EPILOG = """\b
+Example, without a network:
+  mamldata fetch glyphs
+  mamldata build glyphs --out glyphs-5w1s
+  mamldata train glyphs-5w1s --steps 200 --out run
+"""
+
+
+class Failure(click.ClickException):
+    """An error of ours as click shows it: its message on stderr, its exit code, no traceback."""
+
+    def __init__(self, error: MamldataError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+class Verbs(click.Group):
+    """A group that knows its commands by name and imports only the one that is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All verbs, in the order of work."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a verb."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The overview, from the table above instead of from the modules."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb; what a user can mend is shown without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except MamldataError as error:
+            raise Failure(error) from error
+        except KeyboardInterrupt:
+            raise click.ClickException("Interrupted. Run the same command again: it goes on.") from None
+
+
+@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mamldata.__version__, prog_name="mamldata")
+def main() -> None:
+    """Few-shot datasets as verified, bit-reproducible episode archives; and a lean MAML trainer."""
+
+
+if __name__ == "__main__":
+    main(prog_name="mamldata")

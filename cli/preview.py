@@ -1,0 +1,74 @@
+"""``mamldata preview``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.common import (
+    archive_folder,
+    episode_options,
+    given,
+    json_option,
+    next_command,
+    print_json,
+    refuse_with_archive,
+    root_option,
+)
+from mamldata.manifest import SPLITS
+from mamldata.parallel import default_workers
+from mamldata.preview import contact_sheet, episode, save, title
+from mamldata.sources import ArchiveSource, LiveSource, live
+
+
+@click.command(
+    epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
+)
+@click.argument("target", metavar="NAME|ARCHIVE")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
+@click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="Its index.")
+@click.option("--seed", type=click.IntRange(0), help="Of live episodes.  [default: 0]")
+@episode_options
+@root_option
+@json_option
+def command(
+    target: str,
+    out: Path,
+    split: str,
+    index: int,
+    seed: int | None,
+    n_way: int | None,
+    k_shot: int | None,
+    k_query: int | None,
+    split_scheme: str | None,
+    rotations: str | None,
+    image_size: int | None,
+    root: str | None,
+    as_json: bool,
+) -> None:
+    """Draw an episode: rows are classes, support images left, query images right."""
+    options = given(
+        seed=seed,
+        n_way=n_way,
+        k_shot=k_shot,
+        k_query=k_query,
+        split_scheme=split_scheme,
+        rotations=rotations,
+        image_size=image_size,
+    )
+    folder = archive_folder(target)
+    source: ArchiveSource | LiveSource
+    if folder is None:
+        source = live(target, split, root=root, workers=default_workers(), **options)
+    else:
+        refuse_with_archive(folder, options)
+        source = ArchiveSource(folder, split)
+    support, query, names = episode(source, index)
+    save(contact_sheet(support, query, names, title(source, index)), out)
+    if as_json:
+        print_json({"out": str(out), "classes": names})
+        return
+    click.echo(f"{out}: {title(source, index)}")
+    next_command(f"mamldata train {target}")

@@ -1,0 +1,40 @@
+"""``mamldata verify``."""
+
+from __future__ import annotations
+
+import click
+
+from cli.common import archive_folder, bars, json_option, next_command, print_json, root_option
+from mamldata.archive import read_archive
+from mamldata.manifest import load_manifest
+from mamldata.root import data_root
+from mamldata.verify import verify_archive, verify_dataset
+
+
+@click.command(
+    epilog="\b\nExamples:\n  mamldata verify glyphs\n  mamldata verify glyphs-5w1s",
+)
+@click.argument("target", metavar="NAME|ARCHIVE")
+@click.option("--digest", help="The digest that the archive should have, as cited.")
+@root_option
+@json_option
+def command(target: str, digest: str | None, root: str | None, as_json: bool) -> None:
+    """Hash raw files and banks, or an archive's shards, again; exit 1 if a byte is not what it was."""
+    folder = archive_folder(target)
+    if folder is None:
+        if digest is not None:
+            raise click.UsageError("--digest is the digest of an archive; a dataset's digests are in its manifest.")
+        problems = verify_dataset(load_manifest(target), data_root(root), bars)
+    else:
+        problems = verify_archive(folder, bars, digest=digest)
+    if as_json:
+        print_json({"target": target, "whole": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            click.echo(problem)
+        if not problems:
+            found = "" if folder is None else f", digest {read_archive(folder).digest}"
+            click.echo(f"{target} is whole{found}")
+            next_command(f"mamldata build {target} --out ARCHIVE" if folder is None else f"mamldata train {target}")
+    if problems:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,35 @@
+"""What datasets there are, and what of them is on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mamldata.manifest import builtin_names, load_manifest
+from mamldata.root import DatasetFolder
+
+
+def list_datasets(root: Path) -> list[dict[str, Any]]:
+    """Every built-in dataset as plain values; looks only at which files exist."""
+    return [_entry(name, root) for name in builtin_names()]
+
+
+def _entry(name: str, root: Path) -> dict[str, Any]:
+    manifest, folder = load_manifest(name), DatasetFolder(root, name)
+    here = [f for f in manifest.files if (folder.raw / f.name).is_file() and folder.receipt(f.name).is_file()]
+    banks = [path.stem.removeprefix(f"{name}-") for path in folder.path.glob(f"{name}-*.json")]
+    return {
+        "name": name,
+        "title": manifest.title,
+        "version": manifest.version,
+        "licence": manifest.licence,
+        "homepage": manifest.homepage,
+        "files": len(manifest.files),
+        "files_here": len(here),
+        "bytes": sum(file.bytes for file in manifest.files),
+        "banks": sorted(int(size) for size in banks if size.isdigit()),
+        "split_schemes": [
+            {"name": scheme.name, "description": scheme.description, "default": scheme.name == manifest.split_scheme}
+            for scheme in manifest.schemes.values()
+        ],
+    }

@@ -1,0 +1,112 @@
+"""An episode as a picture: rows are classes, support images left, query images right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from mamldata.errors import RequestError
+from mamldata.files import commit, make_folder, temporary, writing
+from mamldata.sources import ArchiveSource, LiveSource
+
+Images = npt.NDArray[np.uint8]
+
+_CELL = 64  # pixels that an image is enlarged to, if it is smaller
+_MARGIN = 10
+_GAP = 2
+_BETWEEN = 18  # between support and query
+_TEXT = 14
+_COLOURS = {"paper": "white", "ink": "black", "support": "#1f5fa8", "query": "#a8501f"}
+
+
+def episode(source: ArchiveSource | LiveSource, index: int) -> tuple[Images, Images, list[str]]:
+    """One episode's images and the names of its classes.
+
+    Args:
+        source: an archive's split, or a live one.
+        index: of the episode.
+
+    Returns:
+        Support ``[n_way, k_shot, H, W, C]`` and query ``[n_way, k_query, H, W, C]``, uint8; ``n_way`` names.
+
+    Raises:
+        RequestError: there is no such episode.
+    """
+    if index < 0 or (source.episodes is not None and index >= source.episodes):
+        raise RequestError(f"There is no episode {index}: split {source.info.split!r} has {source.episodes} episodes.")
+    info = source.info
+    shapes = [(info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
+    support, query = (np.empty(shape, dtype=np.uint8) for shape in shapes)
+    source.read(np.array([index], dtype=np.int64), support.reshape(-1), query.reshape(-1))
+    classes = source.class_labels(index)
+    return support, query, classes
+
+
+def contact_sheet(support: Images, query: Images, names: Sequence[str], title: str) -> Image.Image:
+    """Draw an episode.
+
+    Args:
+        support: uint8 ``[n_way, k_shot, H, W, C]``.
+        query: uint8 ``[n_way, k_query, H, W, C]``.
+        names: of the ``n_way`` classes.
+        title: the line above.
+    """
+    n_way, k_shot, height, width, _ = support.shape
+    scale = max(1, _CELL // max(height, width))
+    step_x, step_y = width * scale + _GAP, height * scale + _GAP
+    font = ImageFont.load_default(_TEXT)
+    label_width = max(int(font.getlength(text)) for text in names) + _MARGIN
+    top = _MARGIN + 2 * (_TEXT + 6)
+    left = _MARGIN + label_width
+    query_left = left + k_shot * step_x + _BETWEEN
+    right = query_left + query.shape[1] * step_x
+    sheet_width = max(right, _MARGIN + int(font.getlength(title))) + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, top + n_way * step_y + _MARGIN), _COLOURS["paper"])
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), title, fill=_COLOURS["ink"], font=font)
+    heading = top - _TEXT - 6
+    # One shot of a small image leaves no room for the whole word.
+    draw.text((left, heading), "support", fill=_COLOURS["support"], font=font)
+    draw.text((max(query_left, left + 64), heading), "query", fill=_COLOURS["query"], font=font)
+    for way in range(n_way):
+        y = top + way * step_y
+        draw.text((_MARGIN, y + (height * scale - _TEXT) // 2), names[way], fill=_COLOURS["ink"], font=font)
+        for x, part, colour in ((left, support, "support"), (query_left, query, "query")):
+            for shot in range(part.shape[1]):
+                place = (x + shot * step_x, y)
+                sheet.paste(_picture(part[way, shot], scale), place)
+                box = (place[0] - 1, y - 1, place[0] + width * scale, y + height * scale)
+                draw.rectangle(box, outline=_COLOURS[colour])
+    return sheet
+
+
+def _picture(image: Images, scale: int) -> Image.Image:
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    return Image.fromarray(np.kron(pixels, np.ones((scale, scale, *[1] * (pixels.ndim - 2)), dtype=np.uint8)))
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all.
+
+    Raises:
+        WriteError: the place cannot be written to.
+    """
+    make_folder(path.parent)
+    with writing(path):
+        sheet.save(temporary(path), format="PNG")
+        commit(path)
+
+
+def title(source: ArchiveSource | LiveSource, index: int) -> str:
+    """What the episode is, in one line."""
+    info = source.info
+    origin = f"archive {info.archive_sha256[:12]}" if info.archive_sha256 else f"live, seed {info.episode_seed}"
+    return (
+        f"{info.dataset} {info.split} episode {index}: {info.n_way}-way {info.k_shot}-shot, "
+        f"split scheme {info.split_scheme}, {origin}"
+    )
+

@@ -74,7 +74,7 @@ class Source(Protocol):
 
 
 class ArchiveSource:
-    """A split of an archive in a local folder, memory-mapped.
+    """A split of an archive in a local folder, memory-mapped; at most its first ``episodes``.
 
     All shards must be there and have their length when the source is made. A shard's headers are checked, and with
     ``verify`` its digest, when it is first read from.
@@ -84,12 +84,20 @@ class ArchiveSource:
         DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], split: str = "train", *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        verify: bool = False,
+        episodes: int | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.archive: Archive = read_archive(self.folder)
         self.verify = verify
         self._split = self.archive.split(split)
         self._info = archive_info(self.archive, split)
+        self._episodes = self._split.episodes if episodes is None else min(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
         for shard in self._split.shards:
@@ -103,7 +111,7 @@ class ArchiveSource:
     @property
     def episodes(self) -> int:
         """How many there are."""
-        return self._split.episodes
+        return self._episodes
 
     def read(self, index: Indices, support: Images, query: Images) -> None:
         """Copy episodes out of the maps, one by one: fancy indexing of a strided map would copy it whole.

@@ -1,0 +1,100 @@
+"""``mamldata train``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.common import (
+    archive_folder,
+    episode_options,
+    given,
+    json_option,
+    next_command,
+    print_json,
+    refuse_with_archive,
+    root_option,
+    say,
+)
+
+ALGORITHMS = ("maml", "fomaml")
+NETWORKS = ("conv4", "conv3-pool")
+BN_MODES = ("transductive", "support")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  mamldata train glyphs --steps 200 --out run\n"
+    "  mamldata train glyphs-5w1s --algorithm fomaml --out run2",
+)
+@click.argument("target", metavar="NAME|ARCHIVE")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
+@click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]")
+@click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]")
+@click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm of query images.  [default: transductive]")
+@click.option("--steps", type=int, help="Outer steps.  [default: 4000]")
+@click.option("--inner-steps", type=int, help="Of adaptation, in training.  [default: 1]")
+@click.option("--inner-lr", type=float, help="[default: 0.4]")
+@click.option("--eval-inner-steps", type=int, help="In evaluation.  [default: 3, or --inner-steps if more]")
+@click.option("--meta-lr", type=float, help="[default: 0.001]")
+@click.option("--meta-batch-size", type=int, help="Episodes in an outer step.  [default: 16]")
+@click.option("--seed", type=int, help="Of weights and order.  [default: 0]")
+@click.option("--eval-every", type=int, help="Outer steps between validations.  [default: 500]")
+@click.option("--eval-episodes", type=int, help="For validation.  [default: 200, or all if fewer]")
+@click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
+@click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
+@episode_options
+@root_option
+@json_option
+def command(
+    target: str,
+    out: Path,
+    resume: bool,
+    n_way: int | None,
+    k_shot: int | None,
+    k_query: int | None,
+    split_scheme: str | None,
+    rotations: str | None,
+    image_size: int | None,
+    root: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
+
+    Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
+    """
+    from trainer.data import archive_data, live_data
+    from trainer.settings import TrainSettings
+    from trainer.train import train
+
+    options = given(
+        n_way=n_way,
+        k_shot=k_shot,
+        k_query=k_query,
+        split_scheme=split_scheme,
+        rotations=rotations,
+        image_size=image_size,
+    )
+    chosen = given(**settings)
+    folder = archive_folder(target)
+    if folder is None:
+        data = live_data(target, root, options)
+    else:
+        refuse_with_archive(folder, options)
+        data = archive_data(folder)
+        if "eval_episodes" not in chosen:
+            chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or 0)
+    start = time.monotonic()
+    result = train(TrainSettings(**chosen), data, out, resume=resume, report=say)
+    if as_json:
+        print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
+        return
+    click.echo(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
+    say(f"Done in {(time.monotonic() - start) / 60:.1f} min.")
+    next_command(f"mamldata eval {result.best} {target}")

@@ -1,0 +1,144 @@
+"""Checkpoints: ``maml_step{step}_acc{accuracy}.pt``. The best one and the last one are kept."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamldata.errors import DamagedError, RequestError
+from mamldata.files import write_atomic
+from trainer.models import build_network
+
+_FORMAT = "mamldata-checkpoint/1"
+_NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)_acc\d\.\d{4}\.pt(?P<part>\.part)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on, and all that an evaluation needs to know.
+
+    Attributes:
+        step: outer steps done.
+        accuracy: of the validation at this step, in [0, 1].
+        best_step, best_accuracy: the best validation so far; the earliest among equals.
+        settings: the fields of ``TrainSettings``.
+        data: the description of the data.
+        weights: the network's parameters.
+        optimizer: its state.
+        stream: where the training data stood.
+    """
+
+    step: int
+    accuracy: float
+    best_step: int
+    best_accuracy: float
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    stream: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.settings['algorithm']}_step{self.step}_acc{self.accuracy:.4f}.pt"
+
+    def network(self) -> nn.Module:
+        """The network with its trained weights, on the CPU."""
+        height, _, channels = self.data["image_shape"]
+        settings = self.settings
+        network = build_network(settings["network"], channels, height, self.data["n_way"], settings["seed"])
+        network.load_state_dict(self.weights)
+        return network
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint whole or not at all, then remove those that are neither the best nor the last.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    content = io.BytesIO()
+    # Not asdict, which would copy every tensor.
+    values = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    torch.save({"format": _FORMAT, **values}, content)
+    path = run_dir / checkpoint.name
+    write_atomic(path, content.getvalue())
+    for step, other in _files(run_dir, unfinished=True):
+        if step not in {checkpoint.step, checkpoint.best_step} or other.suffix == ".part":
+            other.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. No code of the file is run (``weights_only``).
+
+    Raises:
+        RequestError: there is no such file, or it is something else.
+        DamagedError: the file is not what was written.
+    """
+    if not path.is_file():
+        raise RequestError(f"There is no checkpoint {path}.")
+    data = path.read_bytes()
+    _check_container(path, data)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
+    known = {field.name for field in fields(Checkpoint)}
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != known:
+        raise RequestError(f"{path} is not a checkpoint of this trainer ({_FORMAT}).")
+    return Checkpoint(**content)
+
+
+def _check_container(path: Path, data: bytes) -> None:
+    """A checkpoint is a zip; torch reads its members without looking at their CRC-32."""
+    if not data.startswith(b"PK"):
+        raise RequestError(f"{path} is not a checkpoint of this trainer: it is no zip container.")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as container:
+            bad = container.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise DamagedError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    if bad:
+        raise DamagedError(f"{path} is damaged: {bad} is not what was written. {_REMEDY}")
+
+
+_REMEDY = "Remove it: a run that is resumed goes on from the checkpoint before it."
+
+
+def find_last(run_dir: Path) -> Path | None:
+    """The run's newest checkpoint; None if it has none yet."""
+    files = _files(run_dir)
+    return max(files)[1] if files else None
+
+
+def find_best(run_dir: Path) -> Path:
+    """The run's checkpoint with the best validation accuracy.
+
+    Raises:
+        RequestError: there is none.
+        DamagedError: the newest checkpoint, which says which one is the best, is damaged.
+    """
+    last = find_last(run_dir)
+    if last is None:
+        raise RequestError(f"{run_dir} holds no checkpoint. Give a run folder, or the file of a checkpoint.")
+    best_step = load_checkpoint(last).best_step
+    for step, path in _files(run_dir):
+        if step == best_step:
+            return path
+    raise RequestError(f"{run_dir} holds no checkpoint of its best step, {best_step}. Evaluate {last} instead.")
+
+
+def _files(run_dir: Path, *, unfinished: bool = False) -> list[tuple[int, Path]]:
+    """The checkpoints of a run with their steps; files with other names are nobody's business."""
+    found = [(_NAME.fullmatch(path.name), path) for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    return [(int(match["step"]), path) for match, path in found if match and (unfinished or not match["part"])]

@@ -1,0 +1,146 @@
+"""The evaluator: the only one, for validation while training and for results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
+from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
+from trainer.allocator import keep_large_buffers
+from trainer.checkpoint import find_best, load_checkpoint
+from trainer.protocol import TrainData
+from trainer.settings import TrainSettings, pick_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result, with all that it takes to compare it with another one.
+
+    Attributes:
+        accuracy: query accuracy after the last inner step, mean over the episodes, in [0, 1].
+        interval: half the width of its 95 % confidence interval, ``1.96 * s / sqrt(episodes)``, where ``s`` is the
+            sample standard deviation over episodes (with ``episodes - 1`` below).
+        loss: query loss after the last inner step, mean over the episodes, in nats.
+        accuracy_by_step: before adaptation and after each inner step.
+        episodes: how many.
+        bn, inner_steps, inner_lr: how the network adapted; see ``InnerLoop``.
+        dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
+    """
+
+    accuracy: float
+    interval: float
+    loss: float
+    accuracy_by_step: tuple[float, ...]
+    episodes: int
+    bn: str
+    inner_steps: int
+    inner_lr: float
+    dataset: str
+    split_scheme: str
+    split: str
+    n_way: int
+    k_shot: int
+    k_query: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict of plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
+            f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
+            f"{self.inner_steps} inner steps, batch norm {self.bn}"
+        )
+
+
+def evaluate(
+    network: nn.Module, batches: Iterable[EpisodeBatch], inner: InnerLoop, data: dict[str, Any], split: str
+) -> Evaluation:
+    """Adapt to each episode by itself and measure on its query set. The network is not changed.
+
+    Keeps no graph beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
+
+    Args:
+        network: on the device of the episodes.
+        batches: one pass over them.
+        inner: how to adapt; its order makes no difference here.
+        data: what the episodes are, see ``TrainData.describe``.
+        split: the episodes' split.
+
+    Raises:
+        RequestError: fewer than two episodes, which give no interval.
+    """
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    with torch.no_grad():
+        rows = [measure(network, parameters, one, inner) for batch in batches for one in episodes(batch)]
+    if len(rows) < 2:
+        raise RequestError(f"An accuracy with its interval takes at least 2 episodes, not {len(rows)}.")
+    table = torch.stack(rows).cpu().double()  # [episodes, 1 + inner.steps + 1]
+    accuracies = table[:, 1:]
+    return Evaluation(
+        accuracy=accuracies[:, -1].mean().item(),
+        interval=1.96 * accuracies[:, -1].std(correction=1).item() / len(rows) ** 0.5,
+        loss=table[:, 0].mean().item(),
+        accuracy_by_step=tuple(accuracies.mean(0).tolist()),
+        episodes=len(rows),
+        bn=inner.bn,
+        inner_steps=inner.steps,
+        inner_lr=inner.lr,
+        split=split,
+        **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
+    )
+
+
+def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> Tensor:
+    """Query loss after adaptation, then query accuracy before adaptation and after each step: ``[steps + 2]``."""
+    logits = [query_logits(network, at, episode, inner.bn) for at in adapt(network, parameters, episode, inner)]
+    loss = F.cross_entropy(logits[-1], episode.query_y)
+    return torch.stack([loss, *(accuracy(step, episode.query_y).to(loss.dtype) for step in logits)])
+
+
+def evaluate_checkpoint(
+    place: Path | str,
+    data: TrainData,
+    *,
+    split: str = "test",
+    episodes: int = 600,
+    inner_steps: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluate a checkpoint, or the best one of a run folder.
+
+    Args:
+        place: file or folder.
+        data: the episodes.
+        split: of the data.
+        episodes: how many; 600 are the field's custom.
+        inner_steps: None takes what the run was validated with.
+        device: see ``TrainSettings``.
+
+    Raises:
+        RequestError: no checkpoint, or its network does not fit the data.
+        DamagedError: the checkpoint is damaged.
+    """
+    path = find_best(Path(place)) if Path(place).is_dir() else Path(place)
+    checkpoint = load_checkpoint(path)
+    about = data.describe()
+    for key in ("n_way", "image_shape"):
+        here, there = about[key], checkpoint.data[key]
+        if here != there and list(here) != list(there):
+            raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
+    inner = TrainSettings(**checkpoint.settings).inner_loop_at_test()
+    if inner_steps is not None:
+        inner = replace(inner, steps=inner_steps)
+    keep_large_buffers()
+    where = pick_device(device)
+    batches = data.eval(split, episodes, checkpoint.settings["meta_batch_size"], where)
+    return evaluate(checkpoint.network().to(where), batches, inner, about, split)

@@ -1,0 +1,104 @@
+"""What a run writes down as it goes: ``metrics.jsonl``, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import MamldataError
+from mamldata.files import write_atomic, writing
+from trainer.engines import Outcome
+
+NAME = "metrics.jsonl"
+
+
+def append(run_dir: Path, row: dict[str, Any]) -> None:
+    """Add a line to the run's metrics.
+
+    Raises:
+        WriteError: the file cannot be written to.
+    """
+    path = run_dir / NAME
+    with writing(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Drop the lines after ``step``, and what a killed process left half written.
+
+    Raises:
+        WriteError: the file cannot be written to.
+    """
+    path = run_dir / NAME
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if _step(line) <= step).encode())
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
+
+
+class Window:
+    """The outer steps since the last line of the log.
+
+    Losses and accuracies stay on the device until they are summed up: asking for one makes the CPU wait.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._losses: list[Tensor] = []
+        self._accuracies: list[Tensor] = []
+        self._images = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float) -> None:
+        """Count one outer step, for whose meta-batch the loop waited so many seconds."""
+        self._losses.append(outcome.loss)
+        self._accuracies.append(outcome.accuracy)
+        self._images += batch.support_y.numel() + batch.query_y.numel()
+        self._waited += waited
+
+    def sum_up(self) -> dict[str, Any]:
+        """Means over the window, and the last step's accuracy before and after each inner step.
+
+        Raises:
+            MamldataError: a loss was not finite; the message names the first such step.
+        """
+        losses = torch.stack(self._losses).tolist()  # the CPU waits for the device here
+        seconds = time.perf_counter() - self._started
+        for step, loss in enumerate(losses, self.step + 1):
+            require_finite(loss, f"The training loss at step {step}")
+        steps = len(losses)
+        return {
+            "step": self.step + steps,
+            "loss": sum(losses) / steps,
+            "accuracy": torch.stack([by_step[-1] for by_step in self._accuracies]).mean().item(),
+            "accuracy_by_step": self._accuracies[-1].tolist(),
+            "ms_per_step": 1000 * seconds / steps,
+            "images_per_second": self._images / seconds,
+            "data_wait_percent": 100 * self._waited / seconds,
+        }
+
+
+def require_finite(loss: float, what: str) -> None:
+    """Stop a run that has diverged, instead of training on nothing.
+
+    Raises:
+        MamldataError: ``loss`` is infinite or not a number.
+    """
+    if not -float("inf") < loss < float("inf"):
+        raise MamldataError(
+            f"{what} is {loss}: training has diverged. Lower inner_lr or meta_lr, or take fewer inner steps, and "
+            "start again in another run folder. The last checkpoint is from before."
+        )

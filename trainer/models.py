@@ -1,0 +1,139 @@
+"""The networks. Normalisation is an argument of their forward pass, so no network keeps statistics of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamldata.errors import RequestError
+
+# (x [N, C, H, W], weight [C], bias [C]) -> the normalised x.
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_EPSILON = 1e-5  # what torch's batch norm adds to the variance
+
+
+def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Batch norm by the mean and variance of all images of ``x``; keeps nothing for a later call."""
+    # Faster than the formula written out, also when it is differentiated twice.
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPSILON)
+
+
+def leading_statistics(count: int) -> Norm:
+    """Batch norm by the mean and variance of the first ``count`` images only, for all images.
+
+    With the support set in front, no query image has any influence on another one.
+    """
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x[:count], dim=(0, 2, 3), correction=0)
+        scale = weight * torch.rsqrt(variance + _EPSILON)
+        shift = bias - mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    return norm
+
+
+class Block(nn.Module):
+    """3x3 convolution, batch norm, ReLU, and 2x2 max-pooling if asked for."""
+
+    def __init__(self, inputs: int, filters: int, *, stride: int, padding: int, pool: bool) -> None:
+        super().__init__()
+        self.stride, self.padding, self.pool = stride, padding, pool
+        # Without a bias: the normalisation takes it away again, so that its gradient is always zero.
+        self.kernel = nn.Parameter(torch.empty(filters, inputs, 3, 3))
+        self.scale = nn.Parameter(torch.ones(filters))
+        self.shift = nn.Parameter(torch.zeros(filters))
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """``[N, inputs, H, W]`` to ``[N, filters, H', W']``."""
+        x = F.conv2d(x, self.kernel, stride=self.stride, padding=self.padding)
+        x = F.relu(norm(x, self.scale, self.shift))
+        return F.max_pool2d(x, 2) if self.pool else x
+
+
+class ConvNet(nn.Module):
+    """Blocks, then either the mean over space or all of it, then a linear head."""
+
+    def __init__(self, blocks: list[Block], features: int, n_way: int, *, mean_over_space: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.mean_over_space = mean_over_space
+        self.head = nn.Parameter(torch.empty(n_way, features))
+        self.head_bias = nn.Parameter(torch.zeros(n_way))
+
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        for block in self.blocks:
+            x = block(x, norm)
+        x = x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
+        return F.linear(x, self.head, self.head_bias)
+
+
+def conv4(image_channels: int, image_size: int, n_way: int) -> ConvNet:  # noqa: ARG001  # it takes every size
+    """The Omniglot network of Finn et al. 2017: four blocks of 64 filters with stride 2, and the mean over space.
+
+    After https://github.com/cbfinn/maml, ``main.py`` and ``maml.py``; there the padding of an even side is on one
+    end only and the head starts from a normal distribution, here padding is 1 all round and the start is Glorot's.
+    """
+    widths = [image_channels, 64, 64, 64, 64]
+    blocks = [Block(i, o, stride=2, padding=1, pool=False) for i, o in pairwise(widths)]
+    return ConvNet(blocks, 64, n_way, mean_over_space=True)
+
+
+def conv3_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
+    """Three blocks of 64 filters without padding, each with 2x2 max-pooling; 28x28 images end as 1x1.
+
+    The network of the Omniglot examples of functorch and higher.
+
+    Raises:
+        RequestError: nothing would be left of images this small.
+    """
+    side = image_size
+    for _ in range(3):
+        side = (side - 2) // 2
+    if side < 1:
+        raise RequestError(
+            f"The network conv3-pool needs images of at least 22x22 pixels, and these have {image_size}x{image_size}. "
+            "Use larger images, or conv4."
+        )
+    widths = [image_channels, 64, 64, 64]
+    blocks = [Block(i, o, stride=1, padding=0, pool=True) for i, o in pairwise(widths)]
+    return ConvNet(blocks, 64 * side * side, n_way, mean_over_space=False)
+
+
+NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {"conv4": conv4, "conv3-pool": conv3_pool}
+
+
+def build_network(name: str, image_channels: int, image_size: int, n_way: int, seed: int) -> nn.Module:
+    """A network with fresh float32 parameters on the CPU, channels-last; equal seeds give equal parameters.
+
+    Args:
+        name: one of ``NETWORKS``.
+        image_channels: of the images.
+        image_size: height and width of the images, in pixels.
+        n_way: classes to tell apart.
+        seed: of the initialisation; no global generator is touched.
+
+    Raises:
+        RequestError: the network cannot take images of this size.
+    """
+    network = NETWORKS[name](image_channels, image_size, n_way)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim > 1:  # scales start at one, shifts and biases at zero
+                _glorot_uniform(weight, generator)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _glorot_uniform(weight: Tensor, generator: torch.Generator) -> None:
+    """Glorot and Bengio 2010, equation 16."""
+    fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    weight.uniform_(-bound, bound, generator=generator)

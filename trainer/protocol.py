@@ -1,0 +1,64 @@
+"""What the trainer asks of data, so that archives, live episodes and made-up tensors all will do."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
+
+
+class TrainStream(Protocol):
+    """Meta-batches for training. Each ``iter()`` is one epoch (or has no end), and the next one the next epoch."""
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:
+        """The next epoch; right after ``load_state_dict``, the rest of the epoch that was under way."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer stands, as numbers, strings, lists and dicts; read-ahead does not count."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at exactly the next meta-batch."""
+        ...
+
+
+class TrainData(Protocol):
+    """Episodes to train and to evaluate on."""
+
+    def train(self, batch_size: int, seed: int, device: torch.device) -> TrainStream:
+        """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``."""
+        ...
+
+    def eval(self, split: str, episodes: int, batch_size: int, device: torch.device) -> Iterable[EpisodeBatch]:
+        """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the episodes are, fit for JSON.
+
+        At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
+        ``digest`` and ``source``. A run goes on only with data whose description is the same, ``source`` (the place)
+        aside.
+        """
+        ...
+
+
+def endless(stream: TrainStream) -> Generator[EpisodeBatch, None, None]:
+    """The meta-batches of all epochs, one epoch after the other.
+
+    Raises:
+        RequestError: an epoch without a single meta-batch.
+    """
+    while True:
+        empty = True
+        for batch in stream:
+            empty = False
+            yield batch
+            del batch  # its memory can be used again while the next one is read
+        if empty:
+            raise RequestError("The train split gives no meta-batch. Lower the meta-batch size, or add episodes.")

@@ -1,0 +1,81 @@
+"""The run folder: ``config.json``, ``metrics.jsonl`` and checkpoints; and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mamldata
+from mamldata.errors import DamagedError, RequestError
+from mamldata.files import make_folder, write_atomic
+from trainer import metrics
+from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
+from trainer.settings import CHANGEABLE, TrainSettings
+
+CONFIG = "config.json"
+
+
+def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, resume: bool) -> Checkpoint | None:
+    """Make a run folder ready.
+
+    Returns:
+        The checkpoint to go on from; None for a start from the beginning.
+
+    Raises:
+        RequestError: the folder holds a run and ``resume`` was not asked for, or that run was another one.
+        DamagedError: the last checkpoint or ``config.json`` is damaged.
+        WriteError: the folder cannot be written to.
+    """
+    last = find_last(run_dir)
+    config = run_dir / CONFIG
+    if not resume and (last or config.exists()):
+        raise RequestError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another folder.")
+    if config.exists():
+        _refuse_another_run(config, settings, data)
+    elif last:
+        raise RequestError(f"{run_dir} holds checkpoints, but no {CONFIG} to say of what. Choose another folder.")
+    checkpoint = load_checkpoint(last) if last else None
+    if checkpoint is None or checkpoint.step < settings.steps:
+        make_folder(run_dir)
+        write_atomic(config, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
+        metrics.rewind(run_dir, checkpoint.step if checkpoint else 0)
+    return checkpoint
+
+
+def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
+    versions = {
+        "mamldata": mamldata.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    return {"settings": asdict(settings), "data": data, "versions": versions}
+
+
+def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        pairs = [(saved["settings"], asdict(settings), CHANGEABLE), (saved["data"], data, frozenset({"source"}))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
+    differences = [line for before, now, free in pairs for line in _differences(before, now, free)]
+    if differences:
+        raise RequestError(
+            f"{config.parent} holds another run:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nGo on with its own settings, or choose another folder."
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> Iterator[str]:
+    now = json.loads(json.dumps(now))  # as it would come back: tuples become lists
+    for key in sorted((before.keys() | now.keys()) - free):
+        if before.get(key) != now.get(key):
+            yield f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"

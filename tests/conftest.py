@@ -1,0 +1,227 @@
+"""What all tests share: data roots with the embedded and the real datasets, and tiny datasets made up on the spot."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from mamldata import glyphs
+from mamldata.bank import Bank, make_bank
+from mamldata.manifest import Manifest, load_manifest
+from mamldata.root import DatasetFolder
+
+REAL_DATA = "MAMLDATA_TEST_DATA"
+UNEQUAL = {"Ash/one": 4, "Ash/two": 7, "Birch/one": 5, "Birch/two": 12, "Cedar/one": 6, "Cedar/two": 9}
+
+# The same examples in every run, and no folder of past failures beside the sources.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test may touch the datasets of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAMLDATA_ROOT", str(tmp_path_factory.mktemp("default-root")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real datasets. Tests that use it carry ``@pytest.mark.real_data``."""
+    place = os.environ.get(REAL_DATA)
+    if not place:
+        pytest.skip(f"{REAL_DATA} is not set: it names the folder of real datasets")
+    return Path(place)
+
+
+def add_raw(folder: DatasetFolder, file: Path) -> None:
+    """Put a file where ``fetch`` would, with its receipt."""
+    folder.raw.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder.raw / file.name)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    folder.receipt(file.name).write_text(f"{digest}  {file.name}\n")
+
+
+@pytest.fixture(scope="session")
+def glyphs_manifest() -> Manifest:
+    """The manifest of the embedded dataset."""
+    return load_manifest("glyphs")
+
+
+@pytest.fixture(scope="session")
+def glyphs_root(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manifest) -> Path:
+    """A data root with glyphs fetched and its bank of 28 pixels made. Shared: do not write to it, copy it."""
+    archive = tmp_path_factory.mktemp("glyphs-drawn") / "glyphs.zip"
+    glyphs.write_archive(archive)
+    root = tmp_path_factory.mktemp("glyphs-root")
+    add_raw(DatasetFolder(root, "glyphs"), archive)
+    make_bank(glyphs_manifest, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def glyphs_bank(glyphs_manifest: Manifest, glyphs_root: Path) -> Bank:
+    """The bank of glyphs."""
+    return make_bank(glyphs_manifest, glyphs_root)
+
+
+def _omniglot_root(name: str, real_data: Path, root: Path) -> Path:
+    manifest = load_manifest(name)
+    for file in manifest.files:
+        add_raw(DatasetFolder(root, name), real_data / "omniglot" / file.name)
+    make_bank(manifest, root, workers=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def omniglot_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the real Omniglot and its bank. Shared: do not write to it, copy it."""
+    return _omniglot_root("omniglot", real_data, tmp_path_factory.mktemp("omniglot-root"))
+
+
+@pytest.fixture(scope="session")
+def omniglot_bank(omniglot_root: Path) -> Bank:
+    """The bank of the real Omniglot."""
+    return make_bank(load_manifest("omniglot"), omniglot_root)
+
+
+@pytest.fixture(scope="session")
+def omniglot_small_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the real omniglot-small and its bank. Shared: do not write to it, copy it."""
+    return _omniglot_root("omniglot-small", real_data, tmp_path_factory.mktemp("omniglot-small-root"))
+
+
+@dataclass(frozen=True)
+class TinyDataset:
+    """A made-up dataset.
+
+    Attributes:
+        manifest_path: a user's own manifest, given by path.
+        manifest: the same, loaded.
+        archive: the zip that the manifest describes; its folder can be given to ``fetch`` as a place.
+        root: a data root, where the zip is in ``raw/`` if the dataset was made as fetched.
+        pixels: the raw pixels of each image, by ``(class, file name)``, ``[side, side]`` or ``[side, side, 3]``.
+    """
+
+    manifest_path: Path
+    manifest: Manifest
+    archive: Path
+    root: Path
+    pixels: Mapping[tuple[str, str], npt.NDArray[np.uint8]]
+
+    @property
+    def folder(self) -> DatasetFolder:
+        """Where it stands under the root."""
+        return DatasetFolder(self.root, self.manifest.name)
+
+
+TINY_MANIFEST = """\
+format = "mamldata-manifest/1"
+name = "{name}"
+title = "Made up for a test"
+version = "1"
+licence = "MIT"
+homepage = "https://example.org"
+citation = "None."
+rotations = "all"
+split_scheme = "own"
+
+[[files]]
+name = "{archive}"
+urls = ["https://example.org/{archive}"]
+bytes = {bytes}
+sha256 = "{sha256}"
+
+[reader]
+type = "class-folders"
+depth = 2
+
+[image]
+size = {size}
+channels = {channels}
+resampling = "lanczos"
+invert = {invert}
+
+[splits.own]
+description = "made up"
+train = {train}
+val = {val}
+test = {test}
+"""
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., TinyDataset]:
+    """Makes a tiny dataset below ``tmp_path``: PNGs of noise in a zip, with a manifest.
+
+    Arguments, all by keyword: ``name``; ``sizes``, the number of images of each class (two folders deep); ``side`` of
+    the raw images; ``size`` of the bank's; ``channels``; ``invert``; ``fetched``, whether the zip is in the root. The
+    first half of the classes is train, the next quarter val, the rest test.
+    """
+
+    def make(
+        *,
+        name: str = "tiny",
+        sizes: Mapping[str, int] = UNEQUAL,
+        side: int = 12,
+        size: int = 8,
+        channels: int = 1,
+        invert: bool = True,
+        fetched: bool = True,
+    ) -> TinyDataset:
+        mirror = tmp_path / f"{name}-mirror"
+        mirror.mkdir()
+        archive = mirror / f"{name}.zip"
+        chance = np.random.default_rng(0)
+        shape = (side, side) if channels == 1 else (side, side, 3)
+        pixels = {
+            (class_name, f"{image:03d}.png"): chance.integers(0, 256, shape, dtype=np.uint8)
+            for class_name, count in sizes.items()
+            for image in range(count)
+        }
+        members = list(pixels.items())
+        random.Random(0).shuffle(members)  # no container promises an order
+        with zipfile.ZipFile(archive, "w") as container:
+            for (class_name, file), image in members:
+                encoded = io.BytesIO()
+                Image.fromarray(image).save(encoded, "PNG")
+                container.writestr(zipfile.ZipInfo(f"{name}/{class_name}/{file}"), encoded.getvalue())
+        classes = sorted(sizes)
+        first, second = len(classes) // 2, len(classes) * 3 // 4
+        data = archive.read_bytes()
+        manifest_path = tmp_path / f"{name}.toml"
+        manifest_path.write_text(
+            TINY_MANIFEST.format(
+                name=name,
+                archive=archive.name,
+                bytes=len(data),
+                sha256=hashlib.sha256(data).hexdigest(),
+                size=size,
+                channels=channels,
+                invert=str(invert).lower(),
+                train=classes[:first],
+                val=classes[first:second],
+                test=classes[second:],
+            )
+        )
+        root = tmp_path / "root"
+        manifest = load_manifest(str(manifest_path))
+        if fetched:
+            add_raw(DatasetFolder(root, name), archive)
+        return TinyDataset(manifest_path, manifest, archive, root, pixels)
+
+    return make

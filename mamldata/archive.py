@@ -7,6 +7,7 @@ as a tar by any tool, or memory-mapped and indexed. ``docs/format.md`` describes
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,9 @@ INDEX_SUM = "archive.json.sha256"
 BLOCK = 512  # a tar's unit, in bytes
 END = 2 * BLOCK  # two empty blocks close a tar
 MOST_EPISODES = 10**8  # the member names have eight digits
+
+_MOST_MEMBER = 8**11  # a tar header has eleven octal digits for a member's length
+_MOST_ROWS = 2**31  # source.npy is int32
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -73,7 +77,9 @@ class EpisodeLayout:
         members = []
         for name, (dtype, shape) in shapes.items():
             data = start + BLOCK + len(npy_header(dtype, shape))
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            if data - start + size >= _MOST_MEMBER:
+                raise RequestError(f"An episode's {name} file would be {size:,} bytes; a tar holds none of 8 GiB.")
             members.append(Member(name, dtype, shape, start, data, size))
             start = -(-(data + size) // BLOCK) * BLOCK
         self.support, self.query, self.source = self.members = tuple(members)
@@ -296,7 +302,7 @@ def read_archive(folder: Path) -> Archive:
     if digest_file.is_file() and digest_file.read_bytes() != index_sum(archive.digest):
         raise DamagedError(
             f"{path} is damaged: its sha256 is {archive.digest}, which is not what {INDEX_SUM} says. "
-            "Delete both and build again (finished shards are used again), or copy them anew."
+            "Copy both anew, or delete the folder and build the archive again."
         )
     return archive
 
@@ -310,13 +316,13 @@ def parse_archive(data: bytes) -> Archive:
     try:
         document = json.loads(data)
         declared = document["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError("not the description of an archive.") from error
     if declared != FORMAT:
         raise DamagedError(f"its format is {declared!r}; this version of mamldata reads {FORMAT!r}.")
     try:
         archive = _from_json(document)
-        sound = archive.to_json() == data and _consistent(archive)
+        sound = archive.to_json() == data and _plain(archive) and _consistent(archive)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
         raise DamagedError(f"damaged ({error}).") from error
     if not sound:
@@ -358,19 +364,41 @@ def _split_from_json(document: dict[str, Any]) -> ArchiveSplit:
     return ArchiveSplit(table, document["episodes"], shards)
 
 
+def _plain(archive: Archive) -> bool:
+    """Whether every value has the type and the range that a build gives it: JSON's ``true`` and ``1.0`` are not 1."""
+    splits = archive.splits.values()
+    shards = [shard for split in splits for shard in split.shards]
+    names = [name for split in splits for name in split.classes.names]
+    texts = (archive.dataset, archive.dataset_version, archive.bank_sha256, archive.split_scheme, *names)
+    digests = (archive.bank_sha256, *(shard.sha256 for shard in shards))
+    counts = [archive.n_way, archive.k_shot, archive.k_query, *archive.image_shape]
+    counts += [part.episodes for part in (*splits, *shards)]
+    numbers = [archive.seed, *counts, *(value for shard in shards for value in (shard.first_episode, shard.bytes))]
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(number) is int for number in numbers)
+        and all(0 < count < MOST_EPISODES for count in counts)
+        and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
+        and archive.rotations in ROTATIONS
+        and len(archive.splits) > 0
+    )
+
+
 def _consistent(archive: Archive) -> bool:
     """Whether shards cover the episodes without a gap, and have the length that their episodes need."""
-    if archive.rotations not in ROTATIONS:
-        return False
     for name, split in archive.splits.items():
+        spec, table = archive.spec(name), split.classes  # refuses what no episode can be
         starts = [0, *np.cumsum([shard.episodes for shard in split.shards]).tolist()]
         expected = [
             (shard_file(name, number), first, stop - first, archive.layout.shard_bytes(stop - first))
             for number, (first, stop) in enumerate(pairwise(starts))
         ]
         found = [(shard.file, shard.first_episode, shard.episodes, shard.bytes) for shard in split.shards]
-        digests = all(re.fullmatch(r"[0-9a-f]{64}", shard.sha256) for shard in split.shards)
-        if found != expected or starts[-1] != split.episodes or not digests:
+        turns = np.arange(len(table)) % spec.quarter_turns
+        rows = (table.first_row >= 0) & (table.images > 0) & (table.images <= _MOST_ROWS - table.first_row)
+        if found != expected or starts[-1] != split.episodes:
+            return False
+        if not (rows.all() and np.array_equal(table.quarter_turns, turns)):
             return False
     return True
 

@@ -1,0 +1,82 @@
+"""What the benchmarks share: the machine in words, honest repeats, one JSON document as output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mamldata
+from mamldata.bank import Bank, make_bank
+from mamldata.fetch import fetch
+from mamldata.manifest import Manifest, load_manifest
+from mamldata.parallel import default_workers
+from mamldata.root import data_root
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dataset", default="glyphs", help="a name or a manifest (default: glyphs)")
+    parser.add_argument("--from", dest="places", action="append", default=[], help="where raw files are fetched from")
+    parser.add_argument("--root", help="the data root (default: as for mamldata)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each candidate (default: 7)")
+    return parser
+
+
+def raw(options: argparse.Namespace) -> tuple[Manifest, Path]:
+    """The dataset with its raw files in place."""
+    manifest, root = load_manifest(options.dataset), data_root(options.root)
+    fetch(manifest, root, tuple(options.places), offline=True)
+    return manifest, root
+
+
+def bank(options: argparse.Namespace) -> tuple[Manifest, Bank]:
+    """The dataset's bank."""
+    manifest, root = raw(options)
+    return manifest, make_bank(manifest, root, workers=default_workers())
+
+
+def in_turn(candidates: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, dict[str, float]]:
+    """Time candidates in turn, A B C A B C …, so that a machine that slows down slows all of them.
+
+    Args:
+        candidates: each does its work once and gives the number of things done.
+        repeats: timed rounds, after one that is not timed.
+
+    Returns:
+        For each candidate the median, lowest and highest rate, in things a second.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, work in candidates.items():
+            start = time.perf_counter()
+            done = work()
+            if turn:  # the first round warms caches and allocators
+                rates[name].append(done / (time.perf_counter() - start))
+    return {
+        name: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+        for name, values in rates.items()
+    }
+
+
+def ratio(results: Mapping[str, Mapping[str, float]], one: str, other: str) -> float:
+    """The medians' quotient."""
+    return results[one]["median"] / results[other]["median"]
+
+
+def report(name: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Print everything as one JSON document."""
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "processors": default_workers(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "mamldata": mamldata.__version__,
+    }
+    print(json.dumps({"benchmark": name, "machine": machine, "settings": settings, "results": results}, indent=2))

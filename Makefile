@@ -10,7 +10,12 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Fetch, build, train and evaluate on the embedded data, without a network
-	$(BIN)/python examples/demo.py
+	$(BIN)/mamldata fetch glyphs --root demo/data
+	$(BIN)/mamldata build glyphs --root demo/data --out demo/glyphs-5w1s
+	$(BIN)/mamldata verify demo/glyphs-5w1s
+	$(BIN)/mamldata preview demo/glyphs-5w1s --out demo/episode.png
+	$(BIN)/mamldata train demo/glyphs-5w1s --out demo/run --steps 150 --eval-every 75 --eval-episodes 50 --resume
+	$(BIN)/mamldata eval demo/run demo/glyphs-5w1s --episodes 200
 
 test: $(READY)  ## Run the tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
 	$(BIN)/python -m pytest
@@ -20,8 +25,8 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## Run every benchmark on the embedded data, or on MAMLDATA_TEST_DATA where it is set
-	$(BIN)/python benchmarks/run_all.py
+bench: $(READY)  ## Run every benchmark on the embedded data; each prints JSON
+	for name in preprocess build stream train; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Remove what these commands made
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

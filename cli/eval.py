@@ -72,9 +72,7 @@ def command(
         refuse_with_archive(folder, options)
         data = archive_data(folder)
     count = episodes or data.available(split) or LIVE_EPISODES
-    result = evaluate_checkpoint(
-        checkpoint, data, split=split, episodes=count, inner_steps=inner_steps, device=device
-    )
+    result = evaluate_checkpoint(checkpoint, data, split=split, episodes=count, inner_steps=inner_steps, device=device)
     if as_json:
         print_json(result.to_json())
         return

@@ -15,7 +15,7 @@ from mamldata.root import DatasetFolder, data_root
 
 
 @click.command(
-    epilog="\b\nExamples:\n  mamldata fetch glyphs\n  mamldata fetch omniglot --from ~/downloads --dry-run",
+    epilog="\b\nExamples:\n  mamldata fetch glyphs\n  mamldata fetch omniglot --dry-run",
 )
 @click.argument("name", metavar="NAME|FILE.toml")
 @click.option(
@@ -29,9 +29,7 @@ from mamldata.root import DatasetFolder, data_root
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @root_option
 @json_option
-def command(
-    name: str, places: tuple[str, ...], offline: bool, dry_run: bool, root: str | None, as_json: bool
-) -> None:
+def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, root: str | None, as_json: bool) -> None:
     """Get a dataset's raw files, verify each, and keep them read-only.
 
     A download that was cut off goes on where it stopped. A second run finds everything there.

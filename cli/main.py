@@ -36,7 +36,7 @@ class Failure(click.ClickException):
 
     def __init__(self, error: MamldataError) -> None:
         super().__init__(str(error))
-        self.exit_code = error.exit_code
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click's own way of giving one
 
 
 class Verbs(click.Group):

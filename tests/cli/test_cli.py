@@ -1,0 +1,355 @@
+"""The command line, used as a user would: what is printed where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli.main import VERBS, main
+from mamldata.errors import MamldataError
+
+MANIFEST = """
+format = "mamldata-manifest/1"
+name = "Bad Name"
+title = "t"
+version = "1"
+licence = "l"
+homepage = "h"
+citation = "c"
+split_scheme = "s"
+[[files]]
+name = "a.zip"
+urls = ["ftp://example.org/a.zip"]
+bytes = 3
+[reader]
+type = "class-folders"
+[image]
+size = 8
+channels = 1
+resampling = "box"
+[splits.s]
+description = "d"
+seed = 0
+train = 2
+val = 2
+test = 2
+"""
+
+
+def run(*arguments: object, root: Path | None = None) -> Result:
+    """A command in this process."""
+    environment = {"MAMLDATA_ROOT": str(root) if root else ""}
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], env=environment)
+
+
+def refused(result: Result, code: int, *texts: str) -> None:
+    """Check a failure: its code, its words on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    for text in texts:
+        assert text in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="session")
+def archive(glyphs_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small archive of glyphs, built by the command."""
+    out = tmp_path_factory.mktemp("cli") / "glyphs-5w1s"
+    counts = ("--train", 20, "--val", 4, "--test", 6, "--k-query", 3, "--workers", 1)
+    result = run("build", "glyphs", "--out", out, *counts, root=glyphs_root)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a very short run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = run("train", archive, "--out", out, "--steps", 2, "--meta-batch-size", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_help_names_every_verb_and_imports_no_torch():
+    """The overview shows all verbs, and answers without importing torch, webdataset or pillow."""
+    code = "import sys; from cli.main import main; main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(re.search(rf"^  {verb} ", done.stdout, re.M) for verb in VERBS)
+    assert not {"'torch'", "'webdataset'", "'PIL'"} & set(re.findall(r"'\w+'", done.stdout))
+
+
+@pytest.mark.parametrize("verb", ["datasets", "fetch", "verify", "build", "inspect", "preview", "train", "eval"])
+def test_a_verbs_help_imports_no_torch(verb: str):
+    """Help and the data verbs start without torch."""
+    code = (
+        f"import sys; from cli.main import main; main(['{verb}', '--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every help ends with examples; run in the order of work, all of them succeed."""
+    examples = [line.strip() for line in run("--help").stdout.splitlines() if line.startswith("    mamldata ")]
+    for verb in VERBS:
+        found = re.findall(r"^ +(mamldata .*)$", run(verb, "--help").stdout.split("Example")[-1], re.M)
+        assert found, f"{verb} --help has no example"
+        examples += found
+    monkeypatch.chdir(tmp_path)
+    done = set()
+    for example in examples:
+        if example not in done:
+            done.add(example)
+            short = example.replace("--steps 200", "--steps 2 --meta-batch-size 2 --eval-episodes 4")
+            if "train" in short and "--steps" not in short:
+                short += " --steps 2 --meta-batch-size 2 --eval-episodes 4"
+            arguments = short.removeprefix("mamldata ").split()
+            if arguments[0] == "build" and "--train" not in arguments:
+                arguments += ["--train", "2000", "--val", "200", "--test", "600"]
+            if arguments[0] == "eval":
+                arguments += ["--episodes", "4"]
+            if arguments[:2] == ["train", "glyphs"]:
+                arguments[arguments.index("--out") + 1] = "live-run"
+            result = run(*arguments, root=tmp_path / "root")
+            assert result.exit_code == 0, f"{example}: {result.output}"
+    assert len(done) >= len(VERBS)
+
+
+def test_datasets_says_what_is_here(glyphs_root: Path):
+    """``datasets`` lists every dataset with its split schemes and state, also as JSON."""
+    text = run("datasets", root=glyphs_root)
+    assert "glyphs" in text.stdout
+    assert "1 of 1 raw files" in text.stdout
+    entries = {entry["name"]: entry for entry in json.loads(run("datasets", "--json", root=glyphs_root).stdout)}
+    assert set(entries) == {"glyphs", "omniglot", "omniglot-small"}
+    assert entries["glyphs"]["files_here"] == 1
+    assert [scheme["name"] for scheme in entries["omniglot"]["split_schemes"]] == ["maml", "vinyals", "lake"]
+
+
+def test_fetch_then_build_then_verify(tmp_path: Path):
+    """The data verbs in a row, in an empty root; the second fetch and build find everything there."""
+    root, out = tmp_path / "root", tmp_path / "archive"
+    build = ("build", "glyphs", "--out", out, "--train", 4, "--val", 2, "--test", 2, "--workers", 1)
+    fetched = run("fetch", "glyphs", root=root)
+    assert fetched.exit_code == 0, fetched.output
+    assert "generated" in fetched.stdout
+    assert "had" in run("fetch", "glyphs", root=root).stdout
+    built = run(*build, root=root)
+    assert built.exit_code == 0, built.output
+    digest = re.search(r"digest sha256:([0-9a-f]{64})", built.stdout)
+    assert digest is not None
+    assert digest[0] in run(*build, root=root).stdout
+    assert digest[0] in run("inspect", out).stdout
+    assert json.loads(run("inspect", out, "--json").stdout)["digest"] == digest[1]
+    assert run("verify", out).stdout == f"{out} is whole, digest {digest[1]}\n"
+    assert run("verify", out, "--digest", f"sha256:{digest[1]}").exit_code == 0
+    wrong = run("verify", out, "--digest", "0" * 64)
+    assert wrong.exit_code == 1
+    assert "is another archive" in wrong.stdout
+    assert run("verify", "glyphs", root=root).exit_code == 0
+
+
+def test_verify_names_the_damaged_file(archive: Path, tmp_path: Path):
+    """A flipped byte makes ``verify`` exit with 1 and name the shard, also in JSON."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in archive.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    shard = copy / "test-00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    result = run("verify", copy)
+    assert result.exit_code == 1
+    assert "test-00000.tar" in result.stdout
+    report = json.loads(run("verify", copy, "--json").stdout)
+    assert report["whole"] is False
+    assert "test-00000.tar" in report["problems"][0]
+
+
+def test_preview_draws_an_archive_and_a_dataset(archive: Path, glyphs_root: Path, tmp_path: Path):
+    """``preview`` writes a PNG that Pillow reads, for both kinds of target."""
+    from PIL import Image
+
+    for target in (archive, "glyphs"):
+        out = tmp_path / "deep" / "folder" / "p.png"
+        result = run("preview", target, "--out", out, "--episode", 1, root=glyphs_root)
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 400
+        assert [path.name for path in out.parent.iterdir()] == ["p.png"]
+
+
+def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
+    """A run leaves its files; its folder and its checkpoint evaluate alike; the result says what it is."""
+    assert {"config.json", "metrics.jsonl"} < {path.name for path in trained.iterdir()}
+    by_folder = run("eval", trained, archive, "--device", "cpu")
+    assert by_folder.exit_code == 0, by_folder.output
+    checkpoint = next(trained.glob("maml_step2_acc*.pt"))
+    assert run("eval", checkpoint, archive, "--device", "cpu").stdout == by_folder.stdout
+    for text in ("95 % interval, 6 episodes", "split scheme seeded", "test, 5-way 1-shot", "batch norm transductive"):
+        assert text in by_folder.stdout
+    as_json = json.loads(run("eval", trained, archive, "--json", "--episodes", 4, "--device", "cpu").stdout)
+    assert as_json["episodes"] == 4
+    again = run("train", archive, "--out", trained, "--steps", 2, "--meta-batch-size", 2, "--resume", "--device", "cpu")
+    assert again.exit_code == 0, again.output
+    refused(run("train", archive, "--out", trained, "--steps", 2), 2, "already holds a run", "--resume")
+
+
+def test_train_on_live_episodes(glyphs_root: Path, tmp_path: Path):
+    """A dataset's name trains on live episodes, with the episodes that the options ask for."""
+    options = ("--steps", 1, "--meta-batch-size", 2, "--eval-episodes", 4, "--n-way", 3, "--k-query", 2)
+    result = run("train", "glyphs", "--out", tmp_path / "run", *options, "--json", root=glyphs_root)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["step"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["n_way"] == 3
+
+
+def test_doctor_prints_versions(tmp_path: Path):
+    """``doctor`` has what a bug report needs."""
+    report = json.loads(run("doctor", "--json", root=tmp_path).stdout)
+    assert report["root"] == str(tmp_path)
+    assert report["root_free"] > 0
+    assert report["packages"]["torch"] != "not installed"
+
+
+class TestBadInput:
+    """What a user gets wrong is one clear paragraph and the right exit code."""
+
+    def test_unknown_dataset(self):
+        """The nearest name is offered, and all names."""
+        refused(run("fetch", "omniglott"), 2, "no dataset 'omniglott'", "Did you mean 'omniglot'?", "glyphs")
+        refused(run("train", "omniglott", "--out", "x"), 2, "neither the folder of an archive nor a dataset")
+
+    def test_missing_raw_files(self, tmp_path: Path):
+        """The command that gets them is named, and nothing is downloaded."""
+        result = run("build", "omniglot", "--out", tmp_path / "a", root=tmp_path / "root")
+        refused(result, 1, "images_background.zip, images_evaluation.zip", "Run: mamldata fetch omniglot")
+        assert not (tmp_path / "a").exists()
+
+    def test_nothing_to_verify(self, tmp_path: Path):
+        """Verifying a dataset that is not here says so."""
+        refused(run("verify", "omniglot", root=tmp_path), 1, "Run: mamldata fetch omniglot")
+
+    @pytest.mark.parametrize("verb", ["inspect", "verify", "train", "preview"])
+    def test_a_folder_that_is_no_archive(self, verb: str, tmp_path: Path):
+        """Every verb says that the folder is not an archive, and how to make one."""
+        (tmp_path / "folder").mkdir()
+        more = {"train": ["--out", tmp_path / "run"], "preview": ["--out", tmp_path / "p.png"]}.get(verb, [])
+        refused(run(verb, tmp_path / "folder", *more), 2, "is not an archive", "mamldata build")
+
+    def test_more_ways_than_classes(self, glyphs_root: Path, tmp_path: Path):
+        """Have and need are named; nothing is written."""
+        out = tmp_path / "a"
+        result = run("build", "glyphs", "--out", out, "--n-way", 500, root=glyphs_root)
+        refused(result, 2, "120 classes, but n_way is 500")
+        assert not out.exists()
+
+    def test_more_shots_than_images(self, glyphs_root: Path, tmp_path: Path):
+        """The class, have and need are named."""
+        result = run("build", "glyphs", "--out", tmp_path / "a", "--k-shot", 6, root=glyphs_root)
+        refused(result, 2, "class 'alphabet", "20 images", "k_shot + k_query = 6 + 15 = 21")
+
+    def test_a_manifest_with_three_faults(self, tmp_path: Path):
+        """All three are reported at once, each with its place."""
+        path = tmp_path / "my.toml"
+        path.write_text(MANIFEST)
+        result = run("fetch", path)
+        refused(result, 2, "my.toml has 3 faults", "name: 'Bad Name'", "files[0].urls", "files[0].sha256: is missing")
+
+    def test_an_unwritable_place(self, glyphs_root: Path, tmp_path: Path):
+        """A file where a folder should be: the place and the remedy are named."""
+        (tmp_path / "file").write_text("")
+        result = run("build", "glyphs", "--out", tmp_path / "file" / "a", root=glyphs_root)
+        refused(result, 1, str(tmp_path / "file"), "Make the folder writable, or choose another one")
+        refused(run("fetch", "glyphs", root=tmp_path / "file" / "root"), 1, str(tmp_path / "file"))
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_read_only_folder(self, glyphs_root: Path, tmp_path: Path):
+        """The same for a folder without the permission."""
+        (tmp_path / "locked").mkdir(mode=0o555)
+        refused(run("build", "glyphs", "--out", tmp_path / "locked" / "a", root=glyphs_root), 1, "Cannot write")
+
+    def test_options_that_an_archive_cannot_take(self, archive: Path, tmp_path: Path):
+        """An archive's episodes are fixed: the option is named."""
+        refused(run("preview", archive, "--k-shot", 5, "--out", tmp_path / "p.png"), 2, "--k-shot", "are fixed")
+
+    def test_an_episode_that_is_not_there(self, archive: Path, tmp_path: Path):
+        """The number of episodes is named."""
+        refused(run("preview", archive, "--episode", 6, "--out", tmp_path / "p.png"), 2, "no episode 6", "6 episodes")
+
+    def test_more_test_episodes_than_there_are(self, archive: Path, trained: Path):
+        """Evaluating on more episodes than the archive has is refused, not shortened."""
+        refused(run("eval", trained, archive, "--episodes", 100), 2, "has 6 test episodes, but 100")
+
+    def test_an_archive_without_validation(self, glyphs_root: Path, tmp_path: Path):
+        """Training says at once that there is nothing to validate on."""
+        out = tmp_path / "a"
+        run("build", "glyphs", "--out", out, "--train", 4, "--val", 0, "--test", 0, "--workers", 1, root=glyphs_root)
+        refused(run("train", out, "--out", tmp_path / "run"), 2, "no episodes of split 'val'")
+
+    def test_wrong_settings(self, archive: Path, tmp_path: Path):
+        """Every fault in the settings is named at once."""
+        result = run("train", archive, "--out", tmp_path / "run", "--steps", 0, "--inner-lr", -1)
+        refused(result, 2, "steps must be at least 1", "inner_lr must be a positive number")
+
+    def test_a_checkpoint_that_is_none(self, archive: Path, tmp_path: Path):
+        """Another file is not loaded."""
+        (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
+        refused(run("eval", tmp_path / "x.pt", archive), 2, "x.pt is not a checkpoint")
+
+
+def test_choices_are_those_of_the_trainer():
+    """The options' choices, written down so that help needs no torch, are the trainer's."""
+    from cli import train
+    from trainer.algorithms import ALGORITHMS
+    from trainer.models import NETWORKS
+    from trainer.settings import BN_MODES, DEVICES
+
+    assert tuple(ALGORITHMS) == train.ALGORITHMS
+    assert tuple(NETWORKS) == train.NETWORKS
+    assert tuple(BN_MODES) == train.BN_MODES
+    assert tuple(DEVICES) == train.DEVICES
+
+
+def test_defaults_in_help_are_the_settings():
+    """The defaults that help names are those of the settings."""
+    from cli.train import command
+    from trainer.settings import TrainSettings
+
+    helps = {parameter.name: getattr(parameter, "help", "") or "" for parameter in command.params}
+    for name in ("algorithm", "network", "bn", "steps", "inner_steps", "meta_lr", "meta_batch_size", "eval_every"):
+        assert f"[default: {getattr(TrainSettings, name)}" in helps[name], name
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C ends with a sentence and exit code 1."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.datasets.list_datasets", interrupt)
+    refused(run("datasets"), 1, "Interrupted", "it goes on")
+
+
+def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):
+    """Any error of the library becomes its message and its exit code."""
+
+    class OwnError(MamldataError):
+        exit_code = 1
+
+    def fail(*_: object) -> None:
+        raise OwnError("what and how")
+
+    monkeypatch.setattr("cli.datasets.list_datasets", fail)
+    refused(run("datasets"), 1, "Error: what and how")

@@ -1,0 +1,55 @@
+"""The package as users install it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout."""
+    place = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", str(place), str(PROJECT)], check=True)
+    return next(place.glob("mamldata-*.whl"))
+
+
+def test_the_wheel_holds_manifests_and_types(wheel: Path):
+    """Manifests and class lists are package data, and the packages are marked as typed; tests are left out."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"manifests/{path.name}" for path in (PROJECT / "manifests").glob("*.toml")} <= names
+    assert {f"manifests/omniglot/{path.name}" for path in (PROJECT / "manifests/omniglot").iterdir()} <= names
+    assert {"mamldata/py.typed", "trainer/py.typed", "cli/py.typed"} <= names
+    assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
+
+
+def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path):
+    """In an environment with the wheel and its dependencies only, the command runs away from the checkout."""
+    place = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    python = place / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*install, str(wheel)], check=True)
+    # The dependencies of the running environment, but not what is installed there in editable mode: a folder named
+    # in a .pth file is searched, its own .pth files are not read.
+    site = next(place.glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    where = [str(python), "-c", "import mamldata, manifests; print(mamldata.__file__, manifests.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert all(Path(file).is_relative_to(place) for file in found)
+    command = [str(place / "bin" / "mamldata")]
+    listed = subprocess.run([*command, "datasets"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "omniglot: Omniglot" in listed.stdout
+    root = ["--root", str(tmp_path / "root")]
+    subprocess.run([*command, "fetch", "glyphs", *root], cwd=tmp_path, capture_output=True, check=True)
+    build = ["build", "glyphs", "--out", "archive", "--train", "4", "--val", "2", "--test", "2", *root]
+    built = subprocess.run([*command, *build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "digest sha256:" in built.stdout

@@ -21,6 +21,7 @@ from mamldata.archive import (
     ArchiveSplit,
     EpisodeLayout,
     Shard,
+    check_size,
     index_sum,
     is_archive,
     quarter_turns,
@@ -31,7 +32,7 @@ from mamldata.archive import (
 from mamldata.bank import Bank
 from mamldata.digest import canonical_json, sha256_file
 from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
-from mamldata.errors import RequestError, WriteError
+from mamldata.errors import DamagedError, RequestError, WriteError
 from mamldata.files import commit, make_folder, temporary, write_atomic, writing
 from mamldata.manifest import ROTATIONS, SPLITS, Manifest
 from mamldata.parallel import run_tasks
@@ -90,7 +91,8 @@ def build(
 ) -> Archive:
     """Build an archive in the folder ``out``, or go on with one that was interrupted there.
 
-    A folder that already holds the very archive is left as it is.
+    A folder that already holds the very archive is left as it is; a shard that is missing there, or has not its
+    length, is written again, and then the others are hashed too.
 
     Args:
         manifest: the dataset.
@@ -106,14 +108,17 @@ def build(
     """
     plan = plan_archive(manifest, bank, request or BuildRequest())
     _refuse_other_content(out, plan)
-    if is_archive(out) and not (out / ".build").exists():
-        return read_archive(out)
+    if is_archive(out) and not (out / ".build").exists() and _has_all_shards(out, archive := read_archive(out)):
+        return archive
     make_folder(out)
     with writing(out), FileLock(out / ".lock"):
-        try:
-            return _build(plan, bank, out, workers, progress)
-        finally:
-            (out / ".lock").unlink(missing_ok=True)
+        _refuse_other_content(out, plan)  # again: another process may have begun meanwhile
+        archive = _build(plan, bank, out, workers, progress)
+        # Only now: whoever waits for a lock that is gone finds nothing left to write. And in this order: while .build
+        # is there the next build clears up, should this process die here.
+        (out / ".lock").unlink(missing_ok=True)
+        shutil.rmtree(out / ".build", ignore_errors=True)
+        return archive
 
 
 def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archive:
@@ -169,13 +174,20 @@ def _refuse_other_content(out: Path, plan: Archive) -> None:
     elif (out / ".build").is_dir():
         started = _plan_file(out)
         if started.is_file() and started.read_bytes() != plan.to_json():
-            other = _difference(json.loads(started.read_bytes()), plan)
+            other = _started_difference(started, plan)
             raise RequestError(
                 f"{out} holds an unfinished build of another archive ({other}). Choose another folder, or delete "
                 "that one."
             )
     elif out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
         raise RequestError(f"{out} is not empty and not an archive. Choose another folder for the archive.")
+
+
+def _started_difference(started: Path, plan: Archive) -> str:
+    try:
+        return _difference(json.loads(started.read_bytes()), plan)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{started} is damaged"
 
 
 def _without_digests(archive: Archive) -> bytes:
@@ -209,12 +221,13 @@ def _plan_file(out: Path) -> Path:
 
 
 def _build(plan: Archive, bank: Bank, out: Path, workers: int, progress: Progress) -> Archive:
-    work = out / ".build"
-    if is_archive(out):
-        shutil.rmtree(work, ignore_errors=True)  # left by a process that died in its last moment
-        return read_archive(out)
-    make_folder(work)
+    there = read_archive(out) if is_archive(out) else None
+    if there is not None and _has_all_shards(out, there):
+        return there
+    make_folder(out / ".build")
     write_atomic(_plan_file(out), plan.to_json())
+    if there is not None:
+        _reopen(out, there)
     digests: dict[str, str] = {}
     todo = []
     total = sum(split.episodes for split in plan.splits.values())
@@ -232,8 +245,26 @@ def _build(plan: Archive, bank: Bank, out: Path, workers: int, progress: Progres
     archive = _with_digests(plan, digests)
     write_atomic(out / INDEX_SUM, index_sum(archive.digest))
     write_atomic(out / INDEX, archive.to_json())
-    shutil.rmtree(work)
     return archive
+
+
+def _has_all_shards(out: Path, archive: Archive) -> bool:
+    """Whether all shards of a finished archive are there and have their length."""
+    try:
+        for split in archive.splits.values():
+            for shard in split.shards:
+                check_size(out / shard.file, shard)
+    except DamagedError:
+        return False
+    return True
+
+
+def _reopen(out: Path, archive: Archive) -> None:
+    """Make a finished archive an unfinished build again: what ``archive.json`` says becomes the shards' receipts."""
+    for split in archive.splits.values():
+        for shard in split.shards:
+            write_atomic(_receipt(out, shard), shard.sha256.encode())
+    (out / INDEX).unlink()
 
 
 @dataclass(frozen=True)
@@ -301,7 +332,7 @@ def _finished(out: Path, shard: Shard) -> str | None:
     path, receipt = out / shard.file, _receipt(out, shard)
     if not (path.is_file() and receipt.is_file() and path.stat().st_size == shard.bytes):
         return None
-    digest = receipt.read_text()
+    digest = receipt.read_text(errors="replace")
     return digest if sha256_file(path) == digest else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamldata.digest import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
 from trainer.models import build_network
@@ -104,12 +105,12 @@ def _check_container(path: Path, data: bytes) -> None:
     if not data.startswith(b"PK"):
         raise RequestError(f"{path} is not a checkpoint of this trainer: it is no zip container.")
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as container:
+        with reading_container(path), zipfile.ZipFile(io.BytesIO(data)) as container:
             bad = container.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise DamagedError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    except DamagedError as error:
+        raise DamagedError(f"{error} {_REMEDY}") from error
     if bad:
-        raise DamagedError(f"{path} is damaged: {bad} is not what was written. {_REMEDY}")
+        raise DamagedError(f"{path}: a damaged container ({bad} is not what was written). {_REMEDY}")
 
 
 _REMEDY = "Remove it: a run that is resumed goes on from the checkpoint before it."

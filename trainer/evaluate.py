@@ -123,19 +123,21 @@ def evaluate_checkpoint(
         data: the episodes.
         split: of the data.
         episodes: how many; 600 are the field's custom.
-        inner_steps: None takes what the run was validated with.
+        inner_steps: 0 measures the initialisation itself; None takes what the run was validated with.
         device: see ``TrainSettings``.
 
     Raises:
-        RequestError: no checkpoint, or its network does not fit the data.
+        RequestError: no checkpoint, its network does not fit the data, or a wrong number.
         DamagedError: the checkpoint is damaged.
     """
+    if inner_steps is not None and inner_steps < 0:
+        raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
     path = find_best(Path(place)) if Path(place).is_dir() else Path(place)
     checkpoint = load_checkpoint(path)
     about = data.describe()
     for key in ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data[key]
-        if here != there and list(here) != list(there):
+        if here != there:
             raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
     inner = TrainSettings(**checkpoint.settings).inner_loop_at_test()
     if inner_steps is not None:

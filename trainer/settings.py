@@ -49,12 +49,12 @@ class TrainSettings:
     algorithm: str = "maml"
     network: str = "conv4"
     bn: BatchNorm = "transductive"
-    steps: int = 10_000
+    steps: int = 4000
     inner_steps: int = 1
     inner_lr: float = 0.4
     eval_inner_steps: int | None = None
     meta_lr: float = 1e-3
-    meta_batch_size: int = 32
+    meta_batch_size: int = 16
     seed: int = 0
     eval_every: int = 500
     eval_episodes: int = 200

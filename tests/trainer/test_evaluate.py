@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import gc
+import resource
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from synthetic import Synthetic
+from torch import Tensor, nn
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
+from trainer.adapt import InnerLoop
+from trainer.evaluate import evaluate, evaluate_checkpoint
+from trainer.models import Norm, build_network
+from trainer.settings import TrainSettings
+from trainer.train import RunResult, train
+
+CPU = torch.device("cpu")
+INNER = InnerLoop(steps=2, lr=0.1, order="first", bn="transductive")
+
+
+class Constant(nn.Module):
+    """Always says class 2, whatever it is taught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002
+        logits = torch.zeros(len(x), 5)
+        logits[:, 2] = 100.0
+        return logits + 0 * self.weight
+
+
+class Brightness(nn.Module):
+    """Says the class that the first pixel of an image names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002
+        return 100 * torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 5) + 0 * self.weight
+
+
+def told(right: list[int]) -> tuple[list[EpisodeBatch], dict[str, object]]:
+    """Episodes of 10 query images, of which ``Brightness`` gets so many right."""
+    labels = torch.arange(5).repeat_interleave(2)
+    batches = []
+    for index, count in enumerate(right):
+        pixel = torch.where(torch.arange(10) < count, labels, (labels + 1) % 5).float()
+        query = pixel[None, :, None, None, None].expand(1, 10, 1, 2, 2)
+        support = torch.zeros(1, 5, 1, 2, 2)
+        batches.append(EpisodeBatch(support, torch.arange(5)[None], query, labels[None], torch.tensor([index])))
+    return batches, Synthetic(k_query=2).describe()
+
+
+def test_a_constant_predictor_is_at_chance() -> None:
+    """One answer for all gives 1 / n_way after every inner step, with no spread at all."""
+    data = Synthetic()
+    result = evaluate(Constant(), data.eval("val", 10, 4, CPU), INNER, data.describe(), "val")
+    assert result.accuracy == pytest.approx(0.2)
+    assert result.accuracy_by_step == pytest.approx((0.2, 0.2, 0.2))
+    assert result.interval == pytest.approx(0, abs=1e-7)
+    assert result.episodes == 10
+
+
+def test_interval_is_that_of_the_formula() -> None:
+    """The half-width is 1.96 sample standard deviations over the root of the number of episodes."""
+    right = [3, 7, 10, 4, 9, 6, 8]
+    result = evaluate(Brightness(), *_with_inner(told(right)))
+    shares = np.array(right) / 10
+    assert result.accuracy == pytest.approx(shares.mean(), abs=1e-6)
+    assert result.interval == pytest.approx(1.96 * shares.std(ddof=1) / np.sqrt(7), abs=1e-6)
+
+
+def _with_inner(episodes: tuple[list[EpisodeBatch], dict[str, object]]) -> tuple[object, ...]:
+    batches, about = episodes
+    return batches, INNER, about, "test"
+
+
+def test_one_episode_gives_no_interval() -> None:
+    """A result without an interval is refused."""
+    with pytest.raises(RequestError, match="takes at least 2 episodes, not 1"):
+        evaluate(Brightness(), *_with_inner(told([3])))
+
+
+def test_meta_batches_make_no_difference() -> None:
+    """Episodes are evaluated one by one: how they are batched does not show in the result."""
+    data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
+    results = [evaluate(network, data.eval("val", 12, size, CPU), INNER, data.describe(), "val") for size in (1, 5, 12)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_accuracy_is_given_for_each_step() -> None:
+    """Step k of a long adaptation is the result of an adaptation of k steps."""
+    data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
+    batches = list(data.eval("val", 6, 3, CPU))
+    longest = evaluate(network, batches, replace(INNER, steps=3), data.describe(), "val")
+    assert len(longest.accuracy_by_step) == 4
+    for steps in (1, 2, 3):
+        shorter = evaluate(network, batches, replace(INNER, steps=steps), data.describe(), "val")
+        assert shorter.accuracy == longest.accuracy_by_step[steps]
+
+
+def test_text_always_says_the_conditions() -> None:
+    """Nobody can quote an accuracy without what it takes to compare it."""
+    result = evaluate(Brightness(), *_with_inner(told([10, 10, 5, 5])))
+    assert str(result) == (
+        "75.00 % ± 28.29 (95 % interval, 4 episodes): synthetic, split scheme made-up, test, 5-way 1-shot, "
+        "2 inner steps, batch norm transductive"
+    )
+    assert result.to_json()["bn"] == "transductive"
+    assert result.to_json()["inner_lr"] == 0.1
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_memory_is_flat_over_episodes(order: str) -> None:
+    """200 episodes leave no tensor behind, whatever the order, and the process does not grow."""
+    data, network = Synthetic(size=16), build_network("conv4", 1, 16, 5, 0)
+    inner = InnerLoop(2, 0.1, order, "transductive")
+    seen = []
+    batch = data.batch("val", [0, 1])
+
+    def batches():
+        for i in range(100):
+            yield batch
+            if i in (19, 99):
+                seen.append((tensors_alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+    evaluate(network, batches(), inner, data.describe(), "val")
+    (count, size), (count_after, size_after) = seen
+    # Each episode leaves its row of numbers, and nothing else.
+    assert count_after - count == 2 * 80
+    assert size_after - size < 8 * 2**10  # KiB, of the most memory that the process ever had
+
+
+def test_network_is_not_changed() -> None:
+    """Evaluation leaves weights, gradients and modes alone."""
+    data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    evaluate(network, data.eval("val", 4, 2, CPU), INNER, data.describe(), "val")
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(value.requires_grad and value.grad is None for value in network.parameters())
+
+
+SETTINGS = TrainSettings(steps=2, eval_every=1, eval_episodes=4, meta_batch_size=2, bn="support", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return train(SETTINGS, Synthetic(), tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(run: RunResult) -> None:
+    """Folder and file give the same result, in the batch-norm mode of the training and on the split asked for."""
+    of_folder = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=5, device="cpu")
+    assert of_folder == evaluate_checkpoint(run.best, Synthetic(), episodes=5, device="cpu")
+    assert (of_folder.bn, of_folder.split, of_folder.episodes, of_folder.inner_steps) == ("support", "test", 5, 3)
+    longer = evaluate_checkpoint(run.run_dir, Synthetic(), split="val", episodes=4, inner_steps=6, device="cpu")
+    assert (longer.split, longer.inner_steps, len(longer.accuracy_by_step)) == ("val", 6, 7)
+
+
+def test_a_checkpoint_is_refused_for_other_episodes(run: RunResult) -> None:
+    """A head for 5 classes cannot tell 3 apart, and the message says so; nor do other image sizes pass."""
+    with pytest.raises(RequestError, match="was trained with n_way 5, and these episodes have 3"):
+        evaluate_checkpoint(run.run_dir, Synthetic(n_way=3), device="cpu")
+    with pytest.raises(RequestError, match=r"was trained with image_shape \(12, 12, 1\), and these episodes have \(8"):
+        evaluate_checkpoint(run.run_dir, Synthetic(size=8), device="cpu")
+
+
+def test_an_evaluation_without_inner_steps_is_possible(run: RunResult) -> None:
+    """No inner step measures the initialisation itself, which knows nothing of an episode's classes."""
+    result = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=20, inner_steps=0, device="cpu")
+    assert result.accuracy_by_step == (result.accuracy,)
+    with pytest.raises(RequestError, match="inner_steps must be at least 0, not -1"):
+        evaluate_checkpoint(run.run_dir, Synthetic(), inner_steps=-1, device="cpu")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import Synthetic
+
+from mamldata.errors import MamldataError
+from trainer.engines import Outcome
+from trainer.metrics import NAME, Window, append, require_finite, rewind
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / NAME).read_text().splitlines()]
+
+
+def test_rows_are_lines_of_json(tmp_path: Path) -> None:
+    """Each row is one line, in the order in which it came."""
+    append(tmp_path, {"step": 1, "loss": 0.5})
+    append(tmp_path, {"step": 2, "loss": 0.25})
+    assert (tmp_path / NAME).read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+
+
+def test_rewind_drops_what_comes_after(tmp_path: Path) -> None:
+    """Lines after the checkpoint's step go, and so does half a line at the end."""
+    for step in (1, 2, 2, 3, 4):
+        append(tmp_path, {"step": step})
+    with (tmp_path / NAME).open("a") as stream:
+        stream.write('{"step": 1')
+    rewind(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2, 2]
+    append(tmp_path, {"step": 3})
+    assert steps(tmp_path) == [1, 2, 2, 3]
+
+
+def test_rewind_of_nothing(tmp_path: Path) -> None:
+    """A run that has logged nothing yet has nothing to drop."""
+    rewind(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def outcome(loss: float, by_step: list[float]) -> Outcome:
+    return Outcome({}, torch.tensor(loss), torch.tensor(by_step))
+
+
+def test_window_sums_up() -> None:
+    """Losses and accuracies are means over the steps; accuracies by inner step are the last step's."""
+    window = Window(step=10)
+    batch = Synthetic(k_query=3).batch("train", [0, 1])
+    window.add(batch, outcome(2.0, [0.5]), waited=0.0)
+    window.add(batch, outcome(1.0, [0.2, 1.0]), waited=0.0)
+    row = window.sum_up()
+    assert (row["step"], row["loss"], row["accuracy"]) == (12, 1.5, 0.75)
+    assert row["accuracy_by_step"] == pytest.approx([0.2, 1.0])
+    assert row["images_per_second"] == pytest.approx(2 * 40 / (2 * row["ms_per_step"] / 1000))
+    assert row["data_wait_percent"] == 0
+
+
+def test_window_names_the_step_that_diverged() -> None:
+    """The first loss that is not finite is named, also if it is found some steps later."""
+    window = Window(step=10)
+    batch = Synthetic().batch("train", [0])
+    for loss in (1.0, float("nan"), float("inf")):
+        window.add(batch, outcome(loss, [0.5]), waited=0.0)
+    with pytest.raises(MamldataError, match=r"The training loss at step 12 is nan: training has diverged. Lower inner"):
+        window.sum_up()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(loss: float) -> None:
+    """Infinities and not-a-number stop a run; numbers do not."""
+    require_finite(1e30, "This")
+    with pytest.raises(MamldataError, match=r"^This is"):
+        require_finite(loss, "This")

@@ -1,0 +1,114 @@
+"""Runs in processes of their own that are killed, and then go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import Synthetic
+
+from trainer import checkpoint as checkpoint_module
+from trainer.checkpoint import find_last, load_checkpoint
+from trainer.settings import TrainSettings
+from trainer.train import train
+
+HERE = Path(__file__).parent
+SETTINGS = TrainSettings(
+    steps=40, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=2, log_every=1, seed=3, device="cpu"
+)
+SCRIPT = f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
+import torch
+torch.set_num_threads(1)
+from test_resume import SETTINGS, go_on
+print("ready", flush=True)
+go_on(sys.argv[1], slow_writes=len(sys.argv) > 2)
+"""
+
+
+def go_on(run_dir: str, *, slow_writes: bool) -> None:
+    """In the process that gets killed: train, telling of each step; with slow writes, mostly write checkpoints."""
+    if slow_writes:
+        checkpoint_module.write_atomic = crawl
+    train(SETTINGS, Synthetic(size=8), run_dir, resume=True, report=lambda line: print(line, flush=True))
+
+
+def crawl(path: Path, data: bytes) -> None:
+    """``write_atomic`` in slow motion, so that a signal finds it at work."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        for start in range(0, len(data), 1 + len(data) // 5):
+            stream.write(data[start : start + 1 + len(data) // 5])
+            stream.flush()
+            time.sleep(0.002)
+    time.sleep(0.002)
+    part.replace(path)
+    time.sleep(0.002)
+
+
+def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(run_dir), *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return train(SETTINGS, Synthetic(size=8), tmp_path_factory.mktemp("undisturbed")).run_dir
+
+
+@pytest.mark.parametrize("slow_writes", [False, True])
+def test_killed_at_any_moment_a_run_ends_the_same(tmp_path: Path, undisturbed: Path, slow_writes: bool) -> None:
+    """SIGKILL again and again, then to the end: checkpoints are equal to the byte, no metric missing or twice."""
+    chance = random.Random(slow_writes)
+    kills = 0
+    for _ in range(4):
+        process = start(tmp_path, *["slow"][: int(slow_writes)])
+        time.sleep(chance.uniform(0.1, 0.35))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert kills >= 2
+    train(SETTINGS, Synthetic(size=8), tmp_path, resume=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {path.name for path in undisturbed.iterdir()}
+    for name in names:
+        if name.endswith(".pt"):
+            assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert strip_times(tmp_path) == strip_times(undisturbed)
+
+
+def strip_times(run_dir: Path) -> list[str]:
+    timed = {"ms_per_step", "images_per_second", "data_wait_percent"}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [str({key: value for key, value in row.items() if key not in timed}) for row in rows]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupted_process_keeps_its_checkpoint(tmp_path: Path) -> None:
+    """Ctrl-C in a real process ends it with KeyboardInterrupt, and the last checkpoint can be read."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "val" not in process.stdout.readline():
+        pass
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
+    last = find_last(tmp_path)
+    assert last is not None
+    assert load_checkpoint(last).step >= 2

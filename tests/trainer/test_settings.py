@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from mamldata.errors import RequestError
+from trainer.adapt import InnerLoop
+from trainer.settings import CHANGEABLE, TrainSettings, pick_device
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    """One error names each field that cannot be, its value and what it could be."""
+    with pytest.raises(RequestError) as caught:
+        TrainSettings(
+            algorithm="mampl",
+            network="resnet",
+            bn="magic",  # type: ignore[arg-type]
+            steps=0,
+            inner_steps=-1,
+            inner_lr=0.0,
+            meta_lr=float("nan"),
+            eval_inner_steps=0,
+            meta_batch_size=0,
+            seed=-1,
+            eval_every=0,
+            eval_episodes=1,
+            log_every=0,
+            device="tpu",
+        )
+    assert str(caught.value).splitlines() == [
+        "The training settings cannot be:",
+        "  algorithm must be one of maml, fomaml, not 'mampl'.",
+        "  network must be one of conv4, conv3-pool, not 'resnet'.",
+        "  bn must be one of transductive, support, not 'magic'.",
+        "  device must be one of auto, cpu, cuda, mps, not 'tpu'.",
+        "  steps must be at least 1, not 0.",
+        "  inner_steps must be at least 1, not -1.",
+        "  eval_inner_steps must be at least 1, not 0.",
+        "  meta_batch_size must be at least 1, not 0.",
+        "  seed must be at least 0, not -1.",
+        "  eval_every must be at least 1, not 0.",
+        "  eval_episodes must be at least 2, not 1.",
+        "  log_every must be at least 1, not 0.",
+        "  inner_lr must be a positive number, not 0.0.",
+        "  meta_lr must be a positive number, not nan.",
+    ]
+
+
+def test_settings_are_frozen() -> None:
+    """Nothing changes its settings on the way."""
+    with pytest.raises(FrozenInstanceError):
+        TrainSettings().steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("inner", "given", "expected"), [(1, None, 3), (5, None, 5), (5, 10, 10), (1, 1, 1)])
+def test_inner_steps_at_test(inner: int, given: int | None, expected: int) -> None:
+    """As many as asked for; else three as in the paper's 5-way experiments, and never fewer than in training."""
+    settings = TrainSettings(inner_steps=inner, eval_inner_steps=given, bn="support")
+    assert settings.inner_loop_at_test() == InnerLoop(expected, 0.4, "first", "support")
+
+
+def test_the_algorithm_decides_the_order() -> None:
+    """MAML is second order and FOMAML first; they differ in nothing else."""
+    assert TrainSettings(algorithm="maml").inner_loop() == InnerLoop(1, 0.4, "second", "transductive")
+    assert TrainSettings(algorithm="fomaml").inner_loop() == InnerLoop(1, 0.4, "first", "transductive")
+
+
+def test_changeable_settings_exist() -> None:
+    """What a resumed run may change are fields of the settings."""
+    assert set(TrainSettings.__dataclass_fields__) >= CHANGEABLE
+
+
+def test_absent_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is not there is an error that says which ones are, and auto takes one that is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(RequestError, match=r"There is no device 'cuda' on this machine. There is: cpu."):
+        pick_device("cuda")
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")

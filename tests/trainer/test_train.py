@@ -1,0 +1,291 @@
+"""The training loop as a user meets it; the processes that are killed are in test_resume.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import Synthetic, SyntheticStream
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import DamagedError, MamldataError, RequestError
+from trainer.checkpoint import load_checkpoint
+from trainer.evaluate import evaluate_checkpoint
+from trainer.protocol import endless
+from trainer.settings import TrainSettings
+from trainer.train import train
+
+SETTINGS = TrainSettings(
+    steps=6, meta_batch_size=2, inner_lr=0.1, eval_every=3, eval_episodes=4, log_every=2, device="cpu"
+)
+
+
+def rows(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path).weights
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("algorithm", "bn"), [("maml", "transductive"), ("fomaml", "support")])
+def test_training_learns(tmp_path: Path, algorithm: str, bn: str) -> None:
+    """A short run gets from chance, 20 %, to far above it on classes that it has never seen."""
+    settings = TrainSettings(
+        algorithm=algorithm, bn=bn, steps=60, meta_batch_size=4, eval_every=30, eval_episodes=30, device="cpu"
+    )
+    data = Synthetic()
+    result = train(settings, data, tmp_path)
+    assert result.best_accuracy > 0.85
+    test = evaluate_checkpoint(tmp_path, data, episodes=40, device="cpu")
+    assert test.accuracy - test.interval > 0.8
+    assert test.accuracy_by_step[0] < 0.3
+    losses = [row["loss"] for row in rows(tmp_path) if row["event"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("network", ["conv4", "conv3-pool"])
+def test_every_network_trains(tmp_path: Path, network: str) -> None:
+    """Each network goes through training and evaluation at its smallest size."""
+    result = train(replace(SETTINGS, network=network, steps=1), Synthetic(size=22), tmp_path)
+    assert result.step == 1
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    """A run leaves its settings, its metrics and at most two checkpoints, and nothing half written."""
+    result = train(SETTINGS, Synthetic(), tmp_path / "runs" / "a")
+    folder = tmp_path / "runs" / "a"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        result.last.name,
+        result.best.name,
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["inner_lr"] == 0.1
+    assert config["data"]["split_scheme"] == "made-up"
+    assert set(config["versions"]) == {"mamldata", "numpy", "python", "torch"}
+    assert [(row["event"], row["step"]) for row in rows(folder)] == [
+        ("train", 2),
+        ("train", 3),
+        ("val", 3),
+        ("train", 4),
+        ("train", 6),
+        ("val", 6),
+    ]
+    first = rows(folder)[0]
+    assert len(first["accuracy_by_step"]) == 2
+    assert first["images_per_second"] > 0
+    assert 0 < first["data_wait_percent"] < 100
+    assert load_checkpoint(result.last).settings == config["settings"]
+
+
+def test_report_lines_say_it_all(tmp_path: Path) -> None:
+    """Progress shows loss, accuracy before and after adaptation, speed and waiting; validation its conditions."""
+    lines: list[str] = []
+    train(replace(SETTINGS, steps=2, bn="support"), Synthetic(), tmp_path, report=lines.append)
+    assert len(lines) == 2
+    for part in ("step 2/2  loss ", "accuracy ", " → ", " ms/step  ", " images/s  data wait "):
+        assert part in lines[0]
+    assert lines[1].startswith("step 2  val ")
+    assert lines[1].endswith("4 episodes): synthetic, split scheme made-up, val, 5-way 1-shot, 3 inner steps, "
+                             "batch norm support")  # fmt: skip
+
+
+def test_no_global_generator_is_used(tmp_path: Path) -> None:
+    """The same run gives the same weights whatever the global generator's state, and leaves that state alone."""
+    torch.manual_seed(1)
+    first = train(SETTINGS, Synthetic(), tmp_path / "a")
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = train(SETTINGS, Synthetic(), tmp_path / "b")
+    assert torch.equal(before, torch.get_rng_state())
+    assert_equal_weights(first.last, second.last)
+    other = train(replace(SETTINGS, seed=1), Synthetic(), tmp_path / "c")
+    assert not torch.equal(weights(first.last)["head"], weights(other.last)["head"])
+
+
+def test_one_step_is_one_adam_step_on_the_meta_gradient(tmp_path: Path) -> None:
+    """With Adam, each weight's first step is the meta learning rate against the sign of its gradient."""
+    result = train(replace(SETTINGS, steps=1, meta_lr=0.01), Synthetic(), tmp_path)
+    start = train(replace(SETTINGS, steps=1, meta_lr=1e-30), Synthetic(), tmp_path / "start")
+    moved = weights(result.last)["head"] - weights(start.last)["head"]
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.01), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    """A folder with a run in it is refused, with both ways out; the run stays as it is."""
+    train(replace(SETTINGS, steps=2), Synthetic(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RequestError, match=r"already holds a run. Go on with it \(--resume\), or choose another fol"):
+        train(SETTINGS, Synthetic(), tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_more_steps_go_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """A finished run that is resumed with more steps ends like one that was asked for them at once."""
+    at_once = train(replace(SETTINGS, steps=9), Synthetic(), tmp_path / "a")
+    train(replace(SETTINGS, steps=3), Synthetic(), tmp_path / "b")
+    lines: list[str] = []
+    later = train(
+        replace(SETTINGS, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, report=lines.append
+    )
+    assert lines[0] == "Going on after step 3 of 9."
+    assert_equal_weights(at_once.last, later.last)
+    assert at_once == replace(later, run_dir=at_once.run_dir, last=at_once.last, best=at_once.best)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["settings"]["steps"] == 9
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    """Resuming it does nothing, reads no data, and gives the same result."""
+    done = train(SETTINGS, Synthetic(), tmp_path)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    class NoData(Synthetic):
+        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+            raise AssertionError("data was read")
+
+    lines: list[str] = []
+    assert train(SETTINGS, NoData(), tmp_path, resume=True, report=lines.append) == done
+    assert lines == [f"{tmp_path} is done: 6 of 6 steps."]
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+
+def test_resume_of_nothing_starts(tmp_path: Path) -> None:
+    """With nothing there yet, --resume starts the run, so that one command serves for start and restart."""
+    assert train(SETTINGS, Synthetic(), tmp_path / "new", resume=True).step == 6
+
+
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
+    """Settings and data that differ are named, each with both values; cadence and place may change."""
+    train(replace(SETTINGS, steps=3), Synthetic(), tmp_path)
+    data = Synthetic(k_query=2)
+    data.digest = "sha256:other"
+    with pytest.raises(RequestError) as caught:
+        train(replace(SETTINGS, inner_lr=0.2, bn="support", eval_every=1, log_every=1), data, tmp_path, resume=True)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path} holds another run:",
+        "  bn: 'transductive' there, 'support' here",
+        "  inner_lr: 0.1 there, 0.2 here",
+        "  digest: 'sha256:synthetic' there, 'sha256:other' here",
+        "  k_query: 5 there, 2 here",
+        "Go on with its own settings, or choose another folder.",
+    ]
+
+
+def test_a_moved_archive_is_the_same_data(tmp_path: Path) -> None:
+    """What the data is matters, not where it lies."""
+
+    class Moved(Synthetic):
+        def describe(self) -> dict[str, object]:
+            return {**super().describe(), "source": "elsewhere"}
+
+    train(replace(SETTINGS, steps=3), Synthetic(), tmp_path)
+    assert train(SETTINGS, Moved(), tmp_path, resume=True).step == 6
+
+
+def test_damaged_config_is_named(tmp_path: Path) -> None:
+    """A run whose settings cannot be read is not gone on with; nor is one whose settings are missing."""
+    train(replace(SETTINGS, steps=3), Synthetic(), tmp_path)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(DamagedError, match=r"config.json is damaged .* Start again in another folder"):
+            train(SETTINGS, Synthetic(), tmp_path, resume=True)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RequestError, match=r"holds checkpoints, but no config.json to say of what"):
+        train(SETTINGS, Synthetic(), tmp_path, resume=True)
+
+
+def test_divergence_stops_the_run(tmp_path: Path) -> None:
+    """A loss that is not finite ends the run with the step and what to try, and no checkpoint is made of it."""
+
+    class Poisoned(Synthetic):
+        def batch(self, split: str, indices: list[int]) -> EpisodeBatch:
+            batch = super().batch(split, indices)
+            return batch._replace(query_x=batch.query_x * float("nan")) if 8 in indices and split == "train" else batch
+
+    with pytest.raises(MamldataError, match=r"The training loss at step 5 is nan: training has diverged. Lower"):
+        train(SETTINGS, Poisoned(), tmp_path)
+    assert [path.name.split("_")[1] for path in tmp_path.glob("*.pt")] == ["step3"]
+
+
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Oblong or too small images are an error, and no run folder is left behind."""
+
+    class Oblong(Synthetic):
+        def describe(self) -> dict[str, object]:
+            return {**super().describe(), "image_shape": (12, 14, 1)}
+
+    with pytest.raises(RequestError, match=r"take square images, and these have 12x14 pixels"):
+        train(SETTINGS, Oblong(), tmp_path / "run")
+    with pytest.raises(RequestError, match=r"at least 22x22 pixels"):
+        train(replace(SETTINGS, network="conv3-pool"), Synthetic(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_keeps_the_last_checkpoint_and_closes_the_stream(tmp_path: Path) -> None:
+    """Ctrl-C comes through; the stream's iterator is closed, and resuming ends like an undisturbed run."""
+    closed: list[bool] = []
+
+    class Interrupted(SyntheticStream):
+        def __iter__(self) -> Iterator[EpisodeBatch]:
+            try:
+                for batch in super().__iter__():
+                    if self.next_batch == 5:
+                        raise KeyboardInterrupt
+                    yield batch
+            finally:
+                closed.append(True)
+
+    class Data(Synthetic):
+        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+            return Interrupted(self, batch_size, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SETTINGS, Data(), tmp_path / "a")
+    assert closed == [True]
+    resumed = train(SETTINGS, Synthetic(), tmp_path / "a", resume=True)
+    assert_equal_weights(resumed.last, train(SETTINGS, Synthetic(), tmp_path / "b").last)
+
+
+def test_the_stream_is_closed_at_the_end(tmp_path: Path) -> None:
+    """After the last step the stream's iterator is closed, so that a read-ahead thread can stop."""
+    closed: list[bool] = []
+
+    class Watched(SyntheticStream):
+        def __iter__(self) -> Iterator[EpisodeBatch]:
+            try:
+                yield from super().__iter__()
+            finally:
+                closed.append(True)
+
+    class Data(Synthetic):
+        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+            return Watched(self, batch_size, seed)
+
+    train(SETTINGS, Data(), tmp_path)
+    assert closed == [True]
+
+
+def test_endless_goes_through_epochs() -> None:
+    """One epoch follows the other, and an empty one is an error instead of a wait for ever."""
+    batches = endless(SyntheticStream(Synthetic(), 1, seed=0))
+    assert [next(batches).index.item() for _ in range(16)] == list(range(16))
+    batches.close()
+
+    class Empty(SyntheticStream):
+        def __iter__(self) -> Iterator[EpisodeBatch]:
+            return iter(())
+
+    with pytest.raises(RequestError, match=r"The train split gives no meta-batch"):
+        next(endless(Empty(Synthetic(), 1, seed=0)))

@@ -142,7 +142,7 @@ def test_fetch_then_build_then_verify(tmp_path: Path):
     fetched = run("fetch", "glyphs", root=root)
     assert fetched.exit_code == 0, fetched.output
     assert "generated" in fetched.stdout
-    assert "had" in run("fetch", "glyphs", root=root).stdout
+    assert "here already" in run("fetch", "glyphs", root=root).stdout
     built = run(*build, root=root)
     assert built.exit_code == 0, built.output
     digest = re.search(r"digest sha256:([0-9a-f]{64})", built.stdout)

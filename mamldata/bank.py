@@ -78,7 +78,7 @@ def make_bank(
         DamagedError: an image that cannot be decoded; or a bank whose digest is known came out different.
         WriteError: the folder cannot be written to.
     """
-    side = size or manifest.image.size
+    side = manifest.image.size if size is None else size
     if not 1 <= side <= 4096:
         raise RequestError(f"An image size of {side} is not between 1 and 4096 pixels.")
     folder = DatasetFolder(root, manifest.name)
@@ -265,7 +265,9 @@ def _resume(part: Path, journal: Path, shape: tuple[int, int, int, int], identit
     if part.is_file() and journal.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
         first, *lines = journal.read_text().split("\n")
         if first == key:
-            return {int(line) for line in lines[:-1]}  # after the last newline stands nothing, or half a number
+            # After the last newline stands nothing, or half a number: no next line may be joined to that.
+            write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines[:-1]]).encode())
+            return {int(line) for line in lines[:-1]}
     journal.unlink(missing_ok=True)
     with part.open("wb") as stream:
         stream.write(npy_header("|u1", shape))
@@ -292,7 +294,8 @@ def _finish(
 ) -> None:
     path, description_path = folder.bank(size), folder.bank_json(size)
     # A description of the bank that is replaced would be wrong from here on.
-    description_path.unlink(missing_ok=True)
+    with writing(description_path):
+        description_path.unlink(missing_ok=True)
     with writing(path):
         commit(path)
     offsets = [0, *np.cumsum(index.class_sizes).tolist()]

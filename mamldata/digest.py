@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -87,9 +89,15 @@ def reading_container(path: Path) -> Iterator[None]:
         yield
     except _CONTAINER_ERRORS as error:
         raise DamagedError(f"{path}: a damaged container ({error}).") from error
+    except OSError as error:
+        # bz2 and gzip raise it without a number, and a seek to where a damaged offset points is invalid.
+        if error.errno not in {None, errno.EINVAL}:
+            raise
+        raise DamagedError(f"{path}: a damaged container ({error}).") from error
 
 
-# NotImplementedError and RuntimeError are zipfile's answers to flipped method and encryption bits.
+# NotImplementedError and RuntimeError are zipfile's answers to flipped method and encryption bits, ValueError is
+# for negative offsets and for names that are no text.
 _CONTAINER_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -98,8 +106,9 @@ _CONTAINER_ERRORS = (
     EOFError,
     NotImplementedError,
     RuntimeError,
-    UnicodeDecodeError,
+    ValueError,
     OverflowError,
+    struct.error,
 )
 
 

@@ -318,11 +318,19 @@ def _files(top: _Table) -> tuple[SourceFile, ...]:
     return tuple(files)
 
 
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname)
+
+
 def _file(table: _Table) -> SourceFile:
     generator = table.choice("generator", GENERATORS, default="") or None
     urls = table.take("urls", list, [], required=generator is None)
     for url in urls:
-        if not isinstance(url, str) or urlsplit(url).scheme not in {"http", "https"}:
+        if not isinstance(url, str) or not _is_web_address(url):
             table.fault("urls", f"{url!r} is not an http(s) address")
     if generator is None and "urls" in table.values and not urls:
         table.fault("urls", "must name at least one address")
@@ -372,6 +380,8 @@ def _image(table: _Table) -> ImageRecipe:
 
 def _schemes(splits: _Table, folder: Traversable) -> dict[str, SplitScheme]:
     schemes = {}
+    if not splits.values:
+        splits.faults.append(f"{splits.place}: must have at least one scheme")
     for name in splits.values:
         table = splits.table(name)
         if problem := _dataset_name(name):
@@ -407,7 +417,7 @@ def _list_file(split: str, name: str, table: _Table, folder: Traversable) -> tup
         return ()
     try:
         text = folder.joinpath(*path.parts).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         table.fault(split, f"cannot read the class list {name!r} ({error})")
         return ()
     entries = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))

@@ -61,7 +61,7 @@ def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
 def _class_folders(recipe: ReaderRecipe, files: Sequence[Path]) -> Iterator[ImageRef]:
     """Images in folders named after their class; the nearest ``depth`` folders are the name.
 
-    The same class and image name in two files is one image if the bytes are the same.
+    The same class and image name twice, in one file or in two, is one image if the bytes are the same.
     """
     seen: dict[tuple[str, str], tuple[int, int, Path]] = {}
     for file in files:
@@ -71,8 +71,9 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path]) -> Iterator[Imag
                 if info.is_dir() or not _is_image(path) or len(path.parts) <= recipe.depth:
                     continue
                 class_name = "/".join(path.parts[-1 - recipe.depth : -1])
-                known = seen.setdefault((class_name, path.name), (info.CRC, info.file_size, file))
-                if known[2] is file:
+                known = seen.get((class_name, path.name))
+                if known is None:
+                    seen[class_name, path.name] = (info.CRC, info.file_size, file)
                     yield ImageRef(class_name, path.name, file, info.filename)
                 elif known[:2] != (info.CRC, info.file_size):
                     raise DamagedError(

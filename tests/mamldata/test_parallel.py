@@ -1,0 +1,127 @@
+"""Parallel tasks: the results of any number of workers, a clear word when one dies, and none left behind."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from operator import call
+from pathlib import Path
+
+import pytest
+
+from mamldata.errors import MamldataError
+from mamldata.parallel import default_workers, run_tasks
+
+# Prints its workers' process ids, each once its task runs, and then hangs in them.
+PARENT = """\
+import sys
+from mamldata.parallel import run_tasks
+sys.path.insert(0, sys.argv[1])
+import hanging
+if __name__ == "__main__":
+    list(run_tasks(hanging.hang, ["1", "2"], workers=2))
+"""
+HANGING = """\
+import os, pathlib, time
+def hang(name):
+    place = pathlib.Path(__file__).parent
+    (place / (name + ".new")).write_text(str(os.getpid()))
+    (place / (name + ".new")).rename(place / (name + ".pid"))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_results_do_not_depend_on_workers(workers: int) -> None:
+    """Each task comes back once, with its result."""
+    tasks = [-3, 1, -4, 1, -5]
+    assert sorted(run_tasks(abs, tasks, workers)) == sorted((task, abs(task)) for task in tasks)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_tasks(workers: int) -> None:
+    """Nothing to do is done at once."""
+    assert list(run_tasks(abs, [], workers)) == []
+
+
+def test_one_worker_is_this_process() -> None:
+    """With one worker, or one task, no process is started; with two they are others."""
+    assert dict(run_tasks(call, [os.getpid, os.getppid], 1)) == {os.getpid: os.getpid(), os.getppid: os.getppid()}
+    assert dict(run_tasks(call, [os.getpid], 4)) == {os.getpid: os.getpid()}
+    assert dict(run_tasks(call, [os.getpid, os.getppid], 2))[os.getppid] == os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_task_that_fails(workers: int) -> None:
+    """Its own error comes out, and no process is left."""
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(run_tasks(math.sqrt, [4.0, -1.0, 9.0], workers))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed() -> None:
+    """A worker killed in the middle of its task is a clear error in bounded time, not a hang."""
+    started = time.monotonic()
+    tasks = [partial(abs, -1), partial(signal.raise_signal, signal.SIGKILL), partial(abs, -2)]
+    with pytest.raises(MamldataError, match=r"A worker process died .*Run the same command again: it goes on"):
+        list(run_tasks(call, tasks, 2))
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+def test_a_caller_that_stops_early() -> None:
+    """Whoever takes only the first result leaves no process behind."""
+    results = run_tasks(abs, range(50), 2)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """When the parent is killed with SIGKILL, its busy workers end too."""
+    (tmp_path / "hanging.py").write_text(HANGING)
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
+    try:
+        files = [tmp_path / "1.pid", tmp_path / "2.pid"]
+        wait_for(lambda: all(file.exists() for file in files) or parent.poll() is not None)
+        workers = [int(file.read_text()) for file in files]
+        assert all(alive(worker) for worker in workers)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(alive(worker) for worker in workers))
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return False
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        return True
+    return state not in "ZX"
+
+
+def wait_for(condition: object, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def test_default_workers() -> None:
+    """At least one, and no more than there are processors."""
+    assert 1 <= default_workers() <= (os.cpu_count() or 1)

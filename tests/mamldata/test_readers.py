@@ -1,0 +1,187 @@
+"""Readers: the images and nothing else, in an order that no container can change."""
+
+from __future__ import annotations
+
+import io
+import random
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mamldata.errors import DamagedError
+from mamldata.manifest import ReaderRecipe, load_manifest
+from mamldata.readers import ImageIndex, index_images, read_members
+
+DEPTH_1, DEPTH_2 = ReaderRecipe("class-folders", 1), ReaderRecipe("class-folders", 2)
+
+
+def write_zip(path: Path, members: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as container:
+        for name, data in members:
+            container.writestr(zipfile.ZipInfo(name), data)
+    return path
+
+
+def listed(index: ImageIndex) -> list[tuple[str, str]]:
+    return [(image.class_name, image.name) for image in index.images]
+
+
+NAMES = ["s/a/x/2.png", "s/a/x/10.png", "s/a/y/1.png", "s/a b/x/1.png", "s/a-b/x/1.png", "s/A/x/1.JPEG"]
+
+
+@given(order=st.permutations(NAMES))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_canonical_order(order: list[str], tmp_path: Path) -> None:
+    """Classes by path components, images by name, whatever the order in the container."""
+    index = index_images(DEPTH_2, [write_zip(tmp_path / "x.zip", [(name, name.encode()) for name in order])])
+    # By components "a" comes before "a b" and "a-b"; by the whole path "a b/x" and "a-b/x" would come before "a/x".
+    assert listed(index) == [
+        ("A/x", "1.JPEG"),
+        ("a/x", "10.png"),
+        ("a/x", "2.png"),
+        ("a/y", "1.png"),
+        ("a b/x", "1.png"),
+        ("a-b/x", "1.png"),
+    ]
+    assert index.class_names == ("A/x", "a/x", "a/y", "a b/x", "a-b/x")
+    assert index.class_sizes == (1, 2, 1, 1, 1)
+    assert [data.decode().rsplit("/", 1)[1] for data in read_members(index.images)] == [i.name for i in index.images]
+
+
+def test_stray_files_are_left_out(tmp_path: Path) -> None:
+    """What a Mac or a careless hand put into the zip is no image."""
+    stray = [
+        "s/a/.DS_Store",
+        "s/a/._1.png",
+        "__MACOSX/s/a/1.png",
+        "s/.git/1.png",
+        "s/a/Thumbs.db",
+        "s/a/readme.txt",
+        "s/a/1.png.txt",
+        "1.png",
+        "s/a/png",
+    ]
+    members = [(name, b"x") for name in [*stray, "s/a/1.png", "s/b/1.pbm"]]
+    index = index_images(DEPTH_1, [write_zip(tmp_path / "x.zip", members)])
+    assert listed(index) == [("a", "1.png"), ("b", "1.pbm")]
+
+
+def test_depth(tmp_path: Path) -> None:
+    """The nearest folders are the class; an image with too few of them above it is none."""
+    path = write_zip(tmp_path / "x.zip", [("s/a/x/1.png", b"1"), ("a/1.png", b"2")])
+    assert listed(index_images(DEPTH_1, [path])) == [("a", "1.png"), ("x", "1.png")]
+    assert listed(index_images(DEPTH_2, [path])) == [("a/x", "1.png")]
+
+
+def test_the_same_image_in_two_files_is_taken_once(tmp_path: Path) -> None:
+    """Two containers that share a class with the same bytes."""
+    one = write_zip(tmp_path / "1.zip", [("one/a/1.png", b"same"), ("one/b/1.png", b"b")])
+    two = write_zip(tmp_path / "2.zip", [("two/a/1.png", b"same"), ("two/a/2.png", b"new")], zipfile.ZIP_DEFLATED)
+    index = index_images(DEPTH_1, [one, two])
+    assert listed(index) == [("a", "1.png"), ("a", "2.png"), ("b", "1.png")]
+    assert [image.file for image in index.images] == [one, two, one]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_same_image_twice_in_one_file_is_taken_once(tmp_path: Path) -> None:
+    """A doubled image would be in support and query at once."""
+    path = write_zip(tmp_path / "x.zip", [("s/a/1.png", b"x"), ("s/a/1.png", b"x"), ("t/a/1.png", b"x")])
+    assert listed(index_images(DEPTH_1, [path])) == [("a", "1.png")]
+
+
+def test_a_clash_is_refused(tmp_path: Path) -> None:
+    """Different images under one class and name: neither is the right one."""
+    one = write_zip(tmp_path / "1.zip", [("one/a/1.png", b"this")])
+    two = write_zip(tmp_path / "2.zip", [("two/a/1.png", b"that")])
+    both = write_zip(tmp_path / "3.zip", [("one/a/1.png", b"this"), ("two/a/1.png", b"that")])
+    pattern = r"two/a/1\.png is not the image that {} has under the same class and name \(a/1\.png\)"
+    with pytest.raises(DamagedError, match=r"2\.zip: " + pattern.format("1.zip")):
+        index_images(DEPTH_1, [one, two])
+    with pytest.raises(DamagedError, match=r"3\.zip: " + pattern.format("3.zip")):
+        index_images(DEPTH_1, [both])
+
+
+def test_no_image(tmp_path: Path) -> None:
+    """A container without images is the wrong file."""
+    path = write_zip(tmp_path / "x.zip", [("readme.txt", b"x")])
+    with pytest.raises(DamagedError, match=r"No image in .*x\.zip: is it the right file\?"):
+        index_images(DEPTH_1, [path])
+
+
+def test_names_that_point_elsewhere(tmp_path: Path) -> None:
+    """A zip with an escaping name is not used at all."""
+    path = write_zip(tmp_path / "x.zip", [("s/a/1.png", b"x"), ("../a/1.png", b"x")])
+    with pytest.raises(DamagedError, match="points outside the container"):
+        index_images(DEPTH_1, [path])
+
+
+def test_not_a_zip(tmp_path: Path) -> None:
+    """An error page saved as a zip is a damaged container."""
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"<html>")
+    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(File is not a zip file\)"):
+        index_images(DEPTH_1, [path])
+
+
+def test_a_damaged_member(tmp_path: Path) -> None:
+    """A byte changed in an image is found when it is read, and the member is named."""
+    path = write_zip(tmp_path / "x.zip", [("s/a/1.png", b"the image")])
+    path.write_bytes(path.read_bytes().replace(b"the image", b"the imago"))
+    index = index_images(DEPTH_1, [path])
+    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(Bad CRC-32 for file 's/a/1\.png'\)"):
+        list(read_members(index.images))
+
+
+def test_a_member_too_large_to_be_an_image(tmp_path: Path) -> None:
+    """More than 64 MiB is refused before it is unpacked."""
+    path = write_zip(tmp_path / "x.zip", [("s/a/1.png", bytes((64 << 20) + 1))], zipfile.ZIP_DEFLATED)
+    index = index_images(DEPTH_1, [path])
+    with pytest.raises(DamagedError, match=r"x\.zip: s/a/1\.png unpacks to more than 64 MiB; it is no image"):
+        list(read_members(index.images))
+
+
+def test_flipped_bytes_never_crash_it(tmp_path: Path) -> None:
+    """Index and images of a damaged zip: read, or DamagedError, and no other exception."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as container:
+        for number in range(3):
+            container.writestr(f"s/a/{number}.png", bytes(range(number, 200)))
+    whole, path, chance, failed = stream.getvalue(), tmp_path / "x.zip", random.Random(0), 0
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        try:
+            list(read_members(index_images(DEPTH_1, [path]).images))
+        except DamagedError:
+            failed += 1
+    assert failed > len(whole) // 2
+
+
+@pytest.mark.real_data
+def test_omniglot(real_data: Path) -> None:
+    """1,623 characters of 20 drawings, of two files."""
+    manifest = load_manifest("omniglot")
+    index = index_images(manifest.reader, [real_data / "omniglot" / file.name for file in manifest.files])
+    assert len(index.class_names) == 1623
+    assert set(index.class_sizes) == {20}
+    assert len({name.split("/")[0] for name in index.class_names}) == 50
+    assert list(index.class_names) == sorted(index.class_names, key=lambda name: name.split("/"))
+
+
+@pytest.mark.real_data
+def test_omniglot_small_shares_two_alphabets(real_data: Path) -> None:
+    """136 and 156 characters, of which 50 are the same: 242, in both orders of the files."""
+    manifest = load_manifest("omniglot-small")
+    files = [real_data / "omniglot" / file.name for file in manifest.files]
+    apart = [len(index_images(manifest.reader, [file]).class_names) for file in files]
+    both = index_images(manifest.reader, files)
+    assert apart == [136, 156]
+    assert len(both.class_names) == 242
+    assert set(both.class_sizes) == {20}
+    turned = index_images(manifest.reader, files[::-1])
+    assert listed(turned) == listed(both)

@@ -372,7 +372,7 @@ def _plain(archive: Archive) -> bool:
     texts = (archive.dataset, archive.dataset_version, archive.bank_sha256, archive.split_scheme, *names)
     digests = (archive.bank_sha256, *(shard.sha256 for shard in shards))
     counts = [archive.n_way, archive.k_shot, archive.k_query, *archive.image_shape]
-    counts += [part.episodes for part in (*splits, *shards)]
+    counts += [split.episodes for split in splits] + [shard.episodes for shard in shards]
     numbers = [archive.seed, *counts, *(value for shard in shards for value in (shard.first_episode, shard.bytes))]
     return (
         all(type(text) is str for text in texts)
@@ -453,12 +453,12 @@ def open_shard(path: Path, shard: Shard, layout: EpisodeLayout, *, verify: bool 
     if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
         raise DamagedError(
             f"The shard {path} is damaged: episode {broken} does not start as it should. "
-            "Copy it anew, or build the archive again."
+            "Copy it anew, or delete it and build the archive again."
         )
     if verify and (got := sha256_file(path)) != shard.sha256:
         raise DamagedError(
             f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. "
-            "Copy it anew, or build the archive again."
+            "Copy it anew, or delete it and build the archive again."
         )
     return mapped
 

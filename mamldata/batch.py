@@ -98,5 +98,6 @@ class BatchReader:
         return EpisodeBatch(support, support_y, query, query_y, index)
 
 
-# Multiplied in float32 and then rounded to the dtype: devices divide differently, but multiply alike.
-_SCALE = 1 / 255
+# Multiplied in float32 and then rounded to the dtype: devices divide differently, but multiply alike. A tensor, because
+# a plain number would be of torch's default dtype, which is the user's to set.
+_SCALE = torch.tensor(1 / 255, dtype=torch.float32)

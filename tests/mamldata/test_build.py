@@ -96,7 +96,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run(script: str, *args: object, env: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess:
+def run(
+    script: str, *args: object, env: dict[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, args)],
         capture_output=True,
@@ -247,13 +249,15 @@ class TestInterrupted:
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for surviving workers in /proc")
     @pytest.mark.parametrize("workers", [1, 2])
     def test_killed_from_outside(self, script, glyphs_root, tmp_path, workers, glyphs_manifest, glyphs_bank):
-        """kill -9 in the midst of writing, with any number of workers: the next build gives the same bytes."""
+        """Kill -9 in the midst of writing, with any number of workers: the next build gives the same bytes."""
         out = tmp_path / "out"
-        args = [sys.executable, str(script), str(glyphs_root), str(out), str(workers), "1800"]
-        wanted = dataclasses.replace(REQUEST, episodes={"train": 1800, "val": 2, "test": 3})
+        args = [sys.executable, str(script), str(glyphs_root), str(out), str(workers), "600"]
+        wanted = dataclasses.replace(REQUEST, episodes={"train": 600, "val": 2, "test": 3})
         plan = plan_archive(glyphs_manifest, glyphs_bank, wanted)
-        for shards in (1, 150, 400):
-            with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        for shards in (1, 60, 150):
+            with subprocess.Popen(
+                args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            ) as process:
                 deadline = time.monotonic() + 60
                 while process.poll() is None and time.monotonic() < deadline:
                     if out.is_dir() and len(list(out.glob("*.tar"))) >= shards:
@@ -269,7 +273,7 @@ class TestInterrupted:
         archive = build(glyphs_manifest, glyphs_bank, out, wanted)
         assert {name: (out / name).stat().st_ino for name in receipts} == before
         assert sum(len(split.shards) for split in plan.splits.values()) == len(list(out.glob("*.tar")))
-        assert not [name for name in os.listdir(out) if not name.endswith((".tar", INDEX, INDEX_SUM))]
+        assert not [path for path in out.iterdir() if not path.name.endswith((".tar", INDEX, INDEX_SUM))]
         undisturbed = build(glyphs_manifest, glyphs_bank, tmp_path / "undisturbed", wanted)
         assert archive.digest == undisturbed.digest
 
@@ -324,7 +328,7 @@ def _interrupt_after(shards: int, manifest, bank, out: Path, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             build(manifest, bank, out, REQUEST)
     assert not (out / INDEX).exists()
-    with pytest.raises(RequestError, match="is an unfinished build. Run the same mamldata build again: it goes on"):
+    with pytest.raises(RequestError, match=r"is an unfinished build. Run the same mamldata build again: it goes on"):
         read_archive(out)
 
 
@@ -336,16 +340,16 @@ def _wait_until_gone(session: int) -> None:
             os.killpg(session, 0)
         except ProcessLookupError:
             return
-        alive = [pid for pid in os.listdir("/proc") if pid.isdigit() and _group(pid) == session]
+        alive = [path for path in Path("/proc").iterdir() if path.name.isdigit() and _group(path) == session]
         if not alive:
             return
         time.sleep(0.02)
     raise AssertionError("workers outlive their parent")
 
 
-def _group(pid: str) -> int | None:
+def _group(process: Path) -> int | None:
     try:
-        state, _, group = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:3]
+        state, _, group = (process / "stat").read_text().rsplit(")", 1)[1].split()[:3]
     except OSError:
         return None
     return None if state == "Z" else int(group)
@@ -443,14 +447,14 @@ class TestAgain:
     def test_a_folder_of_other_things(self, tmp_path, glyphs_manifest, glyphs_bank):
         """Files of the user's are not built among."""
         (tmp_path / "thesis.txt").write_text("do not touch")
-        with pytest.raises(RequestError, match="is not empty and not an archive. Choose another folder"):
+        with pytest.raises(RequestError, match=r"is not empty and not an archive. Choose another folder"):
             build(glyphs_manifest, glyphs_bank, tmp_path, REQUEST)
         assert sorted(contents(tmp_path)) == ["thesis.txt"]
 
     def test_a_file_in_the_way(self, tmp_path, glyphs_manifest, glyphs_bank):
         """A file of the folder's name, or of a parent's, is an error that names it."""
         (tmp_path / "file").write_text("do not touch")
-        with pytest.raises(WriteError, match="file is a file. Choose a folder"):
+        with pytest.raises(WriteError, match=r"file is a file. Choose a folder"):
             build(glyphs_manifest, glyphs_bank, tmp_path / "file", REQUEST)
         with pytest.raises(WriteError, match=r"file/below.*Not a directory"):
             build(glyphs_manifest, glyphs_bank, tmp_path / "file" / "below", REQUEST)
@@ -529,7 +533,7 @@ class TestPlaces:
         """A read-only place is an error that names it and the remedy."""
         tmp_path.chmod(0o555)
         try:
-            with pytest.raises(WriteError, match="Cannot write .*out.*Make the folder writable"):
+            with pytest.raises(WriteError, match=r"Cannot write .*out.*Make the folder writable"):
                 build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST)
         finally:
             tmp_path.chmod(0o755)
@@ -562,14 +566,14 @@ class TestPlaces:
                 return None
 
         monkeypatch.setattr(build_module, "FileLock", Lock)
-        with pytest.raises(RequestError, match="already holds another archive .*seed 3 there, 4 asked for"):
+        with pytest.raises(RequestError, match=r"already holds another archive .*seed 3 there, 4 asked for"):
             build(glyphs_manifest, glyphs_bank, out, dataclasses.replace(REQUEST, seed=4))
         assert contents(out) == contents(reference)
 
     def test_a_worker_that_dies(self, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """A worker killed from outside ends in an error that says so, and the same build then finishes."""
         monkeypatch.setattr(build_module, "write_shard", _Die())
-        with pytest.raises(MamldataError, match="A worker process died .* Run the same command again"):
+        with pytest.raises(MamldataError, match=r"A worker process died .* Run the same command again"):
             build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, workers=2)
         monkeypatch.undo()
         assert build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST).digest == GOLDEN
@@ -581,7 +585,7 @@ class _Die:
     def __reduce__(self):
         return os._exit, (9,)
 
-    def __call__(self, task):
+    def __call__(self, _task):
         raise AssertionError("runs in workers only")
 
 

@@ -1,38 +1,49 @@
-"""One transfer over HTTP: what the server says is believed only as far as it can be checked.
+"""One file over HTTP: resumed where it stopped, never longer than it may be, abandoned when it only drips.
 
-A transfer appends to a partial file. Whatever goes wrong is one of three things: worth another try, a reason to
-start the file anew, or final for this address.
+Whether what came is the right file is not decided here.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO
+from urllib.parse import urlsplit
 
 import requests
-import urllib3
+from urllib3.exceptions import HTTPError
 
 import mamldata
-from mamldata.files import writing
+from mamldata.errors import RequestError
+from mamldata.files import temporary, write_atomic, writing
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
+_HEAD = 1 << 10  # a page's first bytes, however much white space it begins with
+_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
+_MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
+_TAG = re.compile(r"[\x20-\x7e]+")  # what may be sent back to a server in a header
 
 
 @dataclass(frozen=True)
 class Network:
-    """How patient a fetch is. Times in seconds.
+    """How patient a download is. All times in seconds.
 
     Attributes:
-        connect_timeout, read_timeout: how long to wait for a connection, and for the next bytes.
-        rounds: how often all sources are tried in turn.
-        backoff: the pause after the first round; it doubles with each.
-        longest_pause: no pause is longer, whatever a server asks for with Retry-After.
-        stall_seconds, min_speed: a server that stays below so many bytes a second for so long is left.
+        connect_timeout: for a connection.
+        read_timeout: for the next byte.
+        rounds: how often all sources are tried; a round that brought the file on by a mebibyte does not count.
+        backoff: the pause after the first round; it doubles with each further one.
+        longest_pause: the cap on that pause, and on what a server's Retry-After may ask for.
+        min_speed: bytes a second below which a server is abandoned for the next.
+        stall_seconds: how long it may stay below.
     """
 
     connect_timeout: float = 10.0
@@ -40,205 +51,274 @@ class Network:
     rounds: int = 4
     backoff: float = 1.0
     longest_pause: float = 60.0
-    stall_seconds: float = 30.0
     min_speed: float = 1024.0
+    stall_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be more than 0, not {value}"
+            for name, value in vars(self).items()
+            if not self._good(name)
+        ]
+        if faults:
+            raise RequestError(f"Network settings: {'; '.join(faults)}.")
+
+    def _good(self, name: str) -> bool:
+        value: float = getattr(self, name)
+        return value > 0 or (value == 0 and name in {"backoff", "longest_pause", "min_speed"})
+
+    def pause(self, failed_rounds: int, asked: float) -> float:
+        """How long to wait after so many rounds in vain, when a server asked for ``asked`` seconds."""
+        return min(self.longest_pause, max(asked, self.backoff * 2.0 ** min(max(failed_rounds - 1, 0), 30)))
 
 
-class TransferError(Exception):
-    """A transfer that failed and may succeed when it is tried again.
+class SourceError(Exception):
+    """One source failed; another one, or the same one later, may do better.
 
     Args:
-        reason: for people.
-        retry_after: seconds that the server asks to wait.
+        text: what went wrong.
+        final: asking this source again is of no use.
+        retry_after: seconds that the server asked us to wait.
     """
 
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
+    def __init__(self, text: str, *, final: bool = False, retry_after: float = 0.0) -> None:
+        super().__init__(text)
+        self.final = final
         self.retry_after = retry_after
 
 
-class StartAnewError(TransferError):
-    """What is there of the file is of no use: it must be dropped before the next try."""
+class UnusableRangeError(SourceError):
+    """The server cannot go on from where the file stopped."""
 
 
-class WrongContentError(TransferError):
-    """The address gives something else: no more tries there."""
+class Part:
+    """The first bytes of a file under way, in ``<name>.part``, and a note of whose they are."""
+
+    def __init__(self, final: Path) -> None:
+        self.path = temporary(final)
+        # No raw file's name begins with a dot, so that this one is never another file's.
+        self._note = final.with_name(f".{final.name}.origin.json")
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def validator(self, url: str) -> str | None:
+        """What the server at ``url`` called the version of the file that these bytes are of, if they are from there."""
+        try:
+            note = json.loads(self._note.read_bytes())
+            url_noted, validator = note["url"], note["validator"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        known = (
+            url_noted == without_password(url) and isinstance(validator, str) and _TAG.fullmatch(validator)
+        )
+        return validator if known else None
+
+    def note(self, url: str, validator: str | None) -> None:
+        """Remember which version of the file at ``url`` the bytes are of."""
+        text = json.dumps({"url": without_password(url), "validator": validator})
+        write_atomic(self._note, text.encode())
+
+    @contextmanager
+    def writer(self, offset: int) -> Iterator[IO[bytes]]:
+        """Open for more bytes: anew if ``offset`` is 0, else after the ``offset`` bytes that there are.
+
+        Raises:
+            WriteError: it cannot be written; what was written stays.
+        """
+        with writing(self.path), self.path.open("ab" if offset else "wb") as stream:
+            yield stream
+
+    def forget(self) -> None:
+        """Remove the note."""
+        with writing(self._note):
+            self._note.unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        """Remove the bytes and the note."""
+        with writing(self.path):
+            self.path.unlink(missing_ok=True)
+        self.forget()
 
 
-def download(
-    session: requests.Session,
-    url: str,
-    part: Path,
-    *,
-    expected: int,
-    limit: int,
-    network: Network,
-    advance: Callable[[int], object],
-) -> None:
-    """Append the rest of a file to its partial file, which has its whole length afterwards.
+def without_password(url: str) -> str:
+    """``url`` as it may be shown and stored."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def open_session() -> requests.Session:
+    """A session that asks for files as they are. The caller closes it."""
+    session = requests.Session()
+    session.headers["User-Agent"] = f"mamldata/{mamldata.__version__}"
+    # Compressed on the way, a file's length and ranges would be those of other bytes.
+    session.headers["Accept-Encoding"] = "identity"
+    session.max_redirects = 10
+    return session
+
+
+def transfer(
+    session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Callable[[int], object]
+) -> bool:
+    """Get the rest of a file into its part, or all of it if the server has no ranges or another version.
 
     Args:
-        session: of requests.
-        url: http(s).
-        part: the partial file; if it is there, the transfer goes on behind it.
-        expected: the length that the manifest gives.
-        limit: the longest that the file may be.
-        network: the patience.
-        advance: told of the bytes written; negative when bytes that were there are of no use.
+        session: from ``open_session``.
+        url: one mirror's.
+        part: the bytes so far; what arrives is kept there, also on failure.
+        bound: the most bytes that the whole file may have.
+        network: how patient to be.
+        at: told of the number of bytes that there are now.
+
+    Returns:
+        Whether the first bytes are older than this call.
 
     Raises:
-        TransferError: and its kinds.
-        WriteError: the disk is full, or the place cannot be written to.
+        UnusableRangeError: the server cannot go on from here; without a part it may do better.
+        SourceError: any other failure of the server or the way to it.
+        WriteError: the part cannot be written.
     """
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"mamldata/{mamldata.__version__}"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if validator := _validator(part, url):
-            headers["If-Range"] = validator
-    try:
-        with session.get(
-            url, headers=headers, stream=True, timeout=(network.connect_timeout, network.read_timeout)
-        ) as response:
-            if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{have}":
-                return  # the partial file is the whole one; an earlier process died before it could see that
-            start = _start(response, have)
-            total = _announced(response, start, limit)
-            _remember(part, url, response)
-            if start < have:
-                advance(start - have)
-            _receive(response, part, start, limit, network, advance)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-        raise TransferError(_reason(error)) from error
-    got = part.stat().st_size
-    if total is not None and got < total:
-        raise TransferError(f"the connection ended after {got:,} of {total:,} bytes")
-    if got < expected and total is None:
-        raise TransferError(f"the connection ended after {got:,} of {expected:,} bytes")
+    asked = part.size
+    timeout = (network.connect_timeout, network.read_timeout)
+    with (
+        _plain_failures(network),
+        session.get(
+            url, headers=_range(asked, part.validator(url)), stream=True, timeout=timeout
+        ) as response,
+    ):
+        headers = response.headers
+        offset = _start_of_body(response.status_code, response.reason, headers, asked)
+        _refuse_page(headers)
+        _refuse_length(headers, offset, bound)
+        body = _body(response, bound - offset, network)
+        head = _head(body) if offset == 0 else b""
+        if _HTML.match(head):
+            raise SourceError("it sent a web page (HTML) in place of the file")
+        with part.writer(offset) as stream:
+            # After the old bytes are gone and before new ones come: whenever we are killed, the note is not
+            # that of other bytes.
+            part.note(url, _validator(headers))
+            at(offset)
+            for chunk in chain([head], body):
+                stream.write(chunk)
+                offset += len(chunk)
+                at(offset)
+        return asked > 0 and response.status_code == 206
 
 
-def _start(response: requests.Response, have: int) -> int:
-    """Where in the file the body of this response begins."""
-    status = response.status_code
-    if status == 206:
-        start, _ = _content_range(response)
-        if start != have:
-            raise StartAnewError(f"the server sent bytes from {start} when those from {have} were asked for")
-        return have
+def _range(asked: int, validator: str | None) -> dict[str, str]:
+    if not asked:
+        return {}
+    return {"Range": f"bytes={asked}-"} | ({"If-Range": validator} if validator else {})
+
+
+def _start_of_body(status: int, reason: str, headers: Mapping[str, str], asked: int) -> int:
+    """At which byte of the file the body of an answer begins.
+
+    Raises:
+        SourceError: the answer is not the file, or not the part of it that was asked for.
+    """
     if status == 200:
-        _refuse_html(response)
         return 0
-    if status == 416:
-        raise StartAnewError(f"the server has no bytes behind {have:,} (HTTP 416)")
-    raise TransferError(f"HTTP {status} {response.reason}".rstrip(), _retry_after(response))
+    if asked and status == 206:
+        given = headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", given)
+        if match and int(match[1]) == asked:
+            return asked
+        raise UnusableRangeError(f"asked for the bytes from {asked:,} on, it sent {given or 'others'!r}")
+    if asked and status == 416:
+        raise UnusableRangeError(f"it has nothing after the first {asked:,} bytes (HTTP 416)")
+    raise SourceError(f"HTTP {status} {reason}".strip(), retry_after=_retry_after(headers, datetime.now(UTC)))
 
 
-def _content_range(response: requests.Response) -> tuple[int, int | None]:
-    """First byte and total length of ``Content-Range: bytes 5-9/10``."""
-    text = response.headers.get("Content-Range", "")
-    unit, _, rest = text.partition(" ")
-    span, _, total = rest.partition("/")
-    first, _, last = span.partition("-")
-    if unit != "bytes" or not first.isdigit() or not last.isdigit():
-        raise StartAnewError(f"the server sent a part of the file without saying which ({text!r})")
-    return int(first), int(total) if total.isdigit() else None
-
-
-def _announced(response: requests.Response, start: int, limit: int) -> int | None:
-    """The file's length by the server's word, None if it says nothing."""
-    if response.status_code == 206:
-        total = _content_range(response)[1]
-    else:
-        length = response.headers.get("Content-Length", "")
-        total = int(length) if length.isdigit() else None
-    if total is not None and total > limit:
-        raise WrongContentError(f"the server announces {total:,} bytes, more than the {limit:,} that it can be")
-    if total is not None and total < start:
-        raise StartAnewError(f"the file has only {total:,} bytes now")
-    return total
-
-
-def _refuse_html(response: requests.Response) -> None:
-    if response.headers.get("Content-Type", "").lower().startswith("text/html"):
-        raise WrongContentError("the server sent a web page, not the file")
-
-
-def _receive(
-    response: requests.Response,
-    part: Path,
-    start: int,
-    limit: int,
-    network: Network,
-    advance: Callable[[int], object],
-) -> None:
-    with writing(part), part.open("r+b" if start else "wb") as stream:
-        stream.seek(start)
-        written = start
-        for chunk in _watched(response, network):
-            if written == 0 and _looks_like_html(chunk):
-                raise WrongContentError("the server sent a web page, not the file")
-            written += len(chunk)
-            if written > limit:
-                stream.truncate(0)
-                raise WrongContentError(f"the server sent more than the {limit:,} bytes that the file can be")
-            stream.write(chunk)
-            advance(len(chunk))
-
-
-def _watched(response: requests.Response, network: Network) -> Iterator[bytes]:
-    """The body in pieces as they come, leaving a server that only drips."""
-    since, count = time.monotonic(), 0
-    # read1, because read would wait until a whole piece is there, however slowly it comes.
-    while chunk := response.raw.read1(_CHUNK):
-        yield chunk
-        count += len(chunk)
-        elapsed = time.monotonic() - since
-        if elapsed >= network.stall_seconds:
-            if count < network.min_speed * elapsed:
-                raise TransferError(f"the server is too slow: {count / elapsed:,.0f} bytes a second")
-            since, count = time.monotonic(), 0
-
-
-def _looks_like_html(chunk: bytes) -> bool:
-    return chunk.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
-
-
-def _retry_after(response: requests.Response) -> float:
-    text = response.headers.get("Retry-After", "")
-    if text.isdigit():
-        return float(text)
+def _retry_after(headers: Mapping[str, str], now: datetime) -> float:
+    """The seconds that ``Retry-After`` asks for, given as a number or as a date; 0 if it asks for nothing."""
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        until = parsedate_to_datetime(value)
     except ValueError:
         return 0.0
+    aware = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (aware - now).total_seconds())
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, requests.TooManyRedirects):
-        return "the server redirects in a circle"
-    if isinstance(error, requests.ConnectTimeout):
-        return "no connection in time"
-    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-        return "the server sent nothing for too long"
-    return f"the connection failed ({type(error).__name__}: {error})"
+def _refuse_page(headers: Mapping[str, str]) -> None:
+    if headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/html":
+        raise SourceError("it sent a web page (HTML) in place of the file")
 
 
-def notes(part: Path) -> Path:
-    """Beside a partial file: where it comes from and what the server called that version of it."""
-    return part.with_name(part.name + ".json")
+def _refuse_length(headers: Mapping[str, str], offset: int, bound: int) -> None:
+    length = headers.get("Content-Length")
+    if length is not None and not (re.fullmatch("[0-9]{1,18}", length) and offset + int(length) <= bound):
+        announced = f"{offset:,} + {length}" if offset else length
+        raise SourceError(f"it announces {announced} bytes; the file has at most {bound:,}", final=True)
 
 
-def _remember(part: Path, url: str, response: requests.Response) -> None:
-    validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
-    if validator and not validator.startswith("W/"):  # a weak tag promises meaning, not bytes
-        with writing(part):
-            notes(part).write_text(json.dumps({"url": url, "validator": validator}))
+def _validator(headers: Mapping[str, str]) -> str | None:
+    """What names this version of the file in an ``If-Range``: a strong ETag, else the date of its last change."""
+    tag = headers.get("ETag", "")
+    value = tag if re.fullmatch(r'"[^"]*"', tag) else headers.get("Last-Modified", "")
+    return value if _TAG.fullmatch(value) else None
 
 
-def _validator(part: Path, url: str) -> str | None:
-    """The tag of the version that the partial file was begun with, if it came from this very address."""
+def _head(body: Iterator[bytes]) -> bytes:
+    """Enough of the body to tell a page from data."""
+    head = b""
+    for chunk in body:
+        head += chunk
+        if len(head) >= _HEAD or not _MAYBE_HTML.match(head):
+            break
+    return head
+
+
+def _body(response: requests.Response, allowance: int, network: Network) -> Iterator[bytes]:
+    """The bytes of a body as they come, ``allowance`` at the most and as they are on the way.
+
+    Raises:
+        SourceError: the connection broke, stalled, or was too slow for too long.
+    """
+    # A plain read would wait for a full chunk and never notice a drip; old versions of urllib3 have no read1.
+    read = getattr(response.raw, "read1", response.raw.read)
+    waited, got = 0.0, 0
+    while allowance > 0:
+        before = time.monotonic()
+        chunk = read(min(_CHUNK, allowance), decode_content=False)
+        waited, got = waited + time.monotonic() - before, got + len(chunk)
+        if not chunk:
+            return
+        yield chunk
+        allowance -= len(chunk)
+        if waited >= network.stall_seconds:
+            if got < network.min_speed * waited:
+                raise SourceError(f"too slow: {got:,} bytes in {waited:.0f} s")
+            waited, got = 0.0, 0
+
+
+@contextmanager
+def _plain_failures(network: Network) -> Iterator[None]:
+    """Turn what requests and urllib3 raise into one short line.
+
+    Raises:
+        SourceError: with that line.
+    """
     try:
-        noted: dict[str, Any] = json.loads(notes(part).read_text())
-        return str(noted["validator"]) if noted["url"] == url else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        yield
+    except requests.ConnectTimeout as error:
+        raise SourceError(f"no connection within {network.connect_timeout:g} s") from error
+    except requests.TooManyRedirects as error:
+        raise SourceError("it redirects in a circle, or too often") from error
+    except (requests.RequestException, HTTPError, UnicodeError) as error:
+        root = _root_cause(error)
+        if isinstance(root, TimeoutError):
+            raise SourceError(f"silent for {network.read_timeout:g} s") from error
+        raise SourceError(f"the connection failed ({root or type(root).__name__})") from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return error

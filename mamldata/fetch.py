@@ -1,50 +1,57 @@
-"""Fetch: get the raw files of a dataset, verify each, keep them read-only.
-
-``plan`` decides and ``fetch`` does it. A file gets its final name when it is whole and verified, never before; a
-process that dies at any moment leaves a partial file that the next one goes on with.
-"""
+"""Fetch: get a dataset's raw files from wherever they are to be had, verify each, and keep them read-only."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import IO, Literal
-from urllib.parse import urlsplit
+from typing import Literal, assert_never
 
-import fsspec
 import requests
 from filelock import FileLock, Timeout
 
 from mamldata.digest import chunks
-from mamldata.download import Network, StartAnewError, TransferError, WrongContentError, download, notes
-from mamldata.errors import FetchError, RequestError, WriteError
-from mamldata.files import commit, make_folder, temporary, writing
+from mamldata.download import (
+    Network,
+    Part,
+    SourceError,
+    UnusableRangeError,
+    open_session,
+    transfer,
+    without_password,
+)
+from mamldata.errors import FetchError, WriteError
+from mamldata.files import commit, make_folder, writing
 from mamldata.manifest import Manifest, SourceFile
+from mamldata.places import find, is_http, is_local, needs_network, open_source
 from mamldata.progress import Progress, silent
-from mamldata.raw import Check, CheckedBy, check_file, most_bytes, write_receipt
+from mamldata.raw import CheckedBy, Verdict, fetch_command, judge, most_bytes, read_receipt, write_receipt
 from mamldata.root import DatasetFolder
 
-Kind = Literal["have", "check", "generate", "resume", "download", "missing"]
-_WEB = ("http", "https")
-_LOCAL = ("", "file", "local")
+__all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
+
+_PATIENT = Network()
+_HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
+
+Kind = Literal["have", "check", "resume", "download", "generate", "missing"]
+How = Literal["had", "copied", "downloaded", "resumed", "generated"]
+Notify = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Action:
-    """What must be done for one file; only a decision.
+    """What must be done for one file.
 
     Attributes:
-        file: the file.
-        kind: ``have``: nothing. ``check``: it is there, but was never verified. ``generate``: a program draws it.
-            ``download``, or ``resume`` behind ``have_bytes``: from one of the sources. ``missing``: there is none.
+        file: what is wanted.
+        kind: ``have`` (it is there and was verified), ``check`` (it is there, put by hand or just before we were
+            killed), ``resume``, ``download`` (or copy), ``generate``, or ``missing`` (there is no source).
         path: its final place.
-        sources: paths and addresses in the order in which they are tried.
-        have_bytes: of the partial file.
+        sources: paths and URLs in the order in which they will be tried.
+        have_bytes: how many bytes of it a broken-off download left, if it goes on from there.
     """
 
     file: SourceFile
@@ -56,76 +63,44 @@ class Action:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was done for one file.
+    """One file that is there now.
 
     Attributes:
-        name: of the file.
-        how: ``had``, ``checked``, ``generated``, ``copied``, ``downloaded`` or ``resumed``.
-        source: where it came from; empty if it was there, or generated.
-        bytes, sha256: of what is there now.
-        checked_by: which of the manifest's digests it has; None if it was there and its receipt was taken for it.
-        seconds: that it took.
+        name: its file name.
+        how: how it got there, in this run.
+        source: where from; empty if it was there.
+        bytes: its length.
+        sha256: its digest, which a repacked container has of its own.
+        checked_by: which of the manifest's digests is right.
+        seconds: how long it took.
     """
 
     name: str
-    how: str
+    how: How
     source: str
     bytes: int
     sha256: str
-    checked_by: CheckedBy | None
+    checked_by: CheckedBy
     seconds: float
 
 
-def plan(manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline: bool = False) -> list[Action]:
-    """Decide what must be done. Looks at the disk, and touches neither it nor the network.
+def plan(
+    manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline: bool = False
+) -> list[Action]:
+    """Say what must be done for each file of a dataset. Looks at names, lengths and receipts; changes nothing.
 
     Args:
         manifest: the dataset.
         root: the data root.
-        sources: places put in front of the manifest's addresses: folders, or addresses that ``/<name>`` is added to.
-        offline: leave out everything that needs a network.
+        sources: places to look in before the manifest's own: folders, http(s) addresses, fsspec URLs.
+        offline: leave out every source that needs a network.
 
     Raises:
-        RequestError: a place that is neither a folder nor an address.
+        RequestError: a place that is neither an existing folder nor a URL that can be read.
     """
     folder = DatasetFolder(root, manifest.name)
-    places = [_place(source) for source in sources]
-    return [_action(file, folder, places, offline) for file in manifest.files]
-
-
-def _place(source: str) -> str:
-    scheme = urlsplit(source).scheme if "://" in source else ""
-    if scheme not in _LOCAL:
-        return source.rstrip("/")
-    path = Path(urlsplit(source).path if scheme else source).expanduser()
-    if not path.is_dir():
-        raise RequestError(f"--from {source}: there is no such folder, and it is no address such as https://…")
-    return str(path)
-
-
-def _action(file: SourceFile, folder: DatasetFolder, places: Sequence[str], offline: bool) -> Action:
-    path, part = folder.raw / file.name, temporary(folder.raw / file.name)
-    have = part.stat().st_size if part.is_file() else 0
-    sources = tuple(_sources(file, places, offline))
-    if path.is_file():
-        kind: Kind = "have" if folder.receipt(file.name).is_file() else "check"
-    elif file.generator:
-        kind = "generate"
-    elif not sources:
-        kind = "missing"
-    else:
-        kind = "resume" if have else "download"
-    return Action(file, kind, path, sources, have)
-
-
-def _sources(file: SourceFile, places: Sequence[str], offline: bool) -> list[str]:
-    found = []
-    for place in places:
-        if "://" in place:
-            found += [] if offline else [f"{place}/{file.name}"]
-        elif (Path(place) / file.name).is_file():
-            found.append(str(Path(place) / file.name))
-    return found if offline else [*found, *file.urls]
+    with writing(folder.raw):
+        return [_action(folder, file, sources, offline) for file in manifest.files]
 
 
 def fetch(
@@ -135,234 +110,405 @@ def fetch(
     *,
     offline: bool = False,
     progress: Progress = silent,
-    network: Network | None = None,
-    notify: Callable[[str], object] = lambda _: None,
+    network: Network = _PATIENT,
+    notify: Notify | None = None,
 ) -> list[Fetched]:
-    """Get all raw files of a dataset and verify them. What is there already is left alone.
+    """Get every raw file of a dataset. What is there is left alone; what was broken off goes on.
+
+    A file has its final name only when it is whole and verified. Killed at any moment, the same call goes on.
 
     Args:
-        manifest, root, sources, offline: see ``plan``.
-        progress: told of bytes, a bar for each file.
-        network: the patience with servers.
-        notify: told what is worth saying meanwhile.
+        manifest: the dataset.
+        root: the data root.
+        sources: places to look in before the manifest's own: folders, http(s) addresses, fsspec URLs.
+        offline: touch no network.
+        progress: one bar of bytes per file; what a download that starts anew throws away is counted back.
+        network: how patient to be.
+        notify: told of waiting and of failed tries, a line each.
 
     Raises:
-        RequestError: a place that is neither a folder nor an address.
-        FetchError: a file could not be had from any source, or is not the right one; all sources are named.
-        WriteError: the place cannot be written to.
+        RequestError: a place that is neither an existing folder nor a URL that can be read.
+        FetchError: files that could not be had, or are not the right ones; all are named, with every source tried.
+        WriteError: the root cannot be written to, or the disk is full.
     """
-    plan(manifest, root, sources, offline=offline)  # refuses a wrong place before anything is made
-    folder = DatasetFolder(root, manifest.name)
-    make_folder(folder.raw)
+    say = notify or (lambda _: None)
+    actions = plan(manifest, root, sources, offline=offline)
+    if any(action.kind != "have" for action in actions):
+        _require_sources(manifest, root, actions, sources)
+        folder = DatasetFolder(root, manifest.name)
+        make_folder(folder.raw)
+        with _locked(folder, say), closing(open_session()) as session:
+            # Again, because whoever held the lock may have done it all.
+            actions = plan(manifest, root, sources, offline=offline)
+            work = _Work(folder, fetch_command(manifest, root), session, network, progress, say)
+            return work.all(actions)
+    return [_had(DatasetFolder(root, manifest.name), action.file) for action in actions]
+
+
+def _action(folder: DatasetFolder, file: SourceFile, places: Sequence[str], offline: bool) -> Action:
+    path = folder.raw / file.name
+    found = [source for place in places if (source := find(place, file.name)) is not None]
+    if path.is_file():
+        return Action(file, "have" if _is_verified(folder, file) else "check", path, (), 0)
+    if file.generator:
+        return Action(file, "generate", path, (), 0)
+    usable = [
+        source for source in dict.fromkeys([*found, *file.urls]) if not (offline and needs_network(source))
+    ]
+    part = Part(path).size if usable and is_http(usable[0]) else 0
+    kind: Kind = "missing" if not usable else "resume" if part else "download"
+    return Action(file, kind, path, tuple(usable), part)
+
+
+def _is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
+    """Whether the receipt is one for what the manifest wants; a file of an older manifest is looked at again."""
+    digest = read_receipt(folder, file.name)
+    if digest == file.sha256:
+        return (folder.raw / file.name).stat().st_size == file.bytes
+    return digest is not None and file.content_sha256 is not None
+
+
+def _had(folder: DatasetFolder, file: SourceFile) -> Fetched:
+    digest = read_receipt(folder, file.name) or ""
+    size = (folder.raw / file.name).stat().st_size
+    return Fetched(file.name, "had", "", size, digest, _checked_by(file, digest), 0.0)
+
+
+def _checked_by(file: SourceFile, digest: str) -> CheckedBy:
+    return "sha256" if digest == file.sha256 else "content_sha256"
+
+
+def _require_sources(
+    manifest: Manifest, root: Path, actions: Sequence[Action], places: Sequence[str]
+) -> None:
+    """Files that nothing can be done for end the run before anything is done for the others.
+
+    Raises:
+        FetchError: there are some; each is named, with where it was looked for and where it is to be had by hand.
+    """
+    lines = []
+    for action in actions:
+        if action.kind == "missing":
+            looked = ", ".join([str(action.path), *map(without_password, places)])
+            lines.append(f"  {action.file.name}: looked for in {looked}")
+            lines += [f"    to be had from {url}" for url in action.file.urls]
+    if lines:
+        raise FetchError(
+            f"Files of {manifest.name} are missing, and without a network there is no source for them:\n"
+            + "\n".join(lines)
+            + "\nRun it without --offline, or get them by hand, put them into a folder, and run: "
+            + f"{fetch_command(manifest, root)} --from FOLDER"
+        )
+
+
+@contextmanager
+def _locked(folder: DatasetFolder, say: Notify) -> Iterator[None]:
+    """Hold the dataset's lock.
+
+    Raises:
+        WriteError: the lock's file cannot be made.
+    """
     lock = FileLock(folder.lock)
     with writing(folder.lock):
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=0)
         except Timeout:
-            notify(f"Another process is at work on {folder.path}; waiting for it.")
+            say(f"Another process is at work on {folder.path}; waiting until it is done.")
             lock.acquire()
     try:
-        # Planned again: the other process may have done it all.
-        actions = plan(manifest, root, sources, offline=offline)
-        _require_sources(manifest, actions)
-        with requests.Session() as session:
-            fetcher = _Fetcher(manifest, folder, session, network or Network(), progress, notify)
-            return [fetcher.run(action) for action in actions]
+        yield
     finally:
         lock.release()
 
 
-def _require_sources(manifest: Manifest, actions: Sequence[Action]) -> None:
-    missing = [action for action in actions if action.kind == "missing"]
-    if missing:
-        lines = [f"  {action.file.name}: from {', '.join(action.file.urls)}" for action in missing]
-        raise FetchError(
-            "These files are not here, and without a network there is no source for them. Get them in any way, put "
-            f"them in a folder, and run: mamldata fetch {manifest.reference} --from FOLDER\n" + "\n".join(lines)
-        )
+class _Meter:
+    """A bar that is told where a file stands, which may be less than before."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self._advance = advance
+        self._position = 0
+
+    def at(self, position: int) -> None:
+        self._advance(position - self._position)
+        self._position = position
 
 
-class _Fetcher:
-    """Carries out actions; what one run of ``fetch`` shares."""
+@dataclass(frozen=True)
+class _Work:
+    """What all files of one run share. Its methods do what a plan says."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        folder: DatasetFolder,
-        session: requests.Session,
-        network: Network,
-        progress: Progress,
-        notify: Callable[[str], object],
-    ) -> None:
-        self.manifest = manifest
-        self.folder = folder
-        self.session = session
-        self.network = network
-        self.progress = progress
-        self.notify = notify
+    folder: DatasetFolder
+    command: str
+    session: requests.Session
+    network: Network
+    progress: Progress
+    say: Notify
 
-    def run(self, action: Action) -> Fetched:
-        start = time.monotonic()
-        how, source, check = self._carry_out(action)
-        size = action.path.stat().st_size
-        return Fetched(action.file.name, how, source, size, check.sha256, check.checked_by, time.monotonic() - start)
+    def all(self, actions: Sequence[Action]) -> list[Fetched]:
+        """Every file that can be had.
 
-    def _carry_out(self, action: Action) -> tuple[str, str, Check]:
-        file, path = action.file, action.path
+        Raises:
+            FetchError: some could not; the others are there.
+        """
+        done, failed = [], []
+        for action in actions:
+            try:
+                done.append(self.one(action))
+            except FetchError as error:
+                failed.append(str(error))
+        if failed:
+            raise FetchError("\n".join(failed))
+        return done
+
+    def one(self, action: Action) -> Fetched:
+        """One file.
+
+        Raises:
+            FetchError: it could not be had.
+            WriteError: it could not be written.
+        """
+        file, start = action.file, time.monotonic()
         if action.kind == "have":
-            return "had", "", Check(self.folder.receipt(file.name).read_text().split(" ", 1)[0], None)
-        if action.kind == "check":
-            return "checked", "", self._take(path, file)
-        if action.kind == "generate":
-            with writing(path):
-                # The manifest's own vocabulary: each generator is a module of that name.
-                import_module(f"mamldata.{file.generator}").write_archive(temporary(path))
-            return "generated", "", self._accept(file, path, self._checked(temporary(path), file))
-        return self._from_sources(action)
-
-    def _take(self, path: Path, file: SourceFile) -> Check:
-        """Verify a file that somebody put in its place; it is never deleted."""
-        check = self._checked(path, file)
-        if check.checked_by is None:
-            raise FetchError(
-                f"{path} is not the right file: {check.problem}. Move it elsewhere and run the same command again."
-            )
-        with writing(path):
-            path.chmod(0o444)
-        write_receipt(self.folder, file.name, check.sha256)
-        return check
-
-    def _from_sources(self, action: Action) -> tuple[str, str, Check]:
-        """Try all sources in turn, several rounds of them."""
-        file, part = action.file, temporary(action.path)
-        failures: dict[str, str] = {}
-        live = list(action.sources)
-        for turn in range(self.network.rounds):
-            pause = 0.0
-            for source in list(live):
-                begun = part.stat().st_size if part.is_file() else 0
-                try:
-                    check = self._attempt(source, file, part)
-                except WrongContentError as error:
-                    live.remove(source)
-                    failures[source] = str(error)
-                except TransferError as error:
-                    failures[source] = str(error)
-                    pause = max(pause, error.retry_after)
-                else:
-                    how = "downloaded" if _scheme(source) in _WEB else "copied"
-                    return "resumed" if begun else how, source, self._accept(file, action.path, check)
-                self.notify(f"{file.name}: {source}: {failures[source]}")
-            if not live:
-                break
-            if turn + 1 < self.network.rounds:
-                time.sleep(min(self.network.longest_pause, max(pause, self.network.backoff * 2**turn)))
-        raise self._failed(file, failures)
-
-    def _attempt(self, source: str, file: SourceFile, part: Path) -> Check:
-        """One source: the rest of the file, then its digest; from the beginning if what was there does not fit."""
-        begun = part.stat().st_size if part.is_file() else 0
-        try:
-            self._transfer(source, file, part)
-            check = self._checked(part, file)
-        except StartAnewError:
-            if not begun:
-                raise
-            check = None
-        if check is None or (check.checked_by is None and begun):
-            # The beginning came from another source, or the file changed meanwhile.
-            _drop(part)
-            self._transfer(source, file, part)
-            check = self._checked(part, file)
-        if check.checked_by is None:
-            _drop(part)
-            raise WrongContentError(f"what came is not the file: {check.problem}")
-        return check
-
-    def _transfer(self, source: str, file: SourceFile, part: Path) -> None:
-        have = part.stat().st_size if part.is_file() else 0
-        if have > most_bytes(file):
-            raise StartAnewError("the partial file is longer than the file")
-        _require_space(part, file.bytes - have)
+            return _had(self.folder, file)
+        if action.path.is_dir():
+            raise WriteError(f"{action.path} is a folder, where a file should be. Move it elsewhere.")
         with self.progress(file.name, file.bytes, "B") as advance:
-            advance(have)
-            if _scheme(source) in _WEB:
-                if have < file.bytes:
-                    download(
-                        self.session,
-                        source,
-                        part,
-                        expected=file.bytes,
-                        limit=most_bytes(file),
-                        network=self.network,
-                        advance=advance,
-                    )
-            else:
-                _copy(source, part, most_bytes(file), advance)
+            how, source, verdict = self.get(action, _Meter(advance))
+        if verdict.checked_by is None:
+            raise AssertionError(f"{file.name} was taken though it is wrong")
+        if how != "had":
+            with writing(action.path):
+                commit(action.path)
+        self.seal(action, verdict.sha256)
+        size, seconds = action.path.stat().st_size, time.monotonic() - start
+        return Fetched(file.name, how, source, size, verdict.sha256, verdict.checked_by, seconds)
 
-    def _checked(self, path: Path, file: SourceFile) -> Check:
-        with self.progress(f"verify {file.name}", path.stat().st_size, "B") as advance:
-            return check_file(path, file, advance)
+    def get(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
+        """A verified file under its temporary name, or under its final one if it was there."""
+        kind = action.kind
+        if kind == "have" or kind == "check":
+            return "had", "", self.check(action, meter)
+        if kind == "generate":
+            return "generated", "", self.generate(action, meter)
+        if kind == "resume" or kind == "download":
+            return self.download(action, meter)
+        if kind == "missing":
+            raise FetchError(f"There is no source for {action.file.name}.")
+        assert_never(kind)
 
-    def _accept(self, file: SourceFile, path: Path, check: Check) -> Check:
-        """Give a verified file its final name, and write its receipt."""
-        if check.checked_by is None:
-            _drop(temporary(path))
-            raise FetchError(f"{file.name} came out wrong on this machine: {check.problem}. Please report it.")
-        with writing(path):
-            commit(path)
-            path.chmod(0o444)
-        notes(temporary(path)).unlink(missing_ok=True)
-        write_receipt(self.folder, file.name, check.sha256)
-        return check
+    def check(self, action: Action, meter: _Meter) -> Verdict:
+        """A file that is there without a receipt. It may be the user's own, so that nothing is done to a wrong one.
 
-    def _failed(self, file: SourceFile, failures: dict[str, str]) -> FetchError:
-        lines = "\n".join(f"  {source}: {reason}" for source, reason in failures.items())
-        return FetchError(
-            f"{file.name} could not be fetched:\n{lines}\nRun the same command again later: it goes on from what is "
-            f"there. Or get the file in any way (sha256 {file.sha256}), put it in a folder, and run: "
-            f"mamldata fetch {self.manifest.reference} --from FOLDER"
+        Raises:
+            FetchError: it is another file.
+        """
+        seen = 0
+
+        def advance(count: int) -> None:
+            nonlocal seen
+            seen += count
+            meter.at(seen)
+
+        verdict = judge(action.path, action.file, advance)
+        if verdict.checked_by is None:
+            raise FetchError(
+                f"{action.path} is not the right file: {verdict.problem}. Delete it or move it elsewhere, and run: "
+                f"{self.command}"
+            )
+        return verdict
+
+    def generate(self, action: Action, meter: _Meter) -> Verdict:
+        """Draw an embedded dataset.
+
+        Raises:
+            FetchError: the program drew something else than it should.
+        """
+        from mamldata.glyphs import write_archive
+
+        part = Part(action.path)
+        self.require_space(action, 0)
+        with writing(part.path):
+            write_archive(part.path)
+        verdict = judge(part.path, action.file)
+        if verdict.checked_by is None:
+            part.drop()
+            raise FetchError(
+                f"{action.file.name}, drawn on this machine, came out different: {verdict.problem}. "
+                "This is a bug: please report it with the output of: mamldata doctor"
+            )
+        meter.at(action.file.bytes)
+        return verdict
+
+    def download(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
+        """Try all sources in turn, and again, until one gives the file.
+
+        Raises:
+            FetchError: none did; every one is named with its last failure.
+        """
+        file, part = action.file, Part(action.path)
+        if verdict := _finished(part, file):
+            meter.at(part.size)
+            return "resumed", "", verdict
+        meter.at(action.have_bytes)
+        self.require_space(action, part.size)
+        alive, failures = list(action.sources), dict.fromkeys(action.sources, "not tried")
+        vain_rounds, most = 0, part.size
+        while True:
+            asked = 0.0
+            for source in tuple(alive):
+                try:
+                    how, verdict = self.attempt(source, file, part, meter)
+                    return how, without_password(source), verdict
+                except SourceError as error:
+                    failures[source] = str(error)
+                    asked = max(asked, error.retry_after)
+                    self.say(f"{file.name}: {without_password(source)}: {error}")
+                    if error.final:
+                        alive.remove(source)
+            # A bad line that brings some of the file each time is still a line.
+            vain_rounds = 0 if part.size >= most + _HEADWAY else vain_rounds + 1
+            most = max(most, part.size)
+            if not alive or vain_rounds >= self.network.rounds:
+                raise FetchError(_nothing_helped(file, failures, part.size, self.command))
+            pause = self.network.pause(vain_rounds, asked)
+            self.say(f"{file.name}: trying again in {pause:.0f} s")
+            time.sleep(pause)
+
+    def attempt(self, source: str, file: SourceFile, part: Part, meter: _Meter) -> tuple[How, Verdict]:
+        """One source, once; twice if what was there before turns out to be of another file.
+
+        Raises:
+            SourceError: it did not give the right file.
+        """
+        if not is_http(source):
+            _copy(source, part, most_bytes(file), meter)
+            return "copied" if is_local(source) else "downloaded", _accept(part, file)
+        began = part.size
+        try:
+            resumed = transfer(self.session, source, part, most_bytes(file), self.network, meter.at)
+            return "resumed" if resumed else "downloaded", _accept(part, file, keep=resumed)
+        except UnusableRangeError:
+            resumed = True
+            if verdict := _right(part, file):
+                return "resumed", verdict
+        except _WrongContentError:
+            if not resumed:
+                raise
+        self.say(
+            f"{file.name}: its first {began:,} bytes, from before, are of another version; starting anew"
         )
+        part.drop()
+        meter.at(0)
+        transfer(self.session, source, part, most_bytes(file), self.network, meter.at)
+        return "downloaded", _accept(part, file)
+
+    def seal(self, action: Action, digest: str) -> None:
+        """Make a verified file read-only and write its receipt.
+
+        Raises:
+            WriteError: the receipt cannot be written.
+        """
+        # Whoever put it there by hand may own it, or may only have linked to it.
+        if not action.path.is_symlink():
+            with suppress(PermissionError):
+                action.path.chmod(0o444)
+        write_receipt(self.folder, action.file.name, digest)
+        Part(action.path).forget()
+
+    def require_space(self, action: Action, have: int) -> None:
+        """Say at once that a file does not fit, not after an hour.
+
+        Raises:
+            WriteError: the disk has less free space than the rest of the file takes.
+        """
+        need, free = action.file.bytes - have, shutil.disk_usage(action.path.parent).free
+        if need > free:
+            raise WriteError(
+                f"{action.file.name} needs {need:,} more bytes in {action.path.parent}, where {free:,} are free. "
+                "Free some space, or choose another folder with --root."
+            )
 
 
-def _scheme(source: str) -> str:
-    return urlsplit(source).scheme if "://" in source else ""
+class _WrongContentError(SourceError):
+    """A whole file came, and it is another one."""
 
 
-def _drop(part: Path) -> None:
-    with writing(part):
-        part.unlink(missing_ok=True)
-        notes(part).unlink(missing_ok=True)
+def _right(part: Part, file: SourceFile) -> Verdict | None:
+    verdict = judge(part.path, file)
+    return verdict if verdict.checked_by else None
 
 
-def _require_space(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise WriteError(
-            f"{part.parent} has {free:,} bytes free, and {part.name.removesuffix('.part')} needs {needed:,} more. Free "
-            "some space, or choose another --root, and run the same command again."
-        )
+def _finished(part: Part, file: SourceFile) -> Verdict | None:
+    """The verdict on a part that was whole when we were killed; one that can become nothing any more is dropped."""
+    if part.size < file.bytes:
+        return None
+    verdict = _right(part, file)
+    # A repacked copy may be longer than the file that the manifest describes.
+    if verdict is None and (file.content_sha256 is None or part.size > most_bytes(file)):
+        part.drop()
+    return verdict
 
 
-def _copy(source: str, part: Path, limit: int, advance: Callable[[int], object]) -> None:
-    """Copy a file from a folder, or from whatever fsspec opens, behind what is there of it."""
+def _accept(part: Part, file: SourceFile, *, keep: bool = False) -> Verdict:
+    """The verdict on what came, if it is the file.
+
+    Args:
+        part: what came.
+        file: what it should be.
+        keep: leave wrong bytes where they are.
+
+    Raises:
+        _WrongContentError: it is another file.
+        SourceError: it ended too early; what came is kept, since the rest may follow.
+    """
+    verdict = judge(part.path, file)
+    if verdict.checked_by:
+        return verdict
+    # A container that can be read to its end is whole, whatever its length.
+    if part.size < file.bytes and verdict.content_sha256 is None:
+        raise SourceError(f"it ended after {part.size:,} of {file.bytes:,} bytes")
+    if not keep:
+        part.drop()
+    raise _WrongContentError(f"another file came: {verdict.problem}", final=True)
+
+
+def _copy(source: str, part: Part, bound: int, meter: _Meter) -> None:
+    """Copy a whole file from a folder, or from what fsspec reads.
+
+    Raises:
+        SourceError: it cannot be read, or is too large.
+    """
+    part.forget()
+    size = 0
+    with part.writer(0) as target:
+        for chunk in _source_chunks(source):
+            size += len(chunk)
+            if size > bound:
+                raise SourceError(f"it has more than the {bound:,} bytes that the file may have", final=True)
+            target.write(chunk)
+            meter.at(size)
+
+
+def _source_chunks(source: str) -> Iterator[bytes]:
     try:
-        with _opened(source) as origin, writing(part), part.open("ab") as target:
-            origin.seek(target.tell())
-            for chunk in chunks(origin):
-                if target.tell() + len(chunk) > limit:
-                    target.truncate(0)
-                    raise WrongContentError(f"it has more than the {limit:,} bytes that the file can be")
-                target.write(chunk)
-                advance(len(chunk))
-    except ImportError as error:
-        raise WrongContentError(f"a package is missing to read it: {error}") from error
-    except (OSError, ValueError) as error:
-        raise TransferError(f"it cannot be read ({error})") from error
+        with open_source(source) as stream:
+            yield from chunks(stream)
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        raise SourceError(
+            f"cannot be read ({error or type(error).__name__})", final=is_local(source)
+        ) from error
 
 
-def _opened(source: str) -> IO[bytes]:
-    if _scheme(source):
-        stream: IO[bytes] = fsspec.open(source, "rb").open()
-        return stream
-    return Path(os.fspath(source)).open("rb")
+def _nothing_helped(file: SourceFile, failures: dict[str, str], kept: int, command: str) -> str:
+    """The message for a file that no source gave."""
+    tried = "".join(f"\n  {without_password(source)}: {failure}" for source, failure in failures.items())
+    rest = (
+        f"\n{kept:,} of {file.bytes:,} bytes are kept; the same command goes on from there." if kept else ""
+    )
+    by_hand = (
+        f"\nOr get it by hand, from {file.urls[0]}, say, put it" if file.urls else "\nGet it by hand, put it"
+    )
+    return (
+        f"{file.name} could not be had. Tried:{tried}{rest}{by_hand} into a folder as {file.name}, and run: "
+        f"{command} --from FOLDER"
+    )

@@ -1,7 +1,9 @@
-"""Raw files: whether one is the right one, and the receipt that says what it was when it was verified."""
+"""Raw files: whether one is the file that its manifest means, and the receipt that says what it was."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,80 +20,125 @@ CheckedBy = Literal["sha256", "content_sha256"]
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a look at a file showed.
+class Verdict:
+    """What a look at all bytes of a file said.
 
     Attributes:
-        sha256: of its bytes.
-        checked_by: which of the manifest's digests it has; None if it is not the file.
-        problem: expected and got, if it is not the file.
+        sha256: of the file as it is.
+        checked_by: the digest of the manifest that is right, or None if the file is wrong.
+        content_sha256: the content digest found, if it was needed and could be taken.
+        problem: what was got and what was expected; empty if the file is right.
     """
 
     sha256: str
     checked_by: CheckedBy | None
+    content_sha256: str | None = None
     problem: str = ""
 
 
 def most_bytes(file: SourceFile) -> int:
-    """The longest that a file may be: as the manifest says, or twice that for a container packed by somebody else."""
-    return file.bytes if file.content_sha256 is None else 2 * file.bytes + (1 << 20)
+    """The most bytes that a container of this file may have: repacked ones may be larger than the original."""
+    return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
 
 
-def check_file(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Check:
-    """Compare a file with the manifest: its SHA-256, or else the digest of its members.
+def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
+    """Whether ``path`` holds the file that the manifest means: by its sha256, or by its members' content digest.
 
     Args:
-        path: the file, under whatever name.
+        path: the file, which is not changed.
         file: what it should be.
-        advance: told of the bytes as they are hashed.
+        advance: told of hashed bytes.
     """
     size = path.stat().st_size
-    if size > most_bytes(file):
-        return Check("", None, f"it has {size:,} bytes, expected {file.bytes:,}")
     digest = sha256_file(path, advance)
     if digest == file.sha256:
-        return Check(digest, "sha256")
-    problem = f"sha256 {digest}, expected {file.sha256}"
+        return Verdict(digest, "sha256")
+    problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256} ({file.bytes:,} bytes)"
     if file.content_sha256 is None or file.content_bytes is None:
-        return Check(digest, None, problem)
+        return Verdict(digest, None, None, problem)
+    if size > most_bytes(file):
+        return Verdict(digest, None, None, f"{problem}; too large to be a repacked copy")
     try:
         content = content_sha256(path, file.content_bytes)
     except DamagedError as error:
-        return Check(digest, None, f"{problem}; and as a container: {error}")
+        return Verdict(digest, None, None, f"{problem}; its content is not right either: {error}")
     if content == file.content_sha256:
-        return Check(digest, "content_sha256")
-    return Check(digest, None, f"{problem}; content digest {content}, expected {file.content_sha256}")
+        return Verdict(digest, "content_sha256", content)
+    return Verdict(
+        digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}"
+    )
+
+
+def receipt_text(name: str, digest: str) -> str:
+    """A receipt, in the format of ``sha256sum``, so that ``sha256sum --check`` reads it too."""
+    return f"{digest}  {name}\n"
 
 
 def write_receipt(folder: DatasetFolder, name: str, digest: str) -> None:
-    """Note the digest of a verified raw file, in the format of ``sha256sum``."""
-    write_atomic(folder.receipt(name), f"{digest}  {name}\n".encode())
+    """Note that ``raw/<name>`` was verified, and what its sha256 is.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(folder.receipt(name), receipt_text(name, digest).encode("ascii"))
+
+
+def read_receipt(folder: DatasetFolder, name: str) -> str | None:
+    """The sha256 that the receipt of ``raw/<name>`` gives; None where there is none, or one that nobody wrote so."""
+    try:
+        text = folder.receipt(name).read_bytes().decode("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digest = text[:64]
+    return digest if re.fullmatch("[0-9a-f]{64}", digest) and text == receipt_text(name, digest) else None
+
+
+def fetch_command(manifest: Manifest, root: Path) -> str:
+    """The command that gets the dataset into this root."""
+    return f"mamldata fetch {shlex.quote(manifest.reference)} --root {shlex.quote(str(root))}"
 
 
 def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> list[str]:
-    """Hash a dataset's raw files again, and compare them with their receipts and with the manifest.
+    """Hash all raw files again and compare them with the manifest and with their receipts.
+
+    The receipt guards what a content digest does not cover: the bytes of a repacked container between its members.
+
+    Args:
+        manifest: the dataset.
+        root: the data root.
+        progress: told of hashed bytes, one bar per file.
 
     Returns:
-        One line for each problem: the file, expected and got, the remedy.
+        One line for each file that is missing or not what it was, with the remedy. Empty if all is well.
     """
     folder = DatasetFolder(root, manifest.name)
-    problems = []
-    for file in manifest.files:
-        path, receipt = folder.raw / file.name, folder.receipt(file.name)
-        again = f"Delete it and run: mamldata fetch {manifest.reference} --root {root}"
-        if not path.is_file():
-            problems.append(f"{path} is missing. Run: mamldata fetch {manifest.reference} --root {root}")
-            continue
+    command = fetch_command(manifest, root)
+    problems = (_check_file(folder, file, command, progress) for file in manifest.files)
+    return [problem for problem in problems if problem]
+
+
+def _check_file(folder: DatasetFolder, file: SourceFile, command: str, progress: Progress) -> str:
+    path, receipt = folder.raw / file.name, folder.receipt(file.name)
+    if not path.is_file():
+        return f"{path} is missing. Run: {command}"
+    try:
         with progress(file.name, path.stat().st_size, "B") as advance:
-            check = check_file(path, file, advance)
-        if check.checked_by is None:
-            problems.append(f"{path} is damaged: {check.problem}. {again}")
-        elif not receipt.is_file():
-            problems.append(f"{receipt} is missing. Run: mamldata fetch {manifest.reference} --root {root}")
-        elif receipt.read_bytes() != f"{check.sha256}  {file.name}\n".encode():
-            # A repacked container may differ where its content digest does not look: the receipt knows.
-            problems.append(
-                f"{path} or its receipt {receipt.name} is damaged: the receipt does not say sha256 {check.sha256}. "
-                f"Delete both and run: mamldata fetch {manifest.reference} --root {root}"
-            )
-    return problems
+            verdict = judge(path, file, advance)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}). Mend its permissions or its disk, or fetch it elsewhere."
+    noted = read_receipt(folder, file.name)
+    again = f"Delete {path} and {receipt.name} beside it, and run: {command}"
+    if verdict.checked_by is None:
+        return f"{path} is damaged: {verdict.problem}. {again}"
+    if noted == verdict.sha256:
+        return ""
+    if noted is None:
+        state = "is damaged" if receipt.exists() else "is missing"
+        return (
+            f"{receipt} {state}; {path.name} beside it is right (sha256 {verdict.sha256}). "
+            f"Delete the receipt if it is there, and run: {command}"
+        )
+    return (
+        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted}: one of the two was "
+        f"altered. {again}"
+    )

@@ -1,0 +1,109 @@
+"""Places that raw files are had from: folders, http(s) addresses, and what fsspec names (``s3://bucket/folder``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urlsplit
+
+from mamldata.errors import RequestError
+
+_HTTP = ("http", "https")
+_HERE = ("memory",)  # fsspec's file systems that need no network
+
+
+def find(place: str, name: str) -> str | None:
+    """Where the file ``name`` may be at a place that a user gave: a path, a URL, or None if the folder lacks it.
+
+    Raises:
+        RequestError: the place is neither an existing folder nor a URL that can be read.
+    """
+    folder = _local_folder(place)
+    if folder is not None:
+        file = folder / name
+        return str(file) if file.is_file() else None
+    _require_readable(place)
+    # Before a query, because addresses may carry an access key in it.
+    base, mark, query = place.partition("?") if is_http(place) else (place, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def is_http(source: str) -> bool:
+    """Whether requests reads this source."""
+    return _scheme(source) in _HTTP
+
+
+def is_local(source: str) -> bool:
+    """Whether this source is a path on this machine."""
+    return not _scheme(source)
+
+
+def needs_network(source: str) -> bool:
+    """Whether reading this source may touch a network."""
+    return _scheme(source) not in ("", *_HERE)
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[IO[bytes]]:
+    """Open a path, or whatever fsspec reads, for its bytes. What the file system raises is its own affair."""
+    if is_local(source):
+        with Path(source).open("rb") as stream:
+            yield stream
+    else:
+        import fsspec
+
+        with fsspec.open(source, "rb") as stream:
+            yield stream
+
+
+def _scheme(source: str) -> str:
+    scheme, mark, _ = source.partition("://")
+    return scheme.lower() if mark else ""
+
+
+def _local_folder(place: str) -> Path | None:
+    """The folder that a place names, or None if it is a URL.
+
+    Raises:
+        RequestError: it names something else, or nothing.
+    """
+    scheme = _scheme(place)
+    if scheme not in {"", "file"}:
+        return None
+    folder = Path(unquote(urlsplit(place).path)) if scheme else Path(place).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    state = (
+        "is a file: give the folder that it is in" if folder.is_file() else "is neither a folder nor a URL"
+    )
+    raise RequestError(f"--from {place}: {folder} {state}.")
+
+
+def _require_readable(place: str) -> None:
+    if is_http(place):
+        if not _host(place):
+            raise RequestError(f"--from {place}: an address with no host.")
+        return
+    import fsspec
+
+    for protocol in _scheme(place).split("::"):
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            raise RequestError(
+                f"--from {place}: reading {protocol}:// needs one more package. {error}"
+            ) from error
+        except ValueError as error:
+            raise RequestError(
+                f"--from {place}: {protocol}:// is not known. Give a folder, an http(s) address, or a URL that "
+                "fsspec reads, such as s3://bucket/folder."
+            ) from error
+
+
+def _host(place: str) -> str | None:
+    try:
+        return urlsplit(place).hostname
+    except ValueError:
+        return None

@@ -50,7 +50,7 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
 
 
 def _line(result: Fetched) -> str:
-    if result.checked_by is None:
+    if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
     origin = f" from {result.source}" if result.source else ""
     check = "content digest" if result.checked_by == "content_sha256" else "sha256"

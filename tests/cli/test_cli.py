@@ -109,16 +109,14 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for example in examples:
         if example not in done:
             done.add(example)
-            short = example.replace("--steps 200", "--steps 2 --meta-batch-size 2 --eval-episodes 4")
-            if "train" in short and "--steps" not in short:
-                short += " --steps 2 --meta-batch-size 2 --eval-episodes 4"
-            arguments = short.removeprefix("mamldata ").split()
-            if arguments[0] == "build" and "--train" not in arguments:
-                arguments += ["--train", "2000", "--val", "200", "--test", "600"]
-            if arguments[0] == "eval":
+            verb, *rest = example.split()[1:]
+            arguments = [verb, *rest]
+            if verb == "train":  # later options win over those of the example
+                arguments += ["--steps", "2", "--meta-batch-size", "2", "--eval-episodes", "4"]
+            if rest[:1] == ["glyphs"] and verb == "train":
+                arguments += ["--out", "live-run"]
+            if verb == "eval":
                 arguments += ["--episodes", "4"]
-            if arguments[:2] == ["train", "glyphs"]:
-                arguments[arguments.index("--out") + 1] = "live-run"
             result = run(*arguments, root=tmp_path / "root")
             assert result.exit_code == 0, f"{example}: {result.output}"
     assert len(done) >= len(VERBS)

@@ -56,9 +56,7 @@ class Network:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} must be more than 0, not {value}"
-            for name, value in vars(self).items()
-            if not self._good(name)
+            f"{name} must be more than 0, not {value}" for name, value in vars(self).items() if not self._good(name)
         ]
         if faults:
             raise RequestError(f"Network settings: {'; '.join(faults)}.")
@@ -111,9 +109,7 @@ class Part:
             url_noted, validator = note["url"], note["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        known = (
-            url_noted == without_password(url) and isinstance(validator, str) and _TAG.fullmatch(validator)
-        )
+        known = url_noted == without_password(url) and isinstance(validator, str) and _TAG.fullmatch(validator)
         return validator if known else None
 
     def note(self, url: str, validator: str | None) -> None:
@@ -184,9 +180,7 @@ def transfer(
     timeout = (network.connect_timeout, network.read_timeout)
     with (
         _plain_failures(network),
-        session.get(
-            url, headers=_range(asked, part.validator(url)), stream=True, timeout=timeout
-        ) as response,
+        session.get(url, headers=_range(asked, part.validator(url)), stream=True, timeout=timeout) as response,
     ):
         headers = response.headers
         offset = _start_of_body(response.status_code, response.reason, headers, asked)

@@ -20,7 +20,7 @@ from mamldata.manifest import Manifest, SourceFile
 from mamldata.mirrors import Mirrors
 from mamldata.places import find, is_http, needs_network
 from mamldata.progress import Progress, silent
-from mamldata.raw import CheckedBy, fetch_command, judge, most_bytes, read_receipt, write_receipt
+from mamldata.raw import CheckedBy, fetch_command, judge, read_receipt, write_receipt
 from mamldata.root import DatasetFolder
 
 __all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
@@ -320,12 +320,9 @@ class _Work:
         return verdict.sha256
 
     def _download(self, action: Action, meter: _Meter) -> tuple[How, str, str]:
-        """Get a file from its sources, unless all of it came before we were killed."""
+        """Get a file from its sources, and from what an earlier run left."""
         file, part = action.file, Part(action.path)
-        finished = _finished(part, file)
-        meter.at(action.have_bytes and part.size)
-        if finished is not None:
-            return "resumed", "", finished
+        meter.at(part.size)
         _require_space(action, part.size)
         got = Mirrors(file, action.sources, part, self.session, self.network, meter.at, self.say, self.command).obtain()
         return got.how, got.source, got.verdict.sha256
@@ -342,19 +339,6 @@ class _Work:
                 action.path.chmod(0o444)
         write_receipt(self.folder, action.file.name, digest)
         Part(action.path).forget()
-
-
-def _finished(part: Part, file: SourceFile) -> str | None:
-    """The sha256 of a part that is right as it is; one that can never become right is dropped."""
-    if part.size < file.bytes:
-        return None
-    verdict = judge(part.path, file)
-    if verdict.checked_by:
-        return verdict.sha256
-    # A repacked copy may be longer than the file that the manifest describes.
-    if file.content_sha256 is None or part.size > most_bytes(file):
-        part.drop()
-    return None
 
 
 def _require_space(action: Action, have: int) -> None:

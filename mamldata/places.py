@@ -75,9 +75,7 @@ def _local_folder(place: str) -> Path | None:
     folder = Path(unquote(urlsplit(place).path)) if scheme else Path(place).expanduser()
     if folder.is_dir():
         return folder.absolute()
-    state = (
-        "is a file: give the folder that it is in" if folder.is_file() else "is neither a folder nor a URL"
-    )
+    state = "is a file: give the folder that it is in" if folder.is_file() else "is neither a folder nor a URL"
     raise RequestError(f"--from {place}: {folder} {state}.")
 
 
@@ -92,9 +90,7 @@ def _require_readable(place: str) -> None:
         try:
             fsspec.get_filesystem_class(protocol)
         except ImportError as error:
-            raise RequestError(
-                f"--from {place}: reading {protocol}:// needs one more package. {error}"
-            ) from error
+            raise RequestError(f"--from {place}: reading {protocol}:// needs one more package. {error}") from error
         except ValueError as error:
             raise RequestError(
                 f"--from {place}: {protocol}:// is not known. Give a folder, an http(s) address, or a URL that "

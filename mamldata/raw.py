@@ -64,9 +64,7 @@ def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None 
         return Verdict(digest, None, None, f"{problem}; its content is not right either: {error}")
     if content == file.content_sha256:
         return Verdict(digest, "content_sha256", content)
-    return Verdict(
-        digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}"
-    )
+    return Verdict(digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}")
 
 
 def receipt_text(name: str, digest: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from PIL import Image
 from mamldata import bank
 from mamldata.bank import Bank, check_bank, decode_image, make_bank, open_bank
 from mamldata.errors import DamagedError, DataMissingError, RequestError, WriteError
-from mamldata.files import temporary
+from mamldata.files import temporary, write_atomic
 from mamldata.manifest import Manifest, load_manifest
 from mamldata.root import DatasetFolder
 
@@ -243,7 +244,9 @@ def test_a_known_digest_changes_no_bank(make_dataset: Make) -> None:
     """A manifest that comes to know a size's digest goes on with the bank that is there."""
     tiny = make_dataset()
     made = make_bank(tiny.manifest, tiny.root)
+    before = made.path.stat().st_ino
     assert make_bank(with_image(tiny.manifest, bank_sha256={8: made.sha256}), tiny.root) == made
+    assert made.path.stat().st_ino == before
 
 
 def test_another_digest_than_the_known_one_is_refused(make_dataset: Make) -> None:
@@ -386,6 +389,23 @@ def test_an_unfinished_bank_of_another_recipe_is_not_gone_on_with(
     assert np.array_equal(plain, 255 - make_bank(tiny.manifest, tiny.root).open_images())
 
 
+def test_an_old_description_never_vouches_for_a_new_array(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank replaced by another and interrupted just before its description: there is none, rather than a wrong one."""
+    tiny = make_dataset()
+    make_bank(tiny.manifest, tiny.root)
+
+    def interrupted(path: Path, data: bytes) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write_atomic(path, data)
+
+    monkeypatch.setattr(bank, "write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_bank(with_image(tiny.manifest, invert=False), tiny.root)
+    assert tiny.folder.bank(8).exists()
+    assert not tiny.folder.bank_json(8).exists()
+
+
 # --- what stands in the way
 
 
@@ -502,6 +522,19 @@ def test_a_full_disk(make_dataset: Make) -> None:
     assert "No space left to write" in done.stdout
     assert "tiny-8.npy.part (File too large). Free some space" in done.stdout
     assert make_bank(tiny.manifest, tiny.root).shape[0] == 43
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot claim blocks")
+def test_space_is_claimed_before_the_work(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up later would end a process without a word, so all blocks are claimed first."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    tiny = make_dataset()
+    with pytest.raises(WriteError, match=r"No space left to write .*tiny-8\.npy\.part"):
+        make_bank(tiny.manifest, tiny.root)
 
 
 # --- no changed byte unnoticed

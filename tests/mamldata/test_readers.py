@@ -57,8 +57,8 @@ def test_stray_files_are_left_out(tmp_path: Path) -> None:
     stray = [
         "s/a/.DS_Store",
         "s/a/._1.png",
-        "__MACOSX/s/a/1.png",
-        "s/.git/1.png",
+        "__MACOSX/s/a/2.png",
+        "s/.git/3.png",
         "s/a/Thumbs.db",
         "s/a/readme.txt",
         "s/a/1.png.txt",

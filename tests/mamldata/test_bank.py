@@ -390,7 +390,7 @@ def test_an_unfinished_bank_of_another_recipe_is_not_gone_on_with(
 
 
 def test_an_old_description_never_vouches_for_a_new_array(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank replaced by another and interrupted just before its description: there is none, rather than a wrong one."""
+    """A bank replaced by another and interrupted before its description: none, rather than a wrong one."""
     tiny = make_dataset()
     make_bank(tiny.manifest, tiny.root)
 

@@ -128,8 +128,9 @@ class Part:
             yield stream
 
     def forget(self) -> None:
-        """Remove the note."""
+        """Remove the note, half-written or whole."""
         with writing(self._note):
+            temporary(self._note).unlink(missing_ok=True)
             self._note.unlink(missing_ok=True)
 
     def drop(self) -> None:

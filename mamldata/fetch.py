@@ -337,8 +337,9 @@ class _Work:
         if not action.path.is_symlink():
             with suppress(PermissionError):
                 action.path.chmod(0o444)
+        # The receipt is last: while it is missing, the next run comes by here again.
+        Part(action.path).drop()
         write_receipt(self.folder, action.file.name, digest)
-        Part(action.path).forget()
 
 
 def _require_space(action: Action, have: int) -> None:

@@ -144,18 +144,21 @@ class Mirrors:
     def _transfer(self, url: str) -> bool:
         return transfer(self.session, url, self.part, most_bytes(self.file), self.network, self.at)
 
-    def _accept(self) -> Verdict:
+    def _accept(self, *, ended: bool = False) -> Verdict:
         """The verdict on what came, if it is the file.
 
+        Args:
+            ended: nothing can follow any more.
+
         Raises:
-            WrongContentError: it is another one; the part is dropped.
+            WrongContentError: it is another file; the part is dropped.
             SourceError: it ended too early; the part is kept, since the rest may follow.
         """
         verdict = judge(self.part.path, self.file)
         if verdict.checked_by:
             return verdict
         # A container that can be read to its end is whole, whatever its length.
-        if self.part.size < self.file.bytes and verdict.content_sha256 is None:
+        if not ended and self.part.size < self.file.bytes and verdict.content_sha256 is None:
             raise SourceError(f"it ended after {self.part.size:,} of {self.file.bytes:,} bytes")
         self.part.drop()
         raise WrongContentError(f"another file came: {verdict.problem}", final=True)
@@ -176,11 +179,7 @@ class Mirrors:
                     raise SourceError(f"it has more than the {bound:,} bytes that the file may have", final=True)
                 target.write(chunk)
                 self.at(size)
-        try:
-            return self._accept()
-        except SourceError as error:
-            # A folder will not have more to give a moment later.
-            raise SourceError(str(error), final=error.final or is_local(source)) from error
+        return self._accept(ended=True)
 
     def _nothing_helped(self, failures: dict[str, str]) -> str:
         name, size = self.file.name, self.part.size

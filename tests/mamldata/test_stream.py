@@ -311,6 +311,17 @@ class TestResume:
         with pytest.raises(RequestError, match=f"{field}: None saved"):
             stream.load_state_dict({key: value for key, value in state.items() if key != field} | {field: None})
 
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_a_resumed_epoch_broken_off_is_not_taken_up_again(self, folder, device):
+        """A loaded state counts for one pass: after a break the next one is the next whole epoch."""
+        stream = EpisodeStream(folder, batch_size=BATCH, seed=1)
+        epochs = [order_of(stream) for _ in range(2)]
+        stream = EpisodeStream(folder, batch_size=BATCH, seed=1)
+        stream.load_state_dict(stream.state_dict() | {"next_batch": 1})
+        stream = stream.to(device) if device else stream
+        assert order_of(itertools.islice(stream, 2)) == epochs[0][1:3]
+        assert order_of(stream) == epochs[1]
+
     def test_every_difference_is_named(self, folder):
         """Two wrong fields are two lines."""
         stream = EpisodeStream(folder, batch_size=BATCH)

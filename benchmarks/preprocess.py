@@ -36,7 +36,11 @@ def main() -> None:
 
     workers = default_workers()
     results = in_turn(
-        {"pillow, one process": pillow, "bank, 1 worker": lambda: whole(1), f"bank, {workers} workers": lambda: whole(workers)},
+        {
+            "pillow, one process": pillow,
+            "bank, 1 worker": lambda: whole(1),
+            f"bank, {workers} workers": lambda: whole(workers),
+        },
         options.repeats,
     )
     report(

@@ -109,4 +109,3 @@ def title(source: ArchiveSource | LiveSource, index: int) -> str:
         f"{info.dataset} {info.split} episode {index}: {info.n_way}-way {info.k_shot}-shot, "
         f"split scheme {info.split_scheme}, {origin}"
     )
-

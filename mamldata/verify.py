@@ -38,7 +38,9 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
     arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
     if not banks and not folder.raw.is_dir():
-        raise DataMissingError(f"There is nothing of {manifest.name} in {root}. Run: mamldata fetch {manifest.reference}")
+        raise DataMissingError(
+            f"There is nothing of {manifest.name} in {root}. Run: mamldata fetch {manifest.reference}"
+        )
     problems = check_raw(manifest, root, progress)
     for description in banks:
         problems += check_bank(description, progress)

@@ -47,8 +47,9 @@ def run_tasks(
 
 
 def _collect(pool: Executor, function: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
-    futures = {pool.submit(function, task): task for task in tasks}
     try:
+        # Within the try: a worker may die while tasks are still being handed in.
+        futures = {pool.submit(function, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:

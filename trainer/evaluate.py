@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         RequestError: fewer than two episodes, which give no interval.
     """
-    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    parameters: Parameters = dict(network.named_parameters())
     with torch.no_grad():
         rows = [measure(network, parameters, one, inner) for batch in batches for one in episodes(batch)]
     if len(rows) < 2:

@@ -124,15 +124,21 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.
 
 
 class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("/tmp/never-to-be-made"),))  # type: ignore[return-value]
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     """Pickles, torch files of others and plain rubbish are refused with their name, and no code of theirs is run."""
+    made = tmp_path / "made"
     contents = {
-        "plain.pt": lambda path: path.write_bytes(pickle.dumps(Evil())),
-        "evil.pt": lambda path: torch.save({"format": "mamldata-checkpoint/1", "x": Evil()}, path),
+        "plain.pt": lambda path: path.write_bytes(pickle.dumps(Evil(made))),
+        "evil.pt": lambda path: torch.save({"format": "mamldata-checkpoint/1", "x": Evil(made)}, path),
         "other.pt": lambda path: torch.save({"state_dict": {}}, path),
         "list.pt": lambda path: torch.save([1, 2], path),
         "hollow.pt": lambda path: torch.save({"format": "mamldata-checkpoint/1"}, path),
@@ -143,7 +149,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         write(tmp_path / name)
         with pytest.raises(RequestError, match=f"{name} is not a checkpoint of this trainer"):
             load_checkpoint(tmp_path / name)
-    assert not Path("/tmp/never-to-be-made").exists()
+    assert not made.exists()
 
 
 def test_a_plain_zip_is_refused(tmp_path: Path) -> None:

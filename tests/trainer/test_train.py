@@ -219,6 +219,27 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
     assert [path.name.split("_")[1] for path in tmp_path.glob("*.pt")] == ["step3"]
 
 
+def test_divergence_is_seen_in_validation(tmp_path: Path) -> None:
+    """Weights that give no finite validation loss are not kept either."""
+
+    class Poisoned(Synthetic):
+        def batch(self, split: str, indices: list[int]) -> EpisodeBatch:
+            batch = super().batch(split, indices)
+            return batch._replace(query_x=batch.query_x * float("inf")) if split == "val" else batch
+
+    with pytest.raises(MamldataError, match=r"The validation loss at step 3 is nan: training has diverged"):
+        train(SETTINGS, Poisoned(), tmp_path)
+    assert list(tmp_path.glob("*.pt")) == []
+
+
+def test_the_earliest_of_equal_validations_is_the_best(tmp_path: Path) -> None:
+    """A later checkpoint replaces the best one only if it is better; both files are there."""
+    result = train(replace(SETTINGS, meta_lr=1e-30), Synthetic(), tmp_path)
+    assert (result.best_step, result.step) == (3, 6)
+    assert result.best_accuracy == result.accuracy
+    assert {path.name.split("_")[1] for path in tmp_path.glob("*.pt")} == {"step3", "step6"}
+
+
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     """Oblong or too small images are an error, and no run folder is left behind."""
 
@@ -237,31 +258,6 @@ def test_interrupt_keeps_the_last_checkpoint_and_closes_the_stream(tmp_path: Pat
     """Ctrl-C comes through; the stream's iterator is closed, and resuming ends like an undisturbed run."""
     closed: list[bool] = []
 
-    class Interrupted(SyntheticStream):
-        def __iter__(self) -> Iterator[EpisodeBatch]:
-            try:
-                for batch in super().__iter__():
-                    if self.next_batch == 5:
-                        raise KeyboardInterrupt
-                    yield batch
-            finally:
-                closed.append(True)
-
-    class Data(Synthetic):
-        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
-            return Interrupted(self, batch_size, seed)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(SETTINGS, Data(), tmp_path / "a")
-    assert closed == [True]
-    resumed = train(SETTINGS, Synthetic(), tmp_path / "a", resume=True)
-    assert_equal_weights(resumed.last, train(SETTINGS, Synthetic(), tmp_path / "b").last)
-
-
-def test_the_stream_is_closed_at_the_end(tmp_path: Path) -> None:
-    """After the last step the stream's iterator is closed, so that a read-ahead thread can stop."""
-    closed: list[bool] = []
-
     class Watched(SyntheticStream):
         def __iter__(self) -> Iterator[EpisodeBatch]:
             try:
@@ -273,8 +269,16 @@ def test_the_stream_is_closed_at_the_end(tmp_path: Path) -> None:
         def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
             return Watched(self, batch_size, seed)
 
-    train(SETTINGS, Data(), tmp_path)
-    assert closed == [True]
+    def interrupt(line: str) -> None:
+        if line.startswith("step 4/"):
+            raise KeyboardInterrupt
+
+    # While the error is looked at, its traceback keeps the loop's variables alive.
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(SETTINGS, Data(), tmp_path / "a", report=interrupt)
+    assert (closed, caught.type) == ([True], KeyboardInterrupt)
+    resumed = train(SETTINGS, Synthetic(), tmp_path / "a", resume=True)
+    assert_equal_weights(resumed.last, train(SETTINGS, Synthetic(), tmp_path / "b").last)
 
 
 def test_endless_goes_through_epochs() -> None:

@@ -1,0 +1,87 @@
+"""Places: what a user may give, and what is said of what cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fsspec.registry import known_implementations
+
+from mamldata.errors import RequestError
+from mamldata.places import find, is_http, is_local, needs_network, open_source
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the file, and with a space in its name."""
+    path = tmp_path / "my files"
+    path.mkdir()
+    (path / "file.bin").write_bytes(b"data")
+    return path
+
+
+def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """By path, relative to where one stands or to one's home, or as an address; only if the file is there."""
+    expected = str(folder / "file.bin")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    address = folder.as_uri()
+    assert "%20" in address
+    assert [find(place, "file.bin") for place in (str(folder), "my files", "~/my files", address)] == [expected] * 4
+    assert find(str(folder), "other.bin") is None
+    with open_source(expected) as stream:
+        assert stream.read() == b"data"
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("http://x.example", "http://x.example/f.zip"),
+        ("https://x.example/a/b/", "https://x.example/a/b/f.zip"),
+        ("https://x.example/a?key=1%2F2", "https://x.example/a/f.zip?key=1%2F2"),
+        ("memory://bucket/a", "memory://bucket/a/f.zip"),
+    ],
+)
+def test_addresses(place: str, expected: str):
+    """The name is added to the path, before an access key."""
+    assert find(place, "f.zip") == expected
+
+
+def test_what_is_what():
+    """A path is local, http is requests' own, and whatever else is not here may touch a network."""
+    sources = ["/a/f", "a://b", "HTTP://x/f", "https://x/f", "s3://b/f", "memory://b/f"]
+    assert [is_local(source) for source in sources] == [True, False, False, False, False, False]
+    assert [is_http(source) for source in sources] == [False, False, True, True, False, False]
+    assert [needs_network(source) for source in sources] == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere", "--from nowhere: nowhere is neither a folder nor a URL."),
+        ("file:///no/where", "--from file:///no/where: /no/where is neither a folder nor a URL."),
+        ("http:///path", "--from http:///path: an address with no host."),
+        ("http://[::1/path", "--from http://[::1/path: an address with no host."),
+        ("nonsense://x", "nonsense:// is not known. Give a folder, an http(s) address, or a URL that fsspec reads"),
+    ],
+)
+def test_what_cannot_be_read(place: str, message: str):
+    """It is wrong usage, and the message says what would be right."""
+    with pytest.raises(RequestError) as raised:
+        find(place, "f.zip")
+    assert message in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+def test_a_file_in_place_of_its_folder(folder: Path):
+    """Whoever gives the file itself is told to give its folder."""
+    with pytest.raises(RequestError, match=r"file\.bin is a file: give the folder that it is in"):
+        find(str(folder / "file.bin"), "file.bin")
+
+
+def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
+    """The message names the package."""
+    known = {"class": "no_such_package.System", "err": "Install no_such_package to read this"}
+    monkeypatch.setitem(known_implementations, "needy", known)
+    with pytest.raises(RequestError, match=r"reading needy:// needs one more package\. Install no_such_package"):
+        find("needy://bucket", "f.zip")

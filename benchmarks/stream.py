@@ -34,7 +34,6 @@ def main() -> None:
 
 def run(o: argparse.Namespace, folder: Path) -> None:
     """Build an archive and time all ways of reading it."""
-
     manifest, images = bank(o)
     request = BuildRequest(o.n_way, o.k_shot, o.k_query, {"train": o.episodes})
     archive = build(manifest, images, folder, request, workers=default_workers())

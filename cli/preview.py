@@ -19,7 +19,7 @@ from cli.common import (
 from mamldata.manifest import SPLITS
 from mamldata.parallel import default_workers
 from mamldata.preview import contact_sheet, episode, save, title
-from mamldata.sources import ArchiveSource, LiveSource, live
+from mamldata.sources import ArchiveSource, Source, live
 
 
 @click.command(
@@ -59,7 +59,7 @@ def command(
         image_size=image_size,
     )
     folder = archive_folder(target)
-    source: ArchiveSource | LiveSource
+    source: Source
     if folder is None:
         source = live(target, split, root=root, workers=default_workers(), **options)
     else:

@@ -25,6 +25,7 @@ ALGORITHMS = ("maml", "fomaml")
 NETWORKS = ("conv4", "conv3-pool")
 BN_MODES = ("transductive", "support")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SCHEDULES = ("cosine", "constant")
 
 
 @click.command(
@@ -41,6 +42,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 @click.option("--inner-lr", type=float, help="[default: 0.4]")
 @click.option("--eval-inner-steps", type=int, help="In evaluation.  [default: 3, or --inner-steps if more]")
 @click.option("--meta-lr", type=float, help="[default: 0.001]")
+@click.option(
+    "--meta-schedule", type=click.Choice(SCHEDULES), help="How --meta-lr goes on over --steps.  [default: cosine]"
+)
 @click.option("--meta-batch-size", type=int, help="Episodes in an outer step.  [default: 16]")
 @click.option("--seed", type=int, help="Of weights and order.  [default: 0]")
 @click.option("--eval-every", type=int, help="Outer steps between validations.  [default: 500]")

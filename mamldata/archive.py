@@ -163,7 +163,7 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class ArchiveSplit:
     """One split of an archive: its class table and its shards in order."""
 
@@ -172,7 +172,7 @@ class ArchiveSplit:
     shards: tuple[Shard, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class Archive:
     """What ``archive.json`` says.
 

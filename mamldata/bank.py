@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL
-from filelock import FileLock
 from PIL import Image
 
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError, DataMissingError, RequestError
-from mamldata.files import commit, make_folder, temporary, write_atomic, writing
+from mamldata.files import commit, locked, make_folder, temporary, write_atomic, writing
 from mamldata.manifest import ImageRecipe, Manifest
 from mamldata.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
@@ -83,9 +83,10 @@ def make_bank(
         raise RequestError(f"An image size of {side} is not between 1 and 4096 pixels.")
     folder = DatasetFolder(root, manifest.name)
     identity = _identity(manifest, side, raw_digests(manifest, folder))
+    known = manifest.image.bank_sha256.get(side)
     make_folder(folder.path)
-    with writing(folder.lock), FileLock(folder.lock):
-        if (bank := _current(folder, side, identity)) is not None:
+    with locked(folder.lock):
+        if (bank := _current(folder, side, identity)) is not None and known in {None, bank.sha256}:
             return bank
         files = [folder.raw / file.name for file in manifest.files]
         index = index_images(manifest.reader, files)
@@ -108,7 +109,7 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
     """
     path, description_path = folder.bank(size), folder.bank_json(size)
     if not description_path.is_file() or not path.is_file():
-        raise DataMissingError(f"There is no bank {path}. Run: mamldata build {folder.name} --out ARCHIVE")
+        raise DataMissingError(f"There is no bank {path}: mamldata build makes it from the raw files.")
     description = read_description(description_path)
     shape: tuple[int, int, int, int] = tuple(description["shape"])
     expected, got = npy_bytes("|u1", shape), path.stat().st_size
@@ -188,12 +189,15 @@ def decode_image(data: bytes, size: int, channels: int, resampling: str, invert:
         ValueError: not an image, a damaged one, or one of too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            small = image.convert("L" if channels == 1 else "RGB").resize(
-                (size, size), Image.Resampling[resampling.upper()]
-            )
+        with warnings.catch_warnings():
+            # Pillow warns of bombs before it refuses them; our bound is lower than its, and an error.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                small = image.convert("L" if channels == 1 else "RGB").resize(
+                    (size, size), Image.Resampling[resampling.upper()]
+                )
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     pixels = np.asarray(small).reshape(size, size, channels)

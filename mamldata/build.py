@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from mamldata.archive import (
     END,
     INDEX,
@@ -33,7 +31,7 @@ from mamldata.bank import Bank
 from mamldata.digest import canonical_json, sha256_file
 from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
 from mamldata.errors import DamagedError, RequestError, WriteError
-from mamldata.files import commit, make_folder, temporary, write_atomic, writing
+from mamldata.files import commit, locked, make_folder, temporary, write_atomic, writing
 from mamldata.manifest import ROTATIONS, SPLITS, Manifest
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
@@ -111,7 +109,7 @@ def build(
     if is_archive(out) and not (out / ".build").exists() and _has_all_shards(out, archive := read_archive(out)):
         return archive
     make_folder(out)
-    with writing(out), FileLock(out / ".lock"):
+    with locked(out / ".lock"):
         _refuse_other_content(out, plan)  # again: another process may have begun meanwhile
         archive = _build(plan, bank, out, workers, progress)
         # Only now: whoever waits for a lock that is gone finds nothing left to write. And in this order: while .build

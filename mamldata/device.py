@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,7 @@ class DeviceStream:
         self.stream = stream
         self.device = device
         self.prefetch = prefetch
+        self._reader: BatchReader | None = None  # kept for its memory
 
     @property
     def info(self) -> EpisodeInfo:
@@ -96,7 +97,7 @@ class DeviceStream:
     ) -> None:
         """The background thread: everything, an error or the end included, goes through the queue."""
         try:
-            transfer = _transfer(self.stream, self.device, self.prefetch)
+            transfer = self._transfer()
             for t in batches:
                 ready.put(transfer(t))
                 if stop.is_set():
@@ -106,14 +107,17 @@ class DeviceStream:
         else:
             ready.put(None)
 
-
-def _transfer(stream: EpisodeStream, device: torch.device, prefetch: int) -> Any:
-    reader = BatchReader(stream.source, stream.order, stream.dtype, device)
-    if device.type == "cuda":
-        return _PinnedRing(reader, device, prefetch + 1)
-    if device.type == "cpu":
-        return lambda t: (t, reader.read(t), None)
-    return lambda t: (t, reader.finish(Stored(*(part.to(device) for part in reader.read_stored(t)))), None)
+    def _transfer(self) -> Callable[[int], _Item]:
+        """What brings meta-batch t to the device."""
+        stream, device = self.stream, self.device
+        if self._reader is None:
+            self._reader = BatchReader(stream.source, stream.order, stream.dtype, device)
+        reader = self._reader
+        if device.type == "cuda":
+            return _PinnedRing(reader, device, self.prefetch + 1)
+        if device.type == "cpu":
+            return lambda t: (t, reader.read(t), None)
+        return lambda t: (t, reader.finish(Stored(*(part.to(device) for part in reader.read_stored(t)))), None)
 
 
 class _PinnedRing:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mamldata.errors import WriteError
 
@@ -22,6 +24,12 @@ def commit(path: Path) -> None:
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     part.replace(path)
+    # The rename itself, lest a power loss bring an index back without what it names.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -55,6 +63,30 @@ def writing(place: Path) -> Iterator[None]:
                 f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
             ) from error
         raise
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock among processes; the operating system frees it when its holder dies.
+
+    Args:
+        path: of the lock's file.
+        waiting: called once if another process holds it.
+
+    Raises:
+        WriteError: the file cannot be made.
+    """
+    lock = FileLock(path)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_folder(path: Path) -> None:

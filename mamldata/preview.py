@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mamldata.errors import RequestError
 from mamldata.files import commit, make_folder, temporary, writing
-from mamldata.sources import ArchiveSource, LiveSource
+from mamldata.sources import Source
 
 Images = npt.NDArray[np.uint8]
 
@@ -23,7 +23,7 @@ _TEXT = 14
 _COLOURS = {"paper": "white", "ink": "black", "support": "#1f5fa8", "query": "#a8501f"}
 
 
-def episode(source: ArchiveSource | LiveSource, index: int) -> tuple[Images, Images, list[str]]:
+def episode(source: Source, index: int) -> tuple[Images, Images, list[str]]:
     """One episode's images and the names of its classes.
 
     Args:
@@ -101,7 +101,7 @@ def save(sheet: Image.Image, path: Path) -> None:
         commit(path)
 
 
-def title(source: ArchiveSource | LiveSource, index: int) -> str:
+def title(source: Source, index: int) -> str:
     """What the episode is, in one line."""
     info = source.info
     origin = f"archive {info.archive_sha256[:12]}" if info.archive_sha256 else f"live, seed {info.episode_seed}"

@@ -72,6 +72,10 @@ class Source(Protocol):
         """
         ...
 
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        ...
+
 
 class ArchiveSource:
     """A split of an archive in a local folder, memory-mapped; at most its first ``episodes``.
@@ -170,7 +174,7 @@ def archive_info(archive: Archive, split: str) -> EpisodeInfo:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class LiveSource:
     """Episodes drawn from a bank when they are asked for; the same as those that an archive would hold.
 

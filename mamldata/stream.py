@@ -109,8 +109,13 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         """Make the next pass that of ``epoch``, as torch's distributed samplers do.
 
         A ``DataLoader`` with workers needs it before each epoch, because its workers iterate over copies.
+
+        Raises:
+            RequestError: the stream never ends, so that it has no epochs.
         """
-        self.next_batch = epoch * (self.order.batches_per_epoch or 0)
+        if self.order.batches_per_epoch is None:
+            raise RequestError("This stream never ends, so it has no epochs to set.")
+        self.next_batch = epoch * self.order.batches_per_epoch
         self._resumed = False
 
     def to(self, device: torch.device | str, *, prefetch: int = 2) -> DeviceStream:
@@ -138,9 +143,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             for key, value in expected.items()
             if state.get(key) != value
         ]
+        position = state.get("next_batch")
+        if not isinstance(position, int) or position < 0:
+            different.append(f"next_batch: {position!r} is not a whole number from 0")
         if different:
             raise RequestError("The saved state is of another stream:\n  " + "\n  ".join(different))
-        self.next_batch = int(state["next_batch"])
+        self.next_batch = state["next_batch"]
         self._resumed = True
 
     def _identity(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str
     if not (folder / INDEX_SUM).is_file():
         problems.append(
             f"{folder / INDEX_SUM} is missing. If {archive.digest} is the digest that you expect, mend it with: "
-            f"(cd {folder} && sha256sum {INDEX} > {INDEX_SUM})"
+            f"(cd {shlex.quote(str(folder))} && sha256sum {INDEX} > {INDEX_SUM})"
         )
     elif (folder / INDEX_SUM).read_bytes() != index_sum(archive.digest):
         problems.append(f"{folder / INDEX_SUM} does not say the sha256 of {INDEX}, which is {archive.digest}.")

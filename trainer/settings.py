@@ -15,6 +15,7 @@ from trainer.algorithms import ALGORITHMS
 from trainer.models import NETWORKS
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SCHEDULES = ("cosine", "constant")
 BN_MODES: tuple[BatchNorm, ...] = ("transductive", "support")
 
 # A run that goes on may change these: they do not touch the weights of a step.
@@ -34,7 +35,8 @@ class TrainSettings:
         inner_lr: alpha.
         eval_inner_steps: adaptation steps while evaluating. None: three, as in the paper's 5-way experiments, or
             ``inner_steps`` if that is more.
-        meta_lr: Adam's rate for the outer loop (beta).
+        meta_lr: Adam's rate for the outer loop (beta), at the start.
+        meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
         meta_batch_size: episodes per outer step.
         seed: of the initial weights and of the order of the episodes.
         eval_every: outer steps between validations; each ends with a checkpoint.
@@ -54,6 +56,7 @@ class TrainSettings:
     inner_lr: float = 0.4
     eval_inner_steps: int | None = None
     meta_lr: float = 1e-3
+    meta_schedule: str = "cosine"
     meta_batch_size: int = 16
     seed: int = 0
     eval_every: int = 500
@@ -66,7 +69,13 @@ class TrainSettings:
             raise RequestError("The training settings cannot be:\n" + "\n".join(f"  {fault}" for fault in faults))
 
     def _faults(self) -> Iterator[str]:
-        choices: dict[str, Any] = {"algorithm": ALGORITHMS, "network": NETWORKS, "bn": BN_MODES, "device": DEVICES}
+        choices: dict[str, Any] = {
+            "algorithm": ALGORITHMS,
+            "network": NETWORKS,
+            "bn": BN_MODES,
+            "meta_schedule": SCHEDULES,
+            "device": DEVICES,
+        }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 yield f"{name} must be one of {', '.join(known)}, not {value!r}."
@@ -88,6 +97,16 @@ class TrainSettings:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 yield f"{name} must be a positive number, not {value}."
+
+    def meta_lr_at(self, step: int) -> float:
+        """The outer learning rate of a step, counted from 0; a function of the step, so that resuming needs no state.
+
+        Loshchilov and Hutter 2017, "SGDR", equation 5, with one period of ``steps``.
+        """
+        if self.meta_schedule == "constant":
+            return self.meta_lr
+        lowest = self.meta_lr / 100
+        return lowest + (self.meta_lr - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def inner_loop(self) -> InnerLoop:
         """How the network adapts while it is trained."""

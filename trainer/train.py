@@ -108,6 +108,8 @@ def train(
             outcome = loop(network, parameters, batch, inner, every_step=logging)
             for name, parameter in parameters.items():
                 parameter.grad = outcome.gradient[name]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.meta_lr_at(step - 1)
             optimizer.step()
             window.add(batch, outcome, waited)
             del batch  # its memory can be used again while the next one is read

@@ -312,12 +312,13 @@ def test_choices_are_those_of_the_trainer():
     from cli import train
     from trainer.algorithms import ALGORITHMS
     from trainer.models import NETWORKS
-    from trainer.settings import BN_MODES, DEVICES
+    from trainer.settings import BN_MODES, DEVICES, SCHEDULES
 
     assert tuple(ALGORITHMS) == train.ALGORITHMS
     assert tuple(NETWORKS) == train.NETWORKS
     assert tuple(BN_MODES) == train.BN_MODES
     assert tuple(DEVICES) == train.DEVICES
+    assert tuple(SCHEDULES) == train.SCHEDULES
 
 
 def test_defaults_in_help_are_the_settings():
@@ -326,7 +327,8 @@ def test_defaults_in_help_are_the_settings():
     from trainer.settings import TrainSettings
 
     helps = {parameter.name: getattr(parameter, "help", "") or "" for parameter in command.params}
-    for name in ("algorithm", "network", "bn", "steps", "inner_steps", "meta_lr", "meta_batch_size", "eval_every"):
+    shown = ("algorithm", "network", "bn", "steps", "inner_steps", "meta_lr", "meta_schedule", "meta_batch_size")
+    for name in shown:
         assert f"[default: {getattr(TrainSettings, name)}" in helps[name], name
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
-import os
 import resource
 import signal
 import subprocess
@@ -91,7 +90,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FaultServer
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
     def do_GET(self) -> None:
@@ -182,12 +181,12 @@ def absent(root: Path, name: str = "file.bin") -> bool:
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     """No thread and no file descriptor outlives a fetch."""
-    before = threading.active_count(), len(os.listdir("/dev/fd"))
+    before = threading.active_count(), len(list(Path("/dev/fd").iterdir()))
     yield
     deadline = time.monotonic() + 2
-    while (threading.active_count(), len(os.listdir("/dev/fd"))) > before and time.monotonic() < deadline:
+    while (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert (threading.active_count(), len(os.listdir("/dev/fd"))) <= before
+    assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) <= before
 
 
 class TestTransfers:
@@ -443,7 +442,7 @@ class TestPlaces:
     def test_offline_touches_no_network(self, server: FaultServer, tmp_path: Path):
         """Without a network the missing files are named, with what to do."""
         url = server.serve("/f", Reply())
-        with pytest.raises(FetchError, match="file.bin: looked for in") as raised:
+        with pytest.raises(FetchError, match=r"file\.bin: looked for in") as raised:
             get(tmp_path, source(url), sources=(server.address,), offline=True)
         assert f"to be had from {url}" in str(raised.value)
         assert "--from FOLDER" in str(raised.value)
@@ -473,7 +472,7 @@ class TestPlaces:
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / "file.bin").write_bytes(b"mine")
-        with pytest.raises(FetchError, match="file.bin is not the right file: sha256 .* expected"):
+        with pytest.raises(FetchError, match=r"file\.bin is not the right file: sha256 .* expected"):
             get(tmp_path, source())
         assert (folder.raw / "file.bin").read_bytes() == b"mine"
         (folder.raw / "file.bin").write_bytes(DATA)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from mamldata.errors import DamagedError
 
@@ -131,11 +131,38 @@ def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 if not info.is_dir():
                     with container.open(info) as stream:
                         yield info.filename, stream
-    elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    yield member.name, content
-    else:
-        raise DamagedError(f"{path}: neither a zip nor a tar file, so it has no content digest.")
+        return
+    with _open_tar(path) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield member.name, content
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, tarinfo=_SmallHeader)
+    except tarfile.ReadError as error:
+        raise DamagedError(f"{path}: neither a zip nor a tar file, so it has no content digest.") from error
+
+
+class _SmallHeader(tarfile.TarInfo):
+    """A member's header, refused where tarfile would take any number of bytes of it into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        long = header.type in _EXTENSIONS and header.size > _MOST_EXTENSION
+        if long or header.type == tarfile.GNUTYPE_SPARSE:
+            raise DamagedError(f"a tar header of type {header.type!r} and {header.size:,} bytes; the file is not used.")
+        return header
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MOST_EXTENSION = 1 << 20  # they hold names and times

@@ -211,6 +211,16 @@ class TestAnswers:
             ask(session, wire.url, part)
         assert part.path.read_bytes() == DATA[:10]
 
+    @pytest.mark.parametrize("kind", ["text/html", "Text/HTML; charset=utf-8"])
+    def test_a_page_by_its_type(
+        self, kind: str, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part
+    ):
+        """What a server calls a page is one, whatever it looks like."""
+        wire.answers = [answer(b"Quota exceeded", Content_Type=kind)]
+        with pytest.raises(SourceError, match="web page"):
+            ask(session, wire.url, part)
+        assert part.size == 0
+
     @pytest.mark.parametrize("data", [b"<htmlish>", b"PK\3\4<html>", b"<", b" "])
     def test_files_that_are_no_pages(
         self, data: bytes, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import subprocess
@@ -94,6 +95,17 @@ class TestJudge:
         verdict = judge(offered(tar_of(MEMBERS | {name: b""})), entry)
         assert verdict.checked_by is None
         assert f"the member {name!r} points outside the container" in verdict.problem
+
+    @pytest.mark.parametrize(
+        "kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE]
+    )
+    def test_a_bomb_in_a_header(self, kind: bytes, entry: SourceFile, offered: Callable[[bytes], Path]):
+        """A header that unpacks to any length is refused before tarfile takes it into memory."""
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, 1 << 33
+        verdict = judge(offered(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))), entry)
+        assert verdict.checked_by is None
+        assert f"a tar header of type {kind!r} and 8,589,934,592 bytes" in verdict.problem
 
     def test_too_large_a_container_is_not_opened(self, entry: SourceFile, offered: Callable[[bytes], Path]):
         """Padding that a tar allows does not pass the bound on a repacked copy."""

@@ -612,11 +612,11 @@ def test_a_missing_half(make_dataset: Make) -> None:
     made = make_bank(tiny.manifest, tiny.root)
     made.path.unlink()
     assert check_bank(tiny.folder.bank_json(8)) == [f"{made.path} is missing. Delete tiny-8.json and build again."]
-    with pytest.raises(DataMissingError, match=r"There is no bank .*tiny-8\.npy\. Run: mamldata build"):
+    with pytest.raises(DataMissingError, match=r"There is no bank .*tiny-8\.npy: mamldata build makes it"):
         open_bank(tiny.folder, 8)
     assert make_bank(tiny.manifest, tiny.root) == made
     tiny.folder.bank_json(8).unlink()
-    with pytest.raises(DataMissingError, match=r"There is no bank .*tiny-8\.npy\. Run: mamldata build"):
+    with pytest.raises(DataMissingError, match=r"There is no bank .*tiny-8\.npy: mamldata build makes it"):
         open_bank(tiny.folder, 8)
 
 

@@ -98,7 +98,6 @@ class Mirrors:
         # A repacked copy may be longer than the file that the manifest describes.
         if self.file.content_sha256 is None or self.part.size > most_bytes(self.file):
             self.part.drop()
-            self.at(0)
         return None
 
     def _attempt(self, source: str) -> Obtained:
@@ -116,7 +115,6 @@ class Mirrors:
                 return obtained
             self.say(f"{self.file.name}: the first {had:,} bytes, from before, are of no use; starting anew")
             self.part.drop()
-            self.at(0)
         self._transfer(source)
         return Obtained("downloaded", shown, self._accept())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,62 @@ class TestParts:
         assert (result.how, result.checked_by, result.bytes) == ("resumed", "content_sha256", len(data))
         assert check_raw(manifest_of(file), tmp_path) == []
 
+    def test_a_repacked_copy_that_is_shorter_and_whole(self, wire: Wire, answer: Answer, tmp_path: Path):
+        """Killed before it was verified: the server has nothing more to give, and nothing more is needed."""
+        members = {"a/1.png": b"one" * 1000}
+        for name, method in (("genuine.zip", zipfile.ZIP_STORED), ("repacked.zip", zipfile.ZIP_DEFLATED)):
+            with zipfile.ZipFile(tmp_path / name, "w", method) as container:
+                for member, content in members.items():
+                    container.writestr(member, content)
+        content = content_sha256(tmp_path / "genuine.zip", 3000)
+        genuine = entry(wire.url, data=(tmp_path / "genuine.zip").read_bytes())
+        begun(tmp_path, (tmp_path / "repacked.zip").read_bytes())
+        wire.answers = [answer(b"", "416 Range Not Satisfiable", Content_Length=0)]
+        (result,) = get(tmp_path, replace(genuine, content_sha256=content, content_bytes=3000))
+        assert (result.how, result.checked_by) == ("resumed", "content_sha256")
+        assert len(wire.requests) == 1
+
+    def test_416_for_a_part_that_can_still_grow(self, wire: Wire, answer: Answer, tmp_path: Path):
+        """A server that has less than what is there has another file: the part is dropped, no Range is sent again."""
+        begun(tmp_path, bytes(10))
+        wire.answers = [answer(b"", "416 Range Not Satisfiable"), answer(DATA, Content_Length=len(DATA))]
+        assert get(tmp_path, entry(wire.url))[0].how == "downloaded"
+        assert [request["Range"] for request in wire.requests] == ["bytes=10-", None]
+
+    def test_a_copy_that_breaks_off_is_nobodys_version(
+        self, wire: Wire, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """What a share gave before it failed is gone on with, but not as a version that a server once named."""
+
+        class Breaking(io.BytesIO):
+            def read(self, _size: int | None = -1) -> bytes:
+                if self.tell():
+                    raise RuntimeError("the share went away")
+                return super().read(1000)
+
+        monkeypatch.setattr("mamldata.mirrors.open_source", lambda _: Breaking(DATA))
+        begun(tmp_path, DATA[:10]).note(wire.url, '"1"')
+        wire.answers = [rest(answer, DATA, 1000)]
+        told: list[str] = []
+        (result,) = get(tmp_path, entry(wire.url), sources=["memory://share"], notify=told.append)
+        assert told == ["file.bin: memory://share/file.bin: it cannot be read (the share went away)"]
+        assert (result.how, result.source) == ("resumed", wire.url)
+        assert (wire.requests[0]["Range"], wire.requests[0]["If-Range"]) == ("bytes=1000-", None)
+
+    def test_a_part_that_is_whole_is_counted(self, tmp_path: Path):
+        """The bar of a file that only had to be verified is full."""
+        begun(tmp_path, DATA)
+        counts: list[int] = []
+
+        @contextmanager
+        def progress(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
+            assert (label, total, unit) == ("file.bin", len(DATA), "B")
+            yield counts.append
+
+        (result,) = get(tmp_path, entry(), progress=progress)
+        assert (result.how, result.source) == ("resumed", "")
+        assert sum(counts) == len(DATA)
+
     def test_a_part_as_long_as_a_file_and_wrong_is_dropped(self, wire: Wire, answer: Answer, tmp_path: Path):
         """It can become nothing: the file is fetched anew, without a Range."""
         begun(tmp_path, bytes(len(DATA)))
@@ -168,6 +226,25 @@ class TestParts:
             get(tmp_path, entry(wire.url), notify=told.append)
         assert len(wire.requests) == 2
         assert "file.bin: the first 10 bytes, from before, are of no use; starting anew" in told
+
+
+class TestCopies:
+    """Files from folders and shares."""
+
+    def test_a_copy_that_is_too_large_is_not_read_to_its_end(self, tmp_path: Path):
+        """What is longer than the file may be is given up there and then, and not asked for again."""
+        (tmp_path / "file.bin").write_bytes(DATA * 100)
+        told: list[str] = []
+        with pytest.raises(FetchError, match="it has more than the 60,000 bytes that the file may have"):
+            get(tmp_path / "root", entry(), sources=[str(tmp_path)], offline=True, notify=told.append)
+        assert len(told) == 1
+
+    def test_a_share_without_the_file_is_asked_once(self, tmp_path: Path):
+        """It will not have it a moment later."""
+        told: list[str] = []
+        with pytest.raises(FetchError, match=r"memory://empty/file\.bin: it cannot be read"):
+            get(tmp_path, entry(), sources=["memory://empty"], offline=True, notify=told.append)
+        assert len(told) == 1
 
 
 class TestHad:

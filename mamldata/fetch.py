@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import requests
-from filelock import FileLock, Timeout
 
 from mamldata.download import Network, Part, open_session, without_password
 from mamldata.errors import FetchError, WriteError
-from mamldata.files import commit, make_folder, writing
+from mamldata.files import commit, locked, make_folder, writing
 from mamldata.manifest import Manifest, SourceFile
 from mamldata.mirrors import Mirrors
 from mamldata.places import find, is_http, needs_network
@@ -126,7 +125,11 @@ def fetch(
         _require_sources(manifest, root, actions, sources, offline)
         folder = DatasetFolder(root, manifest.name)
         make_folder(folder.raw)
-        with _locked(folder, say), closing(open_session()) as session:
+
+        def waiting() -> None:
+            say(f"Another process is at work on {folder.path}; waiting until it is done.")
+
+        with locked(folder.lock, waiting), closing(open_session()) as session:
             # Again, because whoever held the lock may have done it all.
             actions = plan(manifest, root, sources, offline=offline)
             work = _Work(folder, fetch_command(manifest, root), session, network, progress, say)
@@ -186,26 +189,6 @@ def _require_sources(
             + "\n".join(lines)
             + f"\nGet them by hand, put them into a folder, and run: {fetch_command(manifest, root)} --from FOLDER"
         )
-
-
-@contextmanager
-def _locked(folder: DatasetFolder, say: Notify) -> Iterator[None]:
-    """Hold the dataset's lock.
-
-    Raises:
-        WriteError: the lock's file cannot be made.
-    """
-    lock = FileLock(folder.lock)
-    with writing(folder.lock):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"Another process is at work on {folder.path}; waiting until it is done.")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Meter:

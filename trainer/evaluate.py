@@ -58,7 +58,7 @@ class Evaluation:
         return (
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
-            f"{self.inner_steps} inner steps, batch norm {self.bn}"
+            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, single model"
         )
 
 

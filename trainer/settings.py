@@ -18,7 +18,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
 BN_MODES: tuple[BatchNorm, ...] = ("transductive", "support")
 
-# A run that goes on may change these: they do not touch the weights of a step.
+# A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
+# cosine schedule goes on from where the longer curve is, as a run that is prolonged should.
 CHANGEABLE = frozenset({"steps", "eval_every", "log_every"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -555,17 +556,12 @@ class TestPlaces:
         """Two different requests for one folder: the second is refused, though the folder was empty when it looked."""
         out = tmp_path / "out"
 
-        class Lock:
-            def __init__(self, path):
-                self.path = path
+        @contextlib.contextmanager
+        def waited(path):
+            shutil.copytree(reference, out, dirs_exist_ok=True)  # another process was here first
+            yield
 
-            def __enter__(self):
-                shutil.copytree(reference, out, dirs_exist_ok=True)  # another process was here first
-
-            def __exit__(self, *error):
-                return None
-
-        monkeypatch.setattr(build_module, "FileLock", Lock)
+        monkeypatch.setattr(build_module, "locked", waited)
         with pytest.raises(RequestError, match=r"already holds another archive .*seed 3 there, 4 asked for"):
             build(glyphs_manifest, glyphs_bank, out, dataclasses.replace(REQUEST, seed=4))
         assert contents(out) == contents(reference)

@@ -10,6 +10,17 @@ from trainer.adapt import InnerLoop
 from trainer.settings import CHANGEABLE, TrainSettings, pick_device
 
 
+def test_the_cosine_schedule_falls_to_a_hundredth() -> None:
+    """It begins at ``meta_lr``, is in the middle half-way, and ends near to a hundredth; constant stays."""
+    settings = TrainSettings(steps=100, meta_lr=0.2)
+    rates = [settings.meta_lr_at(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[50] == pytest.approx((0.2 + 0.002) / 2)
+    assert rates[100] == pytest.approx(0.002)
+    assert rates == sorted(rates, reverse=True)
+    assert {TrainSettings(meta_schedule="constant").meta_lr_at(step) for step in (0, 7, 3999)} == {1e-3}
+
+
 def test_every_fault_is_reported_at_once() -> None:
     """One error names each field that cannot be, its value and what it could be."""
     with pytest.raises(RequestError) as caught:

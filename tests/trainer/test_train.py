@@ -134,16 +134,25 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_more_steps_go_on_as_if_never_stopped(tmp_path: Path) -> None:
     """A finished run that is resumed with more steps ends like one that was asked for them at once."""
-    at_once = train(replace(SETTINGS, steps=9), Synthetic(), tmp_path / "a")
-    train(replace(SETTINGS, steps=3), Synthetic(), tmp_path / "b")
+    settings = replace(SETTINGS, meta_schedule="constant")
+    at_once = train(replace(settings, steps=9), Synthetic(), tmp_path / "a")
+    train(replace(settings, steps=3), Synthetic(), tmp_path / "b")
     lines: list[str] = []
     later = train(
-        replace(SETTINGS, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, report=lines.append
+        replace(settings, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, report=lines.append
     )
     assert lines[0] == "Going on after step 3 of 9."
     assert_equal_weights(at_once.last, later.last)
     assert at_once == replace(later, run_dir=at_once.run_dir, last=at_once.last, best=at_once.best)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["settings"]["steps"] == 9
+
+
+def test_the_outer_learning_rate_is_annealed(tmp_path: Path) -> None:
+    """The last step of a cosine run is taken with the schedule's rate, that of a constant one with ``meta_lr``."""
+    for schedule in ("cosine", "constant"):
+        settings = replace(SETTINGS, steps=3, meta_schedule=schedule)
+        last = train(settings, Synthetic(), tmp_path / schedule).last
+        assert load_checkpoint(last).optimizer["param_groups"][0]["lr"] == settings.meta_lr_at(2)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cli.common import bars, episode_options, given, json_option, next_command, print_json, root_option, say
+from cli.common import bars, episode_options, json_option, next_command, print_json, root_option, say
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, build
@@ -21,11 +22,10 @@ from mamldata.root import data_root
 )
 @click.argument("name", metavar="NAME|FILE.toml")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive's folder.")
-@episode_options
+@episode_options()
 @click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Episodes.")
 @click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Episodes.")
 @click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Episodes.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the episodes.")
 @click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit into 64 MiB]")
 @click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one for each processor]")
 @root_option
@@ -33,16 +33,10 @@ from mamldata.root import data_root
 def command(
     name: str,
     out: Path,
-    n_way: int | None,
-    k_shot: int | None,
-    k_query: int | None,
-    split_scheme: str | None,
-    rotations: str | None,
-    image_size: int | None,
+    episodes: dict[str, Any],
     train: int,
     val: int,
     test: int,
-    seed: int,
     episodes_per_shard: int | None,
     workers: int | None,
     root: str | None,
@@ -53,18 +47,9 @@ def command(
     Interrupted, the same command goes on. Images are decoded into a bank first, once for each image size.
     """
     start = time.monotonic()
-    request = BuildRequest(
-        episodes={"train": train, "val": val, "test": test},
-        seed=seed,
-        **given(
-            n_way=n_way,
-            k_shot=k_shot,
-            k_query=k_query,
-            split_scheme=split_scheme,
-            rotations=rotations,
-            episodes_per_shard=episodes_per_shard,
-        ),
-    )
+    image_size = episodes.pop("image_size", None)
+    counts = {"train": train, "val": val, "test": test}
+    request = BuildRequest(episodes=counts, episodes_per_shard=episodes_per_shard, **episodes)
     manifest = load_manifest(name)
     processes = workers or default_workers()
     bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -15,7 +16,8 @@ from mamldata.archive import is_archive
 from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, builtin_names, did_you_mean
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from trainer.data import EpisodeData
 
 root_option = click.option(
     "--root",
@@ -26,22 +28,41 @@ root_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
-# The settings of live episodes: None means that the user did not say.
-_EPISODE_OPTIONS = (
-    click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
-    click.option("--k-shot", type=click.IntRange(1), help="Support images per class.  [default: 1]"),
-    click.option("--k-query", type=click.IntRange(1), help="Query images per class.  [default: 15]"),
-    click.option("--split-scheme", help="How the classes are divided.  [default: the dataset's own]"),
-    click.option("--rotations", type=click.Choice(ROTATIONS), help="Turned classes.  [default: the dataset's own]"),
-    click.option("--image-size", type=click.IntRange(1, 4096), help="In pixels.  [default: the dataset's own]"),
-)
+# The settings of episodes: None means that the user did not say.
+_EPISODE_OPTIONS = {
+    "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
+    "k_shot": click.option("--k-shot", type=click.IntRange(1), help="Support images per class.  [default: 1]"),
+    "k_query": click.option("--k-query", type=click.IntRange(1), help="Query images per class.  [default: 15]"),
+    "split_scheme": click.option("--split-scheme", help="How the classes are divided.  [default: the dataset's own]"),
+    "rotations": click.option(
+        "--rotations", type=click.Choice(ROTATIONS), help="Turned classes.  [default: the dataset's own]"
+    ),
+    "image_size": click.option(
+        "--image-size", type=click.IntRange(1, 4096), help="In pixels.  [default: the dataset's own]"
+    ),
+    "seed": click.option("--seed", type=click.IntRange(0), help="Of the episodes.  [default: 0]"),
+}
 
 
-def episode_options(command: Command) -> Command:
-    """Add the options that say what episodes are, for commands that can draw them live."""
-    for option in reversed(_EPISODE_OPTIONS):
-        command = option(command)
-    return command
+def episode_options(*, seed: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say what episodes are; the command gets those that were given as ``episodes``, a dict.
+
+    Args:
+        seed: whether ``--seed`` is one of them.
+    """
+    names = [name for name in _EPISODE_OPTIONS if seed or name != "seed"]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collect(**arguments: Any) -> Any:
+            episodes = given(**{name: arguments.pop(name) for name in names})
+            return command(episodes=episodes, **arguments)
+
+        for name in reversed(names):
+            collect = _EPISODE_OPTIONS[name](collect)
+        return collect
+
+    return decorate
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -77,6 +98,22 @@ def refuse_with_archive(folder: Path, options: dict[str, Any]) -> None:
     if options:
         names = ", ".join("--" + name.replace("_", "-") for name in options)
         raise click.UsageError(f"{names}: the episodes of the archive {folder} are fixed. Leave the option out.")
+
+
+def episode_data(target: str, root: str | None, episodes: dict[str, Any]) -> EpisodeData:
+    """The episodes that a command trains or evaluates on. Imports torch.
+
+    Raises:
+        RequestError: ``target`` is neither an archive nor a dataset.
+        click.UsageError: options for episodes with an archive.
+    """
+    from trainer.data import archive_data, live_data
+
+    folder = archive_folder(target)
+    if folder is None:
+        return live_data(target, root, episodes)
+    refuse_with_archive(folder, episodes)
+    return archive_data(folder)
 
 
 def say(message: str) -> None:

@@ -65,7 +65,9 @@ class Verbs(click.Group):
         except MamldataError as error:
             raise Failure(error) from error
         except KeyboardInterrupt:
-            raise click.ClickException("Interrupted. Run the same command again: it goes on.") from None
+            raise click.ClickException(
+                "Interrupted. Run the same command again (train: with --resume): it goes on."
+            ) from None
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

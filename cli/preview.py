@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from cli.common import (
     archive_folder,
     episode_options,
-    given,
     json_option,
     next_command,
     print_json,
@@ -29,8 +29,7 @@ from mamldata.sources import ArchiveSource, Source, live
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
 @click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="Its index.")
-@click.option("--seed", type=click.IntRange(0), help="Of live episodes.  [default: 0]")
-@episode_options
+@episode_options()
 @root_option
 @json_option
 def command(
@@ -38,32 +37,17 @@ def command(
     out: Path,
     split: str,
     index: int,
-    seed: int | None,
-    n_way: int | None,
-    k_shot: int | None,
-    k_query: int | None,
-    split_scheme: str | None,
-    rotations: str | None,
-    image_size: int | None,
+    episodes: dict[str, Any],
     root: str | None,
     as_json: bool,
 ) -> None:
     """Draw an episode: rows are classes, support images left, query images right."""
-    options = given(
-        seed=seed,
-        n_way=n_way,
-        k_shot=k_shot,
-        k_query=k_query,
-        split_scheme=split_scheme,
-        rotations=rotations,
-        image_size=image_size,
-    )
     folder = archive_folder(target)
     source: Source
     if folder is None:
-        source = live(target, split, root=root, workers=default_workers(), **options)
+        source = live(target, split, root=root, workers=default_workers(), **episodes)
     else:
-        refuse_with_archive(folder, options)
+        refuse_with_archive(folder, episodes)
         source = ArchiveSource(folder, split)
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)

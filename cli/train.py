@@ -10,13 +10,12 @@ from typing import Any
 import click
 
 from cli.common import (
-    archive_folder,
+    episode_data,
     episode_options,
     given,
     json_option,
     next_command,
     print_json,
-    refuse_with_archive,
     root_option,
     say,
 )
@@ -52,19 +51,14 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
 @click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
-@episode_options
+@episode_options(seed=False)
 @root_option
 @json_option
 def command(
     target: str,
     out: Path,
     resume: bool,
-    n_way: int | None,
-    k_shot: int | None,
-    k_query: int | None,
-    split_scheme: str | None,
-    rotations: str | None,
-    image_size: int | None,
+    episodes: dict[str, Any],
     root: str | None,
     as_json: bool,
     **settings: Any,
@@ -73,27 +67,13 @@ def command(
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
     """
-    from trainer.data import archive_data, live_data
     from trainer.settings import TrainSettings
     from trainer.train import train
 
-    options = given(
-        n_way=n_way,
-        k_shot=k_shot,
-        k_query=k_query,
-        split_scheme=split_scheme,
-        rotations=rotations,
-        image_size=image_size,
-    )
     chosen = given(**settings)
-    folder = archive_folder(target)
-    if folder is None:
-        data = live_data(target, root, options)
-    else:
-        refuse_with_archive(folder, options)
-        data = archive_data(folder)
-        if "eval_episodes" not in chosen:
-            chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or 0)
+    data = episode_data(target, root, episodes)
+    if "eval_episodes" not in chosen:
+        chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or TrainSettings.eval_episodes)
     start = time.monotonic()
     result = train(TrainSettings(**chosen), data, out, resume=resume, report=say)
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 import mamldata
 from mamldata.errors import DamagedError, RequestError
-from mamldata.files import make_folder, write_atomic
+from mamldata.files import locked, make_folder, write_atomic
 from trainer import metrics
 from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
 from trainer.settings import CHANGEABLE, TrainSettings
@@ -22,8 +23,29 @@ from trainer.settings import CHANGEABLE, TrainSettings
 CONFIG = "config.json"
 
 
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder.
+
+    Raises:
+        RequestError: one is at work there.
+        WriteError: the folder cannot be written to.
+    """
+
+    def refuse() -> None:
+        raise RequestError(f"Another process is training in {run_dir}. Wait for it, or choose another folder.")
+
+    make_folder(run_dir)
+    lock = run_dir / ".lock"
+    with locked(lock, refuse):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, resume: bool) -> Checkpoint | None:
-    """Make a run folder ready.
+    """Look at a run folder, and change nothing.
 
     Returns:
         The checkpoint to go on from; None for a start from the beginning.
@@ -31,7 +53,6 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
     Raises:
         RequestError: the folder holds a run and ``resume`` was not asked for, or that run was another one.
         DamagedError: the last checkpoint or ``config.json`` is damaged.
-        WriteError: the folder cannot be written to.
     """
     last = find_last(run_dir)
     config = run_dir / CONFIG
@@ -41,12 +62,17 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
         _refuse_another_run(config, settings, data)
     elif last:
         raise RequestError(f"{run_dir} holds checkpoints, but no {CONFIG} to say of what. Choose another folder.")
-    checkpoint = load_checkpoint(last) if last else None
-    if checkpoint is None or checkpoint.step < settings.steps:
-        make_folder(run_dir)
-        write_atomic(config, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
-        metrics.rewind(run_dir, checkpoint.step if checkpoint else 0)
-    return checkpoint
+    return load_checkpoint(last) if last else None
+
+
+def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Note what the run is, and drop what was measured after the checkpoint that it goes on from.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(run_dir / CONFIG, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
+    metrics.rewind(run_dir, checkpoint.step if checkpoint else 0)
 
 
 def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:

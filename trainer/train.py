@@ -21,7 +21,7 @@ from trainer.engines import loop
 from trainer.evaluate import Evaluation, evaluate
 from trainer.models import build_network
 from trainer.protocol import TrainData, endless
-from trainer.run import open_run
+from trainer.run import alone_in, begin_run, open_run
 from trainer.settings import TrainSettings, pick_device
 
 
@@ -76,16 +76,33 @@ def train(
     device = pick_device(settings.device)
     about = data.describe()
     network = _fresh_network(settings, about)  # before anything is written: the images may not fit it
+    with alone_in(run_dir):
+        return _train(settings, data, run_dir, about, network, device, resume=resume, report=report)
+
+
+def _train(
+    settings: TrainSettings,
+    data: TrainData,
+    run_dir: Path,
+    about: dict[str, Any],
+    network: nn.Module,
+    device: torch.device,
+    *,
+    resume: bool,
+    report: Callable[[str], object],
+) -> RunResult:
+    """The loop itself, with everything at hand and nobody else in the run folder."""
     checkpoint = open_run(run_dir, settings, about, resume=resume)
     if checkpoint and checkpoint.step >= settings.steps:
         report(f"{run_dir} is done: {checkpoint.step} of {settings.steps} steps.")
         return _result(run_dir, checkpoint)
 
+    stream = data.train(settings.meta_batch_size, settings.seed, device)
+    begin_run(run_dir, settings, about, checkpoint)
     keep_large_buffers()
     network.to(device)
     parameters: Parameters = dict(network.named_parameters())
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.meta_lr)
-    stream = data.train(settings.meta_batch_size, settings.seed, device)
     step, best_step, best_accuracy = 0, 0, -1.0
     if checkpoint:
         network.load_state_dict(checkpoint.weights)

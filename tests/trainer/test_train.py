@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mamldata.errors import DamagedError, MamldataError, RequestError
 from trainer.checkpoint import load_checkpoint
 from trainer.evaluate import evaluate_checkpoint
 from trainer.protocol import endless
+from trainer.run import alone_in
 from trainer.settings import TrainSettings
 from trainer.train import train
 
@@ -302,3 +304,22 @@ def test_endless_goes_through_epochs() -> None:
 
     with pytest.raises(RequestError, match=r"The train split gives no meta-batch"):
         next(endless(Empty(Synthetic(), 1, seed=0)))
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """While a process trains in a folder no other one may, not even to resume."""
+    with alone_in(tmp_path), pytest.raises(RequestError, match="Another process is training in"):
+        train(SETTINGS, Synthetic(), tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_when_the_data_do_not_fit(tmp_path: Path) -> None:
+    """A stream that cannot be made is refused before anything is written, so that the folder can be used again."""
+
+    class Short(Synthetic):
+        def train(self, *_: object) -> NoReturn:
+            raise RequestError("too few episodes")
+
+    with pytest.raises(RequestError, match="too few episodes"):
+        train(SETTINGS, Short(), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []

@@ -123,6 +123,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             truth = f"bytes {start}-{len(reply.data) - 1}/{len(reply.data)}"
             self.send_header("Content-Range", reply.content_range or truth)
         self.send_header("Content-Length", str(len(body) if reply.length is None else reply.length))
+        self.send_header("Connection", "close")
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -384,8 +384,9 @@ class TestMemory:
             after = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
-        # One meta-batch is 225 kB: thirty epochs that each kept one would show.
-        assert after - before < 100_000
+        # One meta-batch is 225 kB, and how many are under way at once is the threads' chance, a few at the most:
+        # thirty epochs that each kept one would show.
+        assert after - before < 1_000_000
 
 
 class TestDataLoader:

@@ -26,7 +26,8 @@ SETTINGS = TrainSettings(
     steps=40, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=2, log_every=1, seed=3, device="cpu"
 )
 SCRIPT = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
 import torch
 torch.set_num_threads(1)

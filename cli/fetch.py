@@ -52,6 +52,8 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
 def _line(result: Fetched) -> str:
     if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
+    if result.how == "checked":
+        return f"{result.name}: here already, {size_text(result.bytes)}, verified now"
     origin = f" from {result.source}" if result.source else ""
     check = "content digest" if result.checked_by == "content_sha256" else "sha256"
     return f"{result.name}: {result.how}{origin}, {size_text(result.bytes)}, {check} right"

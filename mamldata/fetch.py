@@ -27,7 +27,7 @@ __all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
 _PATIENT = Network()
 
 Kind = Literal["have", "check", "resume", "download", "generate", "missing"]
-How = Literal["had", "copied", "downloaded", "resumed", "generated"]
+How = Literal["had", "checked", "copied", "downloaded", "resumed", "generated"]
 Notify = Callable[[str], object]
 
 
@@ -247,7 +247,7 @@ class _Work:
             raise WriteError(f"{path} is a folder, where a file should be. Move it elsewhere.")
         with self.progress(file.name, file.bytes, "B") as advance:
             how, source, digest = self._get(action, _Meter(advance))
-        if how != "had":
+        if how != "checked":
             with writing(path):
                 commit(path)
         self._seal(action, digest)
@@ -258,7 +258,7 @@ class _Work:
         """How and where from a right file came, and its sha256; it has its final name only if it was there."""
         match action.kind:
             case "check":
-                return "had", "", self._check(action, meter)
+                return "checked", "", self._check(action, meter)
             case "generate":
                 return "generated", "", self._generate(action, meter)
             case "resume" | "download":

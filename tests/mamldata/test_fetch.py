@@ -477,7 +477,7 @@ class TestPlaces:
             get(tmp_path, source())
         assert (folder.raw / "file.bin").read_bytes() == b"mine"
         (folder.raw / "file.bin").write_bytes(DATA)
-        assert get(tmp_path, source())[0].checked_by == "sha256"
+        assert get(tmp_path, source())[0].how == "checked"
         assert arrived(tmp_path)
 
     def test_the_embedded_dataset(self, tmp_path: Path):
@@ -643,7 +643,7 @@ class TestProcesses:
         (tmp_path / "file.bin").write_bytes(DATA)
         get(tmp_path / "root", source(), sources=(str(tmp_path),))
         DatasetFolder(tmp_path / "root", "thing").receipt("file.bin").unlink()
-        assert get(tmp_path / "root", source())[0].checked_by == "sha256"
+        assert get(tmp_path / "root", source())[0].how == "checked"
         assert arrived(tmp_path / "root")
 
     def test_two_processes_at_once(self, server: FaultServer, tmp_path: Path):

@@ -214,7 +214,7 @@ class TestParts:
         begun(tmp_path, DATA[:10]).note(NOWHERE, '"v1"')
         (DatasetFolder(tmp_path, "thing").raw / "file.bin").write_bytes(DATA)
         (result,) = get(tmp_path, entry())
-        assert (result.how, result.sha256) == ("had", entry().sha256)
+        assert (result.how, result.sha256) == ("checked", entry().sha256)
         assert names(tmp_path) == ["file.bin", "file.bin.sha256"]
 
     def test_a_source_of_unknown_honesty_ends_after_a_fresh_start(self, wire: Wire, answer: Answer, tmp_path: Path):

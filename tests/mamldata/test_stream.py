@@ -637,3 +637,19 @@ class TestGpu:
             torch.cuda.synchronize()
             peaks.append(torch.cuda.max_memory_allocated())
         assert max(peaks[3:]) <= 2 * peaks[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_the_read_ahead_thread_makes_no_team_of_its_own(glyphs_root):
+    """Scaling in the background never makes torch work in parallel: one thread more, and no team of OpenMP threads."""
+
+    def threads():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.ones(1 << 20).mul_(2)  # the team of this thread, if it has one
+    before = threads()
+    passing = iter(EpisodeStream(live("glyphs", root=glyphs_root), batch_size=16).to("cpu"))
+    next(passing)
+    next(passing)
+    assert threads() <= before + 1
+    passing.close()

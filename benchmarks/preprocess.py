@@ -11,7 +11,6 @@ from common import arguments, in_turn, ratio, raw, report
 from mamldata.bank import decode_image, make_bank
 from mamldata.parallel import default_workers
 from mamldata.readers import index_images, read_members
-from mamldata.root import DatasetFolder
 
 
 def main() -> None:
@@ -19,7 +18,7 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     options = parser.parse_args()
     manifest, root = raw(options)
-    folder = DatasetFolder(root, manifest.name)
+    folder = manifest.home(root)
     index = index_images(manifest.reader, [folder.raw / file.name for file in manifest.files])
     recipe = manifest.image
 
@@ -30,7 +29,7 @@ def main() -> None:
 
     def whole(workers: int) -> int:
         with tempfile.TemporaryDirectory() as place:
-            copy = DatasetFolder(Path(place), manifest.name)
+            copy = manifest.home(Path(place))
             shutil.copytree(folder.raw, copy.raw)
             return make_bank(manifest, Path(place), workers=workers).shape[0]
 

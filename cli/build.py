@@ -20,7 +20,7 @@ from mamldata.root import data_root
 @click.command(
     epilog="\b\nExample:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600",
 )
-@click.argument("name", metavar="NAME|FILE.toml")
+@click.argument("name", metavar="NAME|FILE.toml|FOLDER")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive's folder.")
 @episode_options()
 @click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Episodes.")
@@ -45,6 +45,9 @@ def command(
     """Build an archive of episodes; the same command gives the same bytes on every machine.
 
     Interrupted, the same command goes on. Images are decoded into a bank first, once for each image size.
+
+    A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Where it has no such splits,
+    64 % of the classes are train, 16 % val and 20 % test, drawn with the seed 0.
     """
     start = time.monotonic()
     image_size = episodes.pop("image_size", None)

@@ -71,7 +71,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def archive_folder(target: str) -> Path | None:
-    """The folder if ``target`` is an archive, None if it is a dataset's name or manifest.
+    """The folder if ``target`` is an archive, None if it is a dataset: a name, a manifest, or a folder of images.
 
     Raises:
         RequestError: it is neither.
@@ -82,10 +82,11 @@ def archive_folder(target: str) -> Path | None:
     if target.endswith(".toml") or target in builtin_names():
         return None
     if path.is_dir():
-        return path  # whoever reads it says what is wrong with it
+        # Of what was an archive once, whoever reads it says what is wrong with it.
+        return path if (path / ".build").is_dir() or any(path.glob("*-00000.tar")) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
-        f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file."
+        f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."
     )
 
 

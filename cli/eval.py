@@ -17,7 +17,7 @@ LIVE_EPISODES = 600
     epilog="\b\nExample:\n  mamldata eval run glyphs-5w1s --split test",
 )
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.argument("target", metavar="NAME|ARCHIVE")
+@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
 @click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
 @click.option("--inner-steps", type=click.IntRange(0), help="[default: as in the run's validation]")

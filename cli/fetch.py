@@ -11,7 +11,7 @@ from cli.common import bars, json_option, next_command, print_json, root_option,
 from mamldata.errors import FetchError
 from mamldata.fetch import Action, Fetched, fetch, plan
 from mamldata.manifest import Manifest, load_manifest
-from mamldata.root import DatasetFolder, data_root
+from mamldata.root import data_root
 
 
 @click.command(
@@ -45,17 +45,21 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
         return
     for result in results:
         click.echo(_line(result))
-    click.echo(f"{manifest.name} is in {DatasetFolder(home, manifest.name).raw}")
+    click.echo(f"{manifest.name} is in {manifest.home(home).raw}")
     next_command(f"mamldata build {name} --out ARCHIVE")
 
 
 def _line(result: Fetched) -> str:
+    if result.images is not None:
+        origin = f" from {result.source}" if result.source else ""
+        digest = f"content digest {result.content_sha256}, pinned"
+        return f"{result.name}: {result.how}{origin}, {result.images:,} images, {size_text(result.bytes)}, {digest}"
     if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
     if result.how == "checked":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified now"
     origin = f" from {result.source}" if result.source else ""
-    check = "content digest" if result.checked_by == "content_sha256" else "sha256"
+    check = "content digest" if result.checked_by == "content_sha256" else result.checked_by
     return f"{result.name}: {result.how}{origin}, {size_text(result.bytes)}, {check} right"
 
 
@@ -76,9 +80,10 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
         )
     else:
         for action in actions:
-            click.echo(f"{action.file.name}: {action.kind}, {size_text(action.file.bytes)}")
+            size = f", {size_text(action.file.bytes)}" if action.file.bytes else ""
+            click.echo(f"{action.file.name}: {action.kind}{size}")
             for source in action.sources:
                 click.echo(f"    {source}")
-        click.echo(f"into {DatasetFolder(root, manifest.name).raw}")
+        click.echo(f"into {manifest.home(root).raw}")
     if missing := [action.file.name for action in actions if action.kind == "missing"]:
         raise FetchError(f"Without a network there is no source for: {', '.join(missing)}. Give one with --from.")

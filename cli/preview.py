@@ -25,7 +25,7 @@ from mamldata.sources import ArchiveSource, Source, live
 @click.command(
     epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
 )
-@click.argument("target", metavar="NAME|ARCHIVE")
+@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
 @click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="Its index.")

@@ -21,7 +21,7 @@ from cli.common import (
 )
 
 ALGORITHMS = ("maml", "fomaml")
-NETWORKS = ("conv4", "conv3-pool")
+NETWORKS = ("conv4", "conv3-pool", "conv4-pool")
 BN_MODES = ("transductive", "support")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
@@ -31,7 +31,7 @@ SCHEDULES = ("cosine", "constant")
     epilog="\b\nExamples:\n  mamldata train glyphs --steps 200 --out run\n"
     "  mamldata train glyphs-5w1s --algorithm fomaml --out run2",
 )
-@click.argument("target", metavar="NAME|ARCHIVE")
+@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]")
 @click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]")

@@ -14,7 +14,7 @@ from mamldata.verify import verify_archive, verify_dataset
 @click.command(
     epilog="\b\nExamples:\n  mamldata verify glyphs\n  mamldata verify glyphs-5w1s",
 )
-@click.argument("target", metavar="NAME|ARCHIVE")
+@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--digest", help="The digest that the archive should have, as cited.")
 @root_option
 @json_option

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import math
 import os
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
-from mamldata.errors import DamagedError, DataMissingError, RequestError
+from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
 from mamldata.files import commit, locked, make_folder, temporary, write_atomic, writing
 from mamldata.manifest import ImageRecipe, Manifest
+from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
-from mamldata.readers import ImageIndex, ImageRef, index_images, read_members
+from mamldata.readers import ImageIndex, ImageRef, index_images, read_images
 from mamldata.root import DatasetFolder
+from mamldata.snapshot import folder_sha256
 
-FORMAT = "mamldata-bank/1"
+FORMAT = "mamldata-bank/2"
 _TASK_IMAGES = 4096  # opening a zip of 20,000 members takes as long as decoding some hundred images
+_TASK_BYTES = 64 << 20  # of the bank, mapped and written by one worker at a time
 _MOST_PIXELS = 1 << 26  # of one image; more is a decompression bomb, not a photograph
+_CHUNK_BYTES = 4 << 20
 
 Images = npt.NDArray[np.uint8]
 
@@ -43,6 +51,9 @@ class Bank:
         shape: ``(images, H, W, C)``.
         class_names: the classes in canonical order.
         class_offsets: the first row of each class, and the number of images at the end: ``classes + 1`` numbers.
+        class_splits: the split of each class, where the raw files say it; else empty.
+        class_sums: for each class and channel the sum of all values and the sum of their squares.
+        left_out: images that could not be read, where the manifest says to leave such out.
     """
 
     name: str
@@ -51,12 +62,24 @@ class Bank:
     shape: tuple[int, int, int, int]
     class_names: tuple[str, ...]
     class_offsets: tuple[int, ...]
+    class_splits: tuple[str, ...]
+    class_sums: tuple[tuple[tuple[int, int], ...], ...]
+    left_out: tuple[str, ...] = ()
 
     def open_images(self) -> Images:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""
         start = len(npy_header("|u1", self.shape))
         # A plain array over the map: np.memmap's own indexing is slower by half.
         return np.asarray(np.memmap(self.path, np.uint8, "r", start, self.shape))
+
+    def normalisation(self, classes: Sequence[int]) -> Normalisation:
+        """Mean and deviation over the classes at these positions; of none, 0 and 1."""
+        images = sum(self.class_offsets[c + 1] - self.class_offsets[c] for c in classes)
+        sums = [
+            (sum(self.class_sums[c][channel][0] for c in classes), sum(self.class_sums[c][channel][1] for c in classes))
+            for channel in range(self.shape[3])
+        ]
+        return normalisation(sums, images * self.shape[1] * self.shape[2])
 
 
 def make_bank(
@@ -75,29 +98,78 @@ def make_bank(
 
     Raises:
         DataMissingError: the raw files are not there.
-        DamagedError: an image that cannot be decoded; or a bank whose digest is known came out different.
+        DatasetError: raw files that do not fit together, and images that cannot be decoded: all of them.
+        DamagedError: a raw file that cannot be read; or a bank whose digest is known came out different.
         WriteError: the folder cannot be written to.
     """
     side = manifest.image.size if size is None else size
     if not 1 <= side <= 4096:
         raise RequestError(f"An image size of {side} is not between 1 and 4096 pixels.")
-    folder = DatasetFolder(root, manifest.name)
-    identity = _identity(manifest, side, raw_digests(manifest, folder))
+    folder = manifest.home(root)
+    identity = _identity(manifest, side, _source_digests(manifest, folder, progress))
     known = manifest.image.bank_sha256.get(side)
     make_folder(folder.path)
     with locked(folder.lock):
         if (bank := _current(folder, side, identity)) is not None and known in {None, bank.sha256}:
             return bank
-        files = [folder.raw / file.name for file in manifest.files]
-        index = index_images(manifest.reader, files)
-        path = folder.bank(side)
-        shape = (len(index.images), side, side, manifest.image.channels)
-        _preprocess(index, manifest.image, path, shape, identity, workers, progress)
-        with progress("hash", npy_bytes("|u1", shape), "B") as advance:
-            digest = sha256_file(temporary(path), advance)
-        _check_known(manifest, side, digest, temporary(path))
-        _finish(index, folder, side, shape, digest, identity)
+        _make(manifest, folder, side, identity, workers, progress)
     return open_bank(folder, side)
+
+
+def _source_digests(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> dict[str, str]:
+    if manifest.folder is None:
+        return raw_digests(manifest, folder)
+    make_folder(folder.path)
+    return {manifest.folder.name: folder_sha256(manifest.folder, folder.path / "folder.json", progress)}
+
+
+def _make(
+    manifest: Manifest, folder: DatasetFolder, side: int, identity: dict[str, Any], workers: int, progress: Progress
+) -> None:
+    files = [manifest.folder] if manifest.folder else [folder.raw / name for name in manifest.raw_names]
+    index = index_images(manifest.reader, files)
+    path = folder.bank(side)
+    shape = (len(index.images), side, side, manifest.image.channels)
+    damage = _preprocess(index, manifest.image, path, shape, identity, workers, progress)
+    faults = [*index.faults, *(index.images[row].fault(why) for row, why in sorted(damage.items()))]
+    if fatal := [fault for fault in faults if not (_may_leave_out(fault) and manifest.reader.damaged == "leave-out")]:
+        temporary(path).unlink(missing_ok=True)
+        raise DatasetError(manifest.name, fatal, _advice(manifest, fatal))
+    kept = ImageIndex(tuple(image for row, image in enumerate(index.images) if row not in damage))
+    if damage:
+        shape = _drop_rows(path, shape, damage)
+    classes = kept.classes()
+    with progress("hash", npy_bytes("|u1", shape), "B") as advance:
+        digest, sums = _measure(temporary(path), shape, [count for _, _, count in classes], advance)
+    _check_known(manifest, side, digest, temporary(path))
+    description = {
+        "format": FORMAT,
+        "name": manifest.name,
+        "shape": list(shape),
+        "sha256": digest,
+        "class_names": [name for name, _, _ in classes],
+        "class_offsets": [0, *np.cumsum([count for _, _, count in classes]).tolist()],
+        "class_splits": [split for _, split, _ in classes] if any(split for _, split, _ in classes) else [],
+        "class_sums": sums,
+        "left_out": [fault.text for fault in faults],
+        **identity,
+    }
+    _finish(folder, side, description)
+
+
+def _may_leave_out(fault: Fault) -> bool:
+    return fault.kind in {"missing", "image"}
+
+
+def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
+    if manifest.folder is not None:
+        return "Mend or remove these files, and run the same command again."
+    if all(map(_may_leave_out, faults)):
+        return (
+            'Get these images anew; or put damaged = "leave-out" under [reader] in a manifest of your own, and the '
+            "bank lists what it lacks."
+        )
+    return f"Mend the files, and run: mamldata fetch {manifest.reference} --from FOLDER"
 
 
 def open_bank(folder: DatasetFolder, size: int) -> Bank:
@@ -122,6 +194,9 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
         shape=shape,
         class_names=tuple(description["class_names"]),
         class_offsets=tuple(description["class_offsets"]),
+        class_splits=tuple(description["class_splits"]),
+        class_sums=tuple(tuple((total, squares) for total, squares in sums) for sums in description["class_sums"]),
+        left_out=tuple(description["left_out"]),
     )
 
 
@@ -170,20 +245,24 @@ def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
         DataMissingError: files that are not there; the message names the command that gets them.
     """
     missing = [
-        file.name
-        for file in manifest.files
-        if not ((folder.raw / file.name).is_file() and folder.receipt(file.name).is_file())
+        name for name in manifest.raw_names if not ((folder.raw / name).is_file() and folder.receipt(name).is_file())
     ]
     if missing:
         raise DataMissingError(
             f"The raw files of {manifest.name} are not in {folder.raw}: {', '.join(missing)}. "
             f"Run: mamldata fetch {manifest.reference} --root {folder.root}"
         )
-    return {file.name: folder.receipt(file.name).read_text().split(" ", 1)[0] for file in manifest.files}
+    return {name: folder.receipt(name).read_text().split(" ", 1)[0] for name in manifest.raw_names}
 
 
-def decode_image(data: bytes, size: int, channels: int, resampling: str, invert: bool) -> Images:
-    """An encoded image as uint8 ``[size, size, channels]``: to grey or RGB, resized, inverted if asked for.
+def decode_image(
+    data: bytes | Images, size: int, channels: int, resampling: str, invert: bool, upright: bool = False
+) -> Images:
+    """An image as uint8 ``[size, size, channels]``: to grey or RGB, resized, inverted if asked for.
+
+    Args:
+        data: encoded, or its pixels, uint8 ``[H, W, 3]``.
+        size, channels, resampling, invert, upright: see ``ImageRecipe``.
 
     Raises:
         ValueError: not an image, a damaged one, or one of too many pixels.
@@ -192,10 +271,12 @@ def decode_image(data: bytes, size: int, channels: int, resampling: str, invert:
         with warnings.catch_warnings():
             # Pillow warns of bombs before it refuses them; our bound is lower than its, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            opened = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else Image.fromarray(data)
+            with opened as image:
                 if image.width * image.height > _MOST_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are too many")
-                small = image.convert("L" if channels == 1 else "RGB").resize(
+                turned = ImageOps.exif_transpose(image) if upright else image
+                small = turned.convert("L" if channels == 1 else "RGB").resize(
                     (size, size), Image.Resampling[resampling.upper()]
                 )
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -212,23 +293,26 @@ class _Piece:
     first_row: int
     part: Path
     shape: tuple[int, int, int, int]
-    resampling: str
-    invert: bool
+    recipe: ImageRecipe
 
 
-def _write_piece(piece: _Piece) -> int:
-    """Decode a piece into its rows of the unfinished bank; gives the number of images."""
+def _write_piece(piece: _Piece) -> dict[int, str]:
+    """Decode a piece into its rows of the unfinished bank; gives the rows that cannot be, each with the reason."""
     _, size, _, channels = piece.shape
+    recipe = piece.recipe
     start = len(npy_header("|u1", piece.shape))
     rows = np.memmap(piece.part, np.uint8, "r+", start, piece.shape)
-    encoded = read_members(piece.images)
-    for row, (image, data) in enumerate(zip(piece.images, encoded, strict=True), piece.first_row):
+    damage = {}
+    for position, data in read_images(piece.images):
+        row = piece.first_row + position
         try:
-            rows[row] = decode_image(data, size, channels, piece.resampling, piece.invert)
+            if isinstance(data, str):
+                raise ValueError(data)
+            rows[row] = decode_image(data, size, channels, recipe.resampling, recipe.invert, recipe.upright)
         except ValueError as error:
-            raise DamagedError(f"{image.file}: the image {image.member} cannot be decoded ({error}).") from error
+            damage[row] = str(error)
     rows.flush()
-    return len(piece.images)
+    return damage
 
 
 def _preprocess(
@@ -239,23 +323,30 @@ def _preprocess(
     identity: dict[str, Any],
     workers: int,
     progress: Progress,
-) -> None:
-    """Fill the temporary file of the bank, going on from the pieces that an earlier process finished."""
+) -> dict[int, str]:
+    """Fill the temporary file of the bank, going on from the pieces that an earlier process finished.
+
+    Returns:
+        The rows of images that cannot be decoded, each with the reason.
+    """
     part, journal = temporary(path), _journal(path)
+    step = min(_TASK_IMAGES, max(1, _TASK_BYTES // math.prod(shape[1:])))
     with writing(part):
-        done = _resume(part, journal, shape, identity)
-        starts = range(0, len(index.images), _TASK_IMAGES)
+        done = _resume(part, journal, shape, {"identity": identity, "shape": shape, "piece": step})
+        damage = {row: why for piece in done.values() for row, why in piece.items()}
         pieces = [
-            _Piece(index.images[s : s + _TASK_IMAGES], s, part, shape, recipe.resampling, recipe.invert)
-            for s in starts
-            if s not in done
+            _Piece(index.images[start : start + step], start, part, shape, recipe)
+            for start in range(0, len(index.images), step)
+            if start not in done
         ]
         with progress("preprocess", len(index.images), "images") as advance, journal.open("a") as log:
             advance(len(index.images) - sum(len(piece.images) for piece in pieces))
-            for piece, count in run_tasks(_write_piece, pieces, workers):
-                log.write(f"{piece.first_row}\n")
+            for piece, found in run_tasks(_write_piece, pieces, workers):
+                log.write(json.dumps([piece.first_row, found]) + "\n")
                 log.flush()
-                advance(count)
+                damage |= found
+                advance(len(piece.images))
+    return damage
 
 
 def _journal(path: Path) -> Path:
@@ -263,22 +354,28 @@ def _journal(path: Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
-def _resume(part: Path, journal: Path, shape: tuple[int, int, int, int], identity: dict[str, Any]) -> set[int]:
-    """The first rows of finished pieces, if the unfinished file is of this very bank; else start a new one."""
-    key = sha256_bytes(canonical_json({"identity": identity, "shape": shape, "piece": _TASK_IMAGES}))
+def _resume(
+    part: Path, journal: Path, shape: tuple[int, int, int, int], work: dict[str, Any]
+) -> dict[int, dict[int, str]]:
+    """The first rows of finished pieces, each with its damaged rows, if the unfinished file is of this very bank.
+
+    Else a new one is started.
+    """
+    key = sha256_bytes(canonical_json(work))
     if part.is_file() and journal.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
         first, *lines = journal.read_text().split("\n")
         if first == key:
-            # After the last newline stands nothing, or half a number: no next line may be joined to that.
+            # After the last newline stands nothing, or half a line: no next line may be joined to that.
             write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines[:-1]]).encode())
-            return {int(line) for line in lines[:-1]}
+            pieces = [json.loads(line) for line in lines[:-1]]
+            return {start: {int(row): why for row, why in damage.items()} for start, damage in pieces}
     journal.unlink(missing_ok=True)
     with part.open("wb") as stream:
         stream.write(npy_header("|u1", shape))
         stream.truncate(npy_bytes("|u1", shape))
     _require_space(part, shape)
     write_atomic(journal, f"{key}\n".encode())
-    return set()
+    return {}
 
 
 def _require_space(part: Path, shape: tuple[int, int, int, int]) -> None:
@@ -288,30 +385,61 @@ def _require_space(part: Path, shape: tuple[int, int, int, int]) -> None:
             os.posix_fallocate(stream.fileno(), 0, npy_bytes("|u1", shape))
 
 
-def _finish(
-    index: ImageIndex,
-    folder: DatasetFolder,
-    size: int,
-    shape: tuple[int, int, int, int],
-    digest: str,
-    identity: dict[str, Any],
-) -> None:
+def _drop_rows(path: Path, shape: tuple[int, int, int, int], rows: Iterable[int]) -> tuple[int, int, int, int]:
+    """Take rows out of the unfinished bank, through a copy, so that a kill leaves no half-moved rows.
+
+    Returns:
+        The shape of what is left.
+    """
+    part, copy = temporary(path), path.with_name(path.name + ".kept.part")
+    bounds = [-1, *sorted(rows), shape[0]]
+    left = (shape[0] - len(bounds) + 2, *shape[1:])
+    start, stride = len(npy_header("|u1", shape)), math.prod(shape[1:])
+    with writing(copy), part.open("rb") as source, copy.open("wb") as target:
+        target.write(npy_header("|u1", left))
+        for before, after in pairwise(bounds):
+            source.seek(start + (before + 1) * stride)
+            for _ in range(before + 1, after):
+                target.write(source.read(stride))
+    copy.replace(part)
+    return left
+
+
+def _measure(
+    part: Path, shape: tuple[int, int, int, int], class_sizes: Sequence[int], advance: Callable[[int], object]
+) -> tuple[str, list[list[list[int]]]]:
+    """The bank's sha256, and for each class and channel the sum of values and of squares, in one pass."""
+    digest, sums = hashlib.sha256(), []
+    stride = math.prod(shape[1:])
+    with part.open("rb") as stream:
+        header = stream.read(len(npy_header("|u1", shape)))
+        digest.update(header)
+        advance(len(header))
+        for size in class_sizes:
+            counts = np.zeros((shape[3], 256), dtype=np.int64)
+            for first in range(0, size, step := max(1, _CHUNK_BYTES // stride)):
+                data = stream.read(min(step, size - first) * stride)
+                digest.update(data)
+                counts += _histogram(data, shape[3])
+                advance(len(data))
+            values = np.arange(256, dtype=np.int64)
+            sums.append([[int(count @ values), int(count @ values**2)] for count in counts])
+    return digest.hexdigest(), sums
+
+
+def _histogram(data: bytes, channels: int) -> npt.NDArray[np.int64]:
+    """How often each value stands in each channel, int64 ``[channels, 256]``; Pillow counts fastest."""
+    pixels = Image.frombuffer("L" if channels == 1 else "RGB", (len(data) // channels, 1), data)
+    return np.array(pixels.histogram(), dtype=np.int64).reshape(channels, 256)
+
+
+def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> None:
     path, description_path = folder.bank(size), folder.bank_json(size)
     # A description of the bank that is replaced would be wrong from here on.
     with writing(description_path):
         description_path.unlink(missing_ok=True)
     with writing(path):
         commit(path)
-    offsets = [0, *np.cumsum(index.class_sizes).tolist()]
-    description = {
-        "format": FORMAT,
-        "name": folder.name,
-        "shape": list(shape),
-        "sha256": digest,
-        "class_names": list(index.class_names),
-        "class_offsets": offsets,
-        **identity,
-    }
     write_atomic(description_path, _described(description))
     _journal(path).unlink(missing_ok=True)
 

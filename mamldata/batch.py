@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from mamldata.buffers import BufferPool
+from mamldata.normalisation import Normalisation
 from mamldata.order import Order
 from mamldata.sources import Source
 
@@ -15,8 +16,8 @@ class EpisodeBatch(NamedTuple):
     """A meta-batch of B episodes.
 
     Attributes:
-        support_x: images ``[B, n_way * k_shot, C, H, W]``, channels-last in memory; floating point in [0, 1] or
-            uint8, as the stream was asked for. Images of one class stand together.
+        support_x: images ``[B, n_way * k_shot, C, H, W]``, channels-last in memory; floating point in [0, 1],
+            normalised, or uint8, as the stream was asked for. Images of one class stand together.
         support_y: labels in ``range(n_way)``, int64 ``[B, n_way * k_shot]``.
         query_x: images ``[B, n_way * k_query, C, H, W]``, as ``support_x``.
         query_y: labels, int64 ``[B, n_way * k_query]``.
@@ -48,9 +49,12 @@ class BatchReader:
         order: which episodes a meta-batch holds.
         dtype: of the images.
         device: where finished meta-batches are.
+        normalise: by the mean and deviation of the train split.
     """
 
-    def __init__(self, source: Source, order: Order, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, order: Order, dtype: torch.dtype, device: torch.device, *, normalise: bool = False
+    ) -> None:
         self.source = source
         self.order = order
         self.dtype = dtype
@@ -60,6 +64,7 @@ class BatchReader:
         self._labels = tuple(
             torch.arange(info.n_way).repeat_interleave(k).repeat(order.batch_size, 1).to(device) for k in counts
         )
+        self._affine = _affine(info.normalisation) if normalise else None
         self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 
@@ -70,7 +75,7 @@ class BatchReader:
             return self.label(*stored)
         scaled = [pool.take()[0][: len(stored.index)] for pool in self._scaled]
         for images, out in zip(stored[:2], scaled, strict=True):
-            _scale(images, out)
+            _scale(images, out, self._affine)
         return self.label(scaled[0], scaled[1], stored.index)
 
     def read_stored(self, t: int) -> Stored:
@@ -86,7 +91,12 @@ class BatchReader:
         """Scale and label a stored meta-batch on the device where it is."""
         if self.dtype == torch.uint8:
             return self.label(*stored)
-        support, query = ((images * _SCALE).to(self.dtype) for images in stored[:2])
+        if self._affine is None:
+            support, query = ((images * _SCALE).to(self.dtype) for images in stored[:2])
+        else:
+            # [C, 1, 1] goes with [B, images, C, H, W].
+            scale, shift = (values.to(stored.support.device)[:, None, None] for values in self._affine)
+            support, query = ((images * scale + shift).to(self.dtype) for images in stored[:2])
         return self.label(support, query, stored.index)
 
     def label(self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> EpisodeBatch:
@@ -97,15 +107,26 @@ class BatchReader:
         return EpisodeBatch(support, support_y, query, query_y, index)
 
 
-def _scale(images: torch.Tensor, out: torch.Tensor) -> None:
-    """Stored images in [0, 1], in pieces that torch works on with one thread.
+def _affine(normalisation: Normalisation) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stored images are multiplied by, and what is added then: float32 ``[C]`` each."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalisation)
+    return (1 / (255 * std)).float(), (-mean / std).float()
+
+
+def _scale(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """Stored images in [0, 1], or normalised, in pieces that torch works on with one thread.
 
     A second thread that makes torch work in parallel starts a second team of OpenMP threads; with more threads than
     processors the teams then sleep between operations, and a training step beside it took 1.7 times as long.
     """
-    pieces = (torch.split(part.permute(0, 1, 3, 4, 2).reshape(-1), _PIECE) for part in (images, out))
-    for source, target in zip(*pieces, strict=True):
-        torch.mul(source, _SCALE, out=target)
+    channels = images.shape[2]
+    rows = (part.permute(0, 1, 3, 4, 2).reshape(-1, channels) for part in (images, out))
+    for source, target in zip(*(torch.split(part, _PIECE // channels) for part in rows), strict=True):
+        if affine is None:
+            torch.mul(source, _SCALE, out=target)
+        else:
+            # Both in float32 and rounded once, as on every other device.
+            torch.add(source * affine[0], affine[1], out=target)
 
 
 _PIECE = 1 << 14  # elements; torch shares out from 2**15 on

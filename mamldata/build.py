@@ -126,7 +126,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
         RequestError: more ways than classes, more shots than images, an unknown split scheme.
     """
     scheme = manifest.scheme(request.split_scheme)
-    division = divide(scheme, bank.class_names, manifest.name)
+    division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
     rotations = request.rotations or manifest.rotations
     image_shape = bank.shape[1:]
     layout = EpisodeLayout(request.n_way, request.k_shot, request.k_query, image_shape)
@@ -151,6 +151,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
         k_shot=request.k_shot,
         k_query=request.k_query,
         image_shape=image_shape,
+        normalisation=bank.normalisation(division["train"]),
         splits=splits,
     )
     for name, split_plan in archive.splits.items():

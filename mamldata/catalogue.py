@@ -16,7 +16,7 @@ def list_datasets(root: Path) -> list[dict[str, Any]]:
 
 def _entry(name: str, root: Path) -> dict[str, Any]:
     manifest, folder = load_manifest(name), DatasetFolder(root, name)
-    here = [f for f in manifest.files if (folder.raw / f.name).is_file() and folder.receipt(f.name).is_file()]
+    here = [f for f in manifest.raw_names if (folder.raw / f).is_file() and folder.receipt(f).is_file()]
     banks = [path.stem.removeprefix(f"{name}-") for path in folder.path.glob(f"{name}-*.json")]
     return {
         "name": name,
@@ -24,7 +24,7 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
         "version": manifest.version,
         "licence": manifest.licence,
         "homepage": manifest.homepage,
-        "files": len(manifest.files),
+        "files": len(manifest.raw_names),
         "files_here": len(here),
         "bytes": sum(file.bytes for file in manifest.files),
         "banks": sorted(int(size) for size in banks if size.isdigit()),

@@ -111,7 +111,7 @@ class DeviceStream:
         """What brings meta-batch t to the device."""
         stream, device = self.stream, self.device
         if self._reader is None:
-            self._reader = BatchReader(stream.source, stream.order, stream.dtype, device)
+            self._reader = stream.reader(device)
         reader = self._reader
         if device.type == "cuda":
             return _PinnedRing(reader, device, self.prefetch + 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 
 class MamldataError(Exception):
@@ -46,3 +47,42 @@ class DamagedError(MamldataError):
 
 class WriteError(MamldataError):
     """A place that cannot be written to (permissions, a full disk, something else in the way)."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a dataset's raw files.
+
+    Attributes:
+        kind: ``table`` (a split file), ``class`` (in two splits), ``layout``, ``missing`` or ``image``.
+        text: file and place, and what is wrong.
+    """
+
+    kind: str
+    text: str
+
+
+class DatasetError(DamagedError):
+    """Raw files that do not fit together, or images that cannot be read: all faults at once.
+
+    Args:
+        dataset: its name.
+        faults: in the order in which they are shown; of each kind the first ones are.
+        advice: how to mend them.
+    """
+
+    def __init__(self, dataset: str, faults: Sequence[Fault], advice: str) -> None:
+        self.faults = tuple(faults)
+        noun = "1 fault" if len(self.faults) == 1 else f"{len(self.faults):,} faults"
+        super().__init__("\n".join([f"{dataset} has {noun}:", *_shown(self.faults), advice]))
+
+
+_MOST_SHOWN = 20  # of one kind
+
+
+def _shown(faults: Sequence[Fault]) -> Iterator[str]:
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        alike = [fault for fault in faults if fault.kind == kind]
+        yield from (f"  {fault.text}" for fault in alike[:_MOST_SHOWN])
+        if len(alike) > _MOST_SHOWN:
+            yield f"  … and {len(alike) - _MOST_SHOWN:,} more like these"

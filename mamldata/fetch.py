@@ -12,12 +12,15 @@ from typing import Literal
 
 import requests
 
+from mamldata.collect import Collected, check_collected, collect, pin_file, read_pin, write_pin
+from mamldata.digest import sha256_file
 from mamldata.download import Network, Part, open_session, without_password
-from mamldata.errors import FetchError, WriteError
-from mamldata.files import commit, locked, make_folder, writing
-from mamldata.manifest import Manifest, SourceFile
+from mamldata.errors import DatasetError, FetchError, WriteError
+from mamldata.files import commit, locked, make_folder, temporary, writing
+from mamldata.forms import Found, find_images
+from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.mirrors import Mirrors
-from mamldata.places import find, is_http, needs_network
+from mamldata.places import find, is_http, local_path, needs_network
 from mamldata.progress import Progress, silent
 from mamldata.raw import CheckedBy, fetch_command, judge, read_receipt, write_receipt
 from mamldata.root import DatasetFolder
@@ -26,8 +29,8 @@ __all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
 
 _PATIENT = Network()
 
-Kind = Literal["have", "check", "resume", "download", "generate", "missing"]
-How = Literal["had", "checked", "copied", "downloaded", "resumed", "generated"]
+Kind = Literal["have", "check", "resume", "download", "generate", "collect", "missing"]
+How = Literal["had", "checked", "copied", "downloaded", "resumed", "generated", "collected"]
 Notify = Callable[[str], object]
 
 
@@ -38,10 +41,12 @@ class Action:
     Attributes:
         file: what is wanted.
         kind: ``have`` (it is there and was verified), ``check`` (it is there, put by hand or just before we were
-            killed), ``resume``, ``download`` (or copy), ``generate``, or ``missing`` (there is no source).
+            killed), ``resume``, ``download`` (or copy), ``generate``, ``collect`` (images that have no hash, from where
+            the user has them), or ``missing`` (there is no source).
         path: its final place.
         sources: paths and URLs in the order in which they will be tried.
         have_bytes: how many bytes of it a broken-off download left, if it goes on from there.
+        found: where the images to collect are.
     """
 
     file: SourceFile
@@ -49,6 +54,7 @@ class Action:
     path: Path
     sources: tuple[str, ...]
     have_bytes: int
+    found: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class Fetched:
         source: where from; empty if it was there.
         bytes: its length.
         sha256: its digest, which a repacked container has of its own.
-        checked_by: which of the manifest's digests is right.
+        checked_by: which of the manifest's digests is right; of collected images the pinned one.
         seconds: how long it took.
+        images: how many were collected, or checked.
+        content_sha256: their content digest, which is pinned.
     """
 
     name: str
@@ -72,6 +80,8 @@ class Fetched:
     sha256: str
     checked_by: CheckedBy
     seconds: float
+    images: int | None = None
+    content_sha256: str | None = None
 
 
 def plan(manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline: bool = False) -> list[Action]:
@@ -86,9 +96,10 @@ def plan(manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline
     Raises:
         RequestError: a place that is neither an existing folder nor a URL that can be read.
     """
-    folder = DatasetFolder(root, manifest.name)
+    folder = manifest.home(root)
     with writing(folder.raw):
-        return [_action(folder, file, sources, offline) for file in manifest.files]
+        actions = [_action(folder, file, sources, offline) for file in manifest.files]
+        return actions + ([_collection(manifest, folder, sources)] if manifest.images else [])
 
 
 def fetch(
@@ -123,7 +134,7 @@ def fetch(
     actions = plan(manifest, root, sources, offline=offline)
     if any(action.kind != "have" for action in actions):
         _require_sources(manifest, root, actions, sources, offline)
-        folder = DatasetFolder(root, manifest.name)
+        folder = manifest.home(root)
         make_folder(folder.raw)
 
         def waiting() -> None:
@@ -132,9 +143,9 @@ def fetch(
         with locked(folder.lock, waiting), closing(open_session()) as session:
             # Again, because whoever held the lock may have done it all.
             actions = plan(manifest, root, sources, offline=offline)
-            work = _Work(folder, fetch_command(manifest, root), session, network, progress, say)
+            work = _Work(manifest, folder, fetch_command(manifest, root), session, network, progress, say)
             return work.all(actions)
-    return [_had(DatasetFolder(root, manifest.name), action.file) for action in actions]
+    return [_had(manifest.home(root), action.file) for action in actions]
 
 
 def _action(folder: DatasetFolder, file: SourceFile, places: Sequence[str], offline: bool) -> Action:
@@ -150,22 +161,42 @@ def _action(folder: DatasetFolder, file: SourceFile, places: Sequence[str], offl
     return Action(file, kind, path, tuple(usable), part)
 
 
+def _collection(manifest: Manifest, folder: DatasetFolder, places: Sequence[str]) -> Action:
+    """What must be done for the images that have no hash of their own. They are looked for on this machine only."""
+    assert manifest.images is not None
+    path = folder.raw / COLLECTED
+    file = SourceFile(COLLECTED, 0, None, how=manifest.images.how)
+    if path.is_file():
+        pinned = read_receipt(folder, COLLECTED) and (pin := read_pin(folder.raw))
+        wanted = manifest.images.content_sha256
+        kept = pinned and pin and wanted in {None, pin.content_sha256}
+        return Action(file, "have" if kept else "check", path, (), 0)
+    for place in places:
+        if (local := local_path(place)) is not None and (found := find_images(manifest.images.forms, local)):
+            return Action(file, "collect", path, (str(found.path),), 0, found)
+    return Action(file, "missing", path, (), 0)
+
+
 def _is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
     """Whether the receipt is one for what the manifest wants; a file of an older manifest is looked at again."""
     digest = read_receipt(folder, file.name)
     if digest == file.sha256:
         return (folder.raw / file.name).stat().st_size == file.bytes
-    return digest is not None and file.content_sha256 is not None
+    return digest is not None and (file.content_sha256 is not None or file.md5 is not None)
 
 
 def _had(folder: DatasetFolder, file: SourceFile) -> Fetched:
     digest = read_receipt(folder, file.name) or ""
     size = (folder.raw / file.name).stat().st_size
+    if file.name == COLLECTED and (pin := read_pin(folder.raw)):
+        return Fetched(file.name, "had", "", size, digest, "content_sha256", 0.0, pin.images, pin.content_sha256)
     return Fetched(file.name, "had", "", size, digest, _checked_by(file, digest), 0.0)
 
 
 def _checked_by(file: SourceFile, digest: str) -> CheckedBy:
-    return "sha256" if digest == file.sha256 else "content_sha256"
+    if digest == file.sha256:
+        return "sha256"
+    return "content_sha256" if file.md5 is None else "md5"
 
 
 def _require_sources(
@@ -182,6 +213,7 @@ def _require_sources(
             looked = ", ".join([str(action.path), *map(without_password, places)])
             lines.append(f"  {action.file.name}: looked for in {looked}")
             lines += [f"    to be had from {url}" for url in action.file.urls]
+            lines += [f"    {line}" for line in action.file.how.splitlines()]
     if lines:
         why = "and --offline forbids to download them" if offline else "and there is no source for them"
         raise FetchError(
@@ -210,6 +242,7 @@ class _Meter:
 class _Work:
     """What all files of one run share. Its methods do what a plan says."""
 
+    manifest: Manifest
     folder: DatasetFolder
     command: str
     session: requests.Session
@@ -223,11 +256,14 @@ class _Work:
         Raises:
             FetchError: some could not; the others are there.
         """
-        done, failed = [], []
+        done: list[Fetched] = []
+        failed: list[str] = []
         for action in actions:
+            if failed and action.file.name == COLLECTED:
+                break  # which images are wanted stands in the files
             try:
                 done.append(self.one(action))
-            except FetchError as error:
+            except (FetchError, DatasetError) as error:
                 failed.append(str(error))
         if failed:
             raise FetchError("\n".join(failed))
@@ -245,6 +281,8 @@ class _Work:
             return _had(self.folder, file)
         if path.is_dir():
             raise WriteError(f"{path} is a folder, where a file should be. Move it elsewhere.")
+        if file.name == COLLECTED:
+            return self._images(action, start)
         with self.progress(file.name, file.bytes, "B") as advance:
             how, source, digest = self._get(action, _Meter(advance))
         if how != "checked":
@@ -265,6 +303,59 @@ class _Work:
                 return self._download(action, meter)
             case _:
                 raise FetchError(f"There is no source for {action.file.name}. Run again: {self.command}")
+
+    def _images(self, action: Action, start: float) -> Fetched:
+        """Collect the images, or look at those that are there, and pin what they are.
+
+        Raises:
+            FetchError: there are none, or others than those that were pinned.
+            DatasetError: some are missing, or cannot be read.
+        """
+        raw, path = self.folder.raw, action.path
+        if action.found is not None:
+            collected = collect(self.manifest, action.found, raw, path, self.progress)
+            self._pin(action, collected, temporary(path))
+            with writing(path):
+                commit(path)
+        elif path.is_file():
+            collected = check_collected(self.manifest, raw, path, self.progress)
+            self._pin(action, collected, path)
+        else:
+            raise FetchError(f"There is no place with the images of {self.manifest.name}. Run again: {self.command}")
+        digest = sha256_file(path)
+        self._seal(action, digest)
+        how: How = "collected" if action.found else "checked"
+        return Fetched(
+            path.name,
+            how,
+            "".join(action.sources),
+            path.stat().st_size,
+            digest,
+            "content_sha256",
+            time.monotonic() - start,
+            collected.images,
+            collected.content_sha256,
+        )
+
+    def _pin(self, action: Action, collected: Collected, path: Path) -> None:
+        """The first good images are those that every later fetch must bring.
+
+        Raises:
+            FetchError: these are others.
+        """
+        assert self.manifest.images is not None
+        pin, wanted = read_pin(self.folder.raw), self.manifest.images.content_sha256
+        known = wanted or (pin.content_sha256 if pin else collected.content_sha256)
+        if collected.content_sha256 != known:
+            why = "the manifest says" if wanted else f"was pinned in {pin_file(self.folder.raw)} when they first came"
+            if action.found is not None:
+                path.unlink()
+            raise FetchError(
+                f"{action.path.name}: these are other images: content digest {collected.content_sha256}, where {known} "
+                f"{why}. {'' if wanted else 'If these are the ones that you want, delete that file. '}"
+                f"Then run: {self.command} --from FOLDER"
+            )
+        write_pin(self.folder.raw, collected)
 
     def _check(self, action: Action, meter: _Meter) -> str:
         """Verify a file that is there without a receipt. It may be the user's own: a wrong one is left alone.

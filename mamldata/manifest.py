@@ -10,21 +10,34 @@ import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from mamldata.digest import sha256_bytes
 from mamldata.errors import ManifestError, RequestError
+from mamldata.root import DatasetFolder
 
 FORMAT = "mamldata-manifest/1"
+COLLECTED = "images.tar"  # what an ImageCollection becomes under raw/
 SPLITS = ("train", "val", "test")
 ROTATIONS = ("all", "train", "none")
 RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 GENERATORS = ("glyphs",)
-READERS: Mapping[str, tuple[str, ...]] = {"class-folders": ("depth",)}  # reader: its options
+READERS: Mapping[str, tuple[str, ...]] = {  # reader: its options
+    "class-folders": ("depth", "splits", "damaged"),
+    "csv-splits": ("damaged",),
+    "cifar-100": (),
+}
+DAMAGED = ("fail", "leave-out")
+FORMS: Mapping[str, tuple[str, ...]] = {  # form in which a user may have images: its options
+    "by-name": (),
+    "by-position": ("container", "digits"),
+    "pickled-arrays": ("files",),
+}
 
 
 @dataclass(frozen=True)
@@ -34,21 +47,60 @@ class SourceFile:
     Attributes:
         name: its file name under ``raw/``.
         bytes: its length.
-        sha256: the digest of its bytes, in hex.
-        urls: mirrors, tried in turn; empty for a generated file.
+        sha256: the digest of its bytes, in hex; None where only an MD5 is published.
+        urls: mirrors, tried in turn; empty for a generated file, and for one that must be got by hand.
+        how: how to get it by hand.
         content_sha256: the digest of a zip's or tar's members (see ``mamldata.digest.content_sha256``), so that a
             repacked container with genuine members is accepted too.
         content_bytes: what the members unpack to, in bytes: the bound on reading a repacked container.
         generator: the name of the program that draws the file, for embedded datasets.
+        md5: the MD5 of its bytes, in hex; only where there is no SHA-256.
     """
 
     name: str
     bytes: int
-    sha256: str
+    sha256: str | None
     urls: tuple[str, ...] = ()
     content_sha256: str | None = None
     content_bytes: int | None = None
     generator: str | None = None
+    md5: str | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """One form in which users have the images of a dataset; ``mamldata.collect`` reads them.
+
+    Attributes:
+        type: ``by-name``: files with the dataset's own names, in a folder, zip or tar. ``by-position``: the last
+            ``digits`` digits of a name are the image's position in the sorted list of its class, from 1, in folders
+            or tars named after the classes, or in one tar of such tars. ``pickled-arrays``: a pickle for each split
+            with ``image_data`` and ``class_dict``.
+        container: the name of the tar of tars.
+        digits: of the position.
+        files: for each split the names that its pickle may have.
+    """
+
+    type: str
+    container: str = ""
+    digits: int = 0
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageCollection:
+    """Images of which no hash is published: got from a place that the user names, checked, and pinned.
+
+    Attributes:
+        forms: in which they may be there, tried in turn.
+        how: how to get them by hand.
+        content_sha256: the content digest of the collected images, where it is known.
+    """
+
+    forms: tuple[ImageForm, ...]
+    how: str
+    content_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,23 +108,29 @@ class ReaderRecipe:
     """Which reader finds the images in the raw files.
 
     Attributes:
-        type: ``class-folders``: every image lies in a folder named after its class.
-        depth: how many path components above the image name its class.
+        type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
+            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100``: its pickles.
+        depth: how many path components above the image name its class; 0 for all of them.
+        splits: whether the component above those is the split.
+        damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
     """
 
     type: str
     depth: int = 1
+    splits: bool = False
+    damaged: str = "fail"
 
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """How a raw image becomes an image of the bank, in this order: channels, resize, invert.
+    """How a raw image becomes an image of the bank, in this order: upright, channels, resize, invert.
 
     Attributes:
         size: default height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
         resampling: a Pillow filter's name.
         invert: replace each value v by 255 - v, so that ink is 255 and paper 0.
+        upright: turn photographs as their camera noted (EXIF); published datasets were made without.
         bank_sha256: for each image size whose bank is known, its digest: a machine that makes
             other pixels is told so instead of building archives that compare with nobody's.
     """
@@ -82,6 +140,7 @@ class ImageRecipe:
     resampling: str
     invert: bool
     bank_sha256: Mapping[int, str]
+    upright: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +152,7 @@ class SplitScheme:
         lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded.
         counts: for each split its number of classes, if seeded.
         seed: of the division, if seeded.
+        by_files: the raw files themselves say it: split files, or a folder for each split.
     """
 
     name: str
@@ -100,13 +160,17 @@ class SplitScheme:
     lists: Mapping[str, tuple[str, ...]]
     counts: Mapping[str, int]
     seed: int = 0
+    by_files: bool = False
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A dataset: its files, how they are read, its split schemes. See ``docs/datasets.md`` for the TOML.
 
-    ``reference`` is how the user named it, a built-in name or a path, for commands in messages.
+    Attributes:
+        reference: how the user named it, a built-in name or a path, for commands in messages.
+        images: images of which no hash is published; collected into ``raw/images.tar``.
+        folder: the user's own folder of images, read where it is; then there are no files.
     """
 
     reference: str
@@ -122,6 +186,19 @@ class Manifest:
     rotations: str
     split_scheme: str
     schemes: Mapping[str, SplitScheme]
+    images: ImageCollection | None = None
+    folder: Path | None = None
+
+    @property
+    def raw_names(self) -> tuple[str, ...]:
+        """What stands under ``raw/`` once all is fetched, in the order in which the reader gets it."""
+        return tuple(file.name for file in self.files) + ((COLLECTED,) if self.images else ())
+
+    def home(self, root: Path) -> DatasetFolder:
+        """Where the dataset is kept under a data root. Folders of one name at different places do not meet there."""
+        if self.folder is None:
+            return DatasetFolder(root, self.name)
+        return DatasetFolder(root, f"{self.name}-{sha256_bytes(str(self.folder).encode())[:8]}")
 
     def scheme(self, name: str | None = None) -> SplitScheme:
         """The split scheme ``name``, or the default one.
@@ -151,10 +228,10 @@ def builtin_names() -> list[str]:
 
 
 def load_manifest(name_or_path: str) -> Manifest:
-    """The manifest of a built-in dataset, or of a user's own TOML file.
+    """The manifest of a built-in dataset, of a user's own TOML file, or of a folder of images.
 
     Args:
-        name_or_path: a name such as ``omniglot``, or a path that ends in ``.toml``.
+        name_or_path: a name such as ``omniglot``, a path that ends in ``.toml``, or a folder of images.
 
     Raises:
         RequestError: no dataset of that name, or no such file.
@@ -166,10 +243,14 @@ def load_manifest(name_or_path: str) -> Manifest:
             raise RequestError(f"There is no manifest file {path}.")
         return parse_manifest(path.read_bytes(), str(path), path.parent, name_or_path)
     names = builtin_names()
+    if name_or_path not in names and Path(name_or_path).is_dir():
+        from mamldata.folder import folder_manifest  # which needs this module
+
+        return folder_manifest(Path(name_or_path))
     if name_or_path not in names:
         raise RequestError(
             f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} Built in are "
-            f"{', '.join(names)}; your own dataset is given by the path of its .toml file."
+            f"{', '.join(names)}; your own dataset is given by the path of its .toml file or its folder of images."
         )
     folder = resources.files("manifests")
     file = f"{name_or_path}.toml"
@@ -279,6 +360,7 @@ def _manifest(top: _Table, folder: Traversable, reference: str) -> Manifest:
         files=_files(top),
         reader=_reader(top.table("reader")),
         image=_image(top.table("image")),
+        images=_images(top.table("images")) if "images" in top.values else None,
         rotations=top.choice("rotations", ROTATIONS, default="none"),
         split_scheme=top.choice("split_scheme", schemes) if schemes else top.text("split_scheme"),
         schemes=schemes,
@@ -296,13 +378,18 @@ def _sha256(text: str) -> str | None:
     return None if re.fullmatch(r"[0-9a-f]{64}", text) else "must be 64 small hexadecimal digits"
 
 
+def _md5(text: str) -> str | None:
+    return None if re.fullmatch(r"[0-9a-f]{32}", text) else "must be 32 small hexadecimal digits"
+
+
 def _plain_name(name: str) -> str | None:
-    good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and not name.endswith((".part", ".sha256"))
+    ours = name.endswith((".part", ".sha256")) or name in {COLLECTED, "images.json"}
+    good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and not ours
     return None if good else f"{name!r} must be a plain file name"
 
 
 def _files(top: _Table) -> tuple[SourceFile, ...]:
-    entries = top.take("files", list, [])
+    entries = top.take("files", list, [], required="images" not in top.values)
     if "files" in top.values and not entries:
         top.fault("files", "must have at least one entry")
     files = []
@@ -328,29 +415,81 @@ def _is_web_address(url: str) -> bool:
 
 def _file(table: _Table) -> SourceFile:
     generator = table.choice("generator", GENERATORS, default="") or None
-    urls = table.take("urls", list, [], required=generator is None)
+    urls = table.take("urls", list, [], required=False)
     for url in urls:
         if not isinstance(url, str) or not _is_web_address(url):
             table.fault("urls", f"{url!r} is not an http(s) address")
-    if generator is None and "urls" in table.values and not urls:
-        table.fault("urls", "must name at least one address")
     content = table.text("content_sha256", _sha256, required=False) or None
+    if "md5" in table.values and "sha256" in table.values:
+        table.fault("md5", "is not needed where there is a sha256; leave it out")
     file = SourceFile(
         name=table.text("name", _plain_name),
         bytes=table.whole("bytes", 1),
-        sha256=table.text("sha256", _sha256),
+        sha256=table.text("sha256", _sha256, required="md5" not in table.values) or None,
+        md5=table.text("md5", _md5, required=False) or None,
         urls=tuple(urls),
         content_sha256=content,
         content_bytes=table.whole("content_bytes", 1) if content else None,
         generator=generator,
+        how=table.text("how", required=False).strip(),
     )
     table.finish()
     return file
 
 
+def _images(table: _Table) -> ImageCollection:
+    entries = table.take("forms", list, [{"type": "by-name"}], required=False)
+    forms = []
+    for position, entry in enumerate(entries):
+        place = table.at(f"forms[{position}]")
+        if isinstance(entry, dict):
+            forms.append(_form(_Table(entry, place, table.faults)))
+        else:
+            table.faults.append(f"{place}: must be a table")
+    if not entries:
+        table.fault("forms", "must have at least one entry")
+    collection = ImageCollection(
+        forms=tuple(forms),
+        how=table.text("how", required=False).strip(),
+        content_sha256=table.text("content_sha256", _sha256, required=False) or None,
+    )
+    table.finish()
+    return collection
+
+
+def _form(table: _Table) -> ImageForm:
+    kind = table.choice("type", FORMS)
+    options: dict[str, Any] = {}
+    if "container" in FORMS.get(kind, ()):
+        options["container"] = table.text("container", _plain_name, required=False)
+        options["digits"] = table.whole("digits", 1, 12)
+    if "files" in FORMS.get(kind, ()):
+        names = table.table("files")
+        options["files"] = {split: _file_names(names, split) for split in SPLITS} if names.values else {}
+        names.finish()
+    if kind in FORMS:
+        table.finish()
+    return ImageForm(kind, **options)
+
+
+def _file_names(table: _Table, split: str) -> tuple[str, ...]:
+    names = table.take(split, list, [])
+    if not names or not all(isinstance(name, str) and _plain_name(name) is None for name in names):
+        table.fault(split, "must be a list of plain file names")
+        return ()
+    return tuple(names)
+
+
 def _reader(table: _Table) -> ReaderRecipe:
     kind = table.choice("type", READERS)
-    options = {key: table.whole(key, 1, 8, required=False) for key in READERS.get(kind, ()) if key in table.values}
+    known = READERS.get(kind, ())
+    options: dict[str, Any] = {}
+    if "depth" in known and "depth" in table.values:
+        options["depth"] = table.whole("depth", 0, 8)
+    if "splits" in known and "splits" in table.values:
+        options["splits"] = table.take("splits", bool, False)
+    if "damaged" in known and "damaged" in table.values:
+        options["damaged"] = table.choice("damaged", DAMAGED)
     if table.values:
         table.finish()
     return ReaderRecipe(kind, **options)
@@ -371,6 +510,7 @@ def _image(table: _Table) -> ImageRecipe:
         resampling=table.choice("resampling", RESAMPLINGS),
         invert=table.take("invert", bool, False, required=False),
         bank_sha256=digests,
+        upright=table.take("upright", bool, False, required=False),
     )
     if recipe.channels == 2:
         table.fault("channels", "must be 1 (grey) or 3 (RGB)")
@@ -393,6 +533,9 @@ def _schemes(splits: _Table, folder: Traversable) -> dict[str, SplitScheme]:
 
 def _scheme(name: str, table: _Table, folder: Traversable) -> SplitScheme:
     description = table.text("description")
+    if "by" in table.values:
+        table.choice("by", ("files",))
+        return SplitScheme(name, description, lists={}, counts={}, by_files=True)
     if "seed" in table.values:
         seed = table.whole("seed", 0)
         counts = {split: table.whole(split, 1) for split in SPLITS}

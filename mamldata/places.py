@@ -18,12 +18,12 @@ def find(place: str, name: str) -> str | None:
     """Where the file ``name`` may be at a place that a user gave: a path, a URL, or None if the folder lacks it.
 
     Raises:
-        RequestError: the place is neither an existing folder nor a URL that can be read.
+        RequestError: the place is neither an existing folder or file nor a URL that can be read.
     """
-    folder = _local_folder(place)
-    if folder is not None:
-        file = folder / name
-        return str(file) if file.is_file() else None
+    local = local_path(place)
+    if local is not None:
+        file = local / name if local.is_dir() else local
+        return str(file) if file.name == name and file.is_file() else None
     _require_readable(place)
     # Before a query, because addresses may carry an access key in it.
     base, mark, query = place.partition("?") if is_http(place) else (place, "", "")
@@ -63,20 +63,19 @@ def _scheme(source: str) -> str:
     return scheme.lower() if mark else ""
 
 
-def _local_folder(place: str) -> Path | None:
-    """The folder that a place names, or None if it is a URL.
+def local_path(place: str) -> Path | None:
+    """The folder or file that a place names, or None if it is a URL.
 
     Raises:
-        RequestError: it names something else, or nothing.
+        RequestError: it names nothing that is there.
     """
     scheme = _scheme(place)
     if scheme not in {"", "file"}:
         return None
-    folder = Path(unquote(urlsplit(place).path)) if scheme else Path(place).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
-    state = "is a file: give the folder that it is in" if folder.is_file() else "is neither a folder nor a URL"
-    raise RequestError(f"--from {place}: {folder} {state}.")
+    path = Path(unquote(urlsplit(place).path)) if scheme else Path(place).expanduser()
+    if path.is_dir() or path.is_file():
+        return path.absolute()
+    raise RequestError(f"--from {place}: {path} is neither a folder, a file nor a URL.")
 
 
 def _require_readable(place: str) -> None:

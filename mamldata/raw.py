@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mamldata.digest import content_sha256, sha256_file
+from mamldata.digest import content_sha256, md5_file, sha256_file
 from mamldata.errors import DamagedError
 from mamldata.files import write_atomic
-from mamldata.manifest import Manifest, SourceFile
+from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.progress import Progress, silent
 from mamldata.root import DatasetFolder
 
-CheckedBy = Literal["sha256", "content_sha256"]
+CheckedBy = Literal["sha256", "md5", "content_sha256"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def most_bytes(file: SourceFile) -> int:
 
 
 def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
-    """Whether ``path`` holds the file that the manifest means: by its sha256, or by its members' content digest.
+    """Whether ``path`` holds the file that the manifest means: by its sha256 or md5, or its members' content digest.
 
     Args:
         path: the file, which is not changed.
@@ -53,7 +53,13 @@ def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None 
     digest = sha256_file(path, advance)
     if digest == file.sha256:
         return Verdict(digest, "sha256")
-    problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256} ({file.bytes:,} bytes)"
+    if file.md5 is not None:
+        md5 = md5_file(path)
+        if md5 == file.md5:
+            return Verdict(digest, "md5")
+        problem = f"md5 {md5} ({size:,} bytes), expected {file.md5} ({file.bytes:,} bytes)"
+    else:
+        problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256} ({file.bytes:,} bytes)"
     if file.content_sha256 is None or file.content_bytes is None:
         return Verdict(digest, None, None, problem)
     if size > most_bytes(file):
@@ -109,10 +115,29 @@ def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> li
     Returns:
         One line for each file that is missing or not what it was, with the remedy. Empty if all is well.
     """
-    folder = DatasetFolder(root, manifest.name)
+    folder = manifest.home(root)
     command = fetch_command(manifest, root)
-    problems = (_check_file(folder, file, command, progress) for file in manifest.files)
+    problems = [_check_file(folder, file, command, progress) for file in manifest.files]
+    if manifest.images is not None:
+        problems.append(_check_collected(folder, command, progress))
     return [problem for problem in problems if problem]
+
+
+def _check_collected(folder: DatasetFolder, command: str, progress: Progress) -> str:
+    """The tar of collected images has no digest but its receipt's."""
+    path, noted = folder.raw / COLLECTED, read_receipt(folder, COLLECTED)
+    if not path.is_file():
+        return f"{path} is missing. Run: {command} --from FOLDER"
+    if noted is None:
+        return f"{path} has no receipt that can be read. Run: {command}"
+    with progress(path.name, path.stat().st_size, "B") as advance:
+        digest = sha256_file(path, advance)
+    if digest == noted:
+        return ""
+    return (
+        f"{path} is damaged: sha256 {digest}, expected {noted}. Delete it and {folder.receipt(COLLECTED).name} beside "
+        f"it, and run: {command} --from FOLDER"
+    )
 
 
 def _check_file(folder: DatasetFolder, file: SourceFile, command: str, progress: Progress) -> str:

@@ -1,29 +1,66 @@
-"""Readers: where the images of a dataset are inside its raw files. Files are read in place and never unpacked."""
+"""Readers: where the images of a dataset are inside its raw files, and which class each shows.
+
+A reader finds images and faults; it decodes nothing. Files are read in place and never unpacked.
+"""
 
 from __future__ import annotations
 
-import zipfile
+import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from mamldata.digest import reading_container, safe_member_name
-from mamldata.errors import DamagedError
-from mamldata.manifest import ReaderRecipe
+import numpy as np
+import numpy.typing as npt
 
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp"})
+from mamldata.containers import Member, list_members, read_members
+from mamldata.csv_splits import Row, check_classes, read_rows
+from mamldata.errors import DamagedError, Fault
+from mamldata.manifest import SPLITS, ReaderRecipe
+from mamldata.pickles import StoredArray, load_values
+
+_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
+_MOST_ARRAY_BYTES = 4 << 30
+_CIFAR_SHAPE = (3, 32, 32)
+
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image: its class and name, and the raw file and member that hold it."""
+    """One image: its class and name, and where it is.
+
+    Attributes:
+        class_name, name: what the image is called; names are unique in their class.
+        file: the raw file, or the folder, that holds it.
+        member: the file in it.
+        row: the image's row, if the member is an array of images.
+        split: the split that the raw files put its class in; empty if they do not.
+        asked: where a list asked for it, such as ``train.csv, line 7``; for messages.
+    """
 
     class_name: str
     name: str
     file: Path
-    member: str
+    member: Member
+    row: int | None = None
+    split: str = ""
+    asked: str = ""
+
+    def fault(self, why: str) -> Fault:
+        """What is wrong with this image."""
+        where = f"{self.asked}: " if self.asked else ""
+        return Fault("image", f"{where}{self.file}, {self.place}: {why}")
+
+    @property
+    def place(self) -> str:
+        """Where in its file the image is."""
+        return self.member.name if self.row is None else f"{self.member.name}, image {self.row}"
 
 
 @dataclass(frozen=True)
@@ -32,75 +69,191 @@ class ImageIndex:
 
     Attributes:
         images: every image, the classes contiguous.
-        class_names: the classes in order.
-        class_sizes: the number of images of each.
+        faults: what is wrong with the raw files; images that are not there have no place in ``images``.
     """
 
     images: tuple[ImageRef, ...]
-    class_names: tuple[str, ...]
-    class_sizes: tuple[int, ...]
+    faults: tuple[Fault, ...] = ()
+
+    def classes(self) -> list[tuple[str, str, int]]:
+        """Each class in order: its name, the split that the raw files put it in (or nothing), its number of images."""
+        groups = groupby(self.images, key=lambda image: (image.class_name, image.split))
+        return [(name, split, sum(1 for _ in group)) for (name, split), group in groups]
 
 
 def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
     """Find every image in the raw files.
 
+    Args:
+        recipe: which reader, with its options.
+        files: the raw files, in the manifest's order; or one folder of images.
+
     Raises:
-        DamagedError: a file that the reader cannot read, or that holds no image.
+        DamagedError: a file that the reader cannot read, or no image at all.
     """
-    found = sorted(_READERS[recipe.type](recipe, files), key=_canonical)
-    if not found:
+    faults: list[Fault] = []
+    found = sorted(_READERS[recipe.type](recipe, files, faults.append), key=_canonical)
+    if not found and not faults:
         raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?")
-    groups = [(name, len(list(group))) for name, group in groupby(found, key=lambda image: image.class_name)]
-    return ImageIndex(tuple(found), tuple(name for name, _ in groups), tuple(size for _, size in groups))
+    return ImageIndex(tuple(found), tuple(faults))
 
 
 def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
     return PurePosixPath(image.class_name).parts, image.name
 
 
-def _class_folders(recipe: ReaderRecipe, files: Sequence[Path]) -> Iterator[ImageRef]:
-    """Images in folders named after their class; the nearest ``depth`` folders are the name.
+Report = Callable[[Fault], object]
+
+
+def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
+    """Images in folders named after their class: ``[split/]class/image``.
 
     The same class and image name twice, in one file or in two, is one image if the bytes are the same.
     """
-    seen: dict[tuple[str, str], tuple[int, int, Path]] = {}
+    seen: dict[tuple[str, str], tuple[Member, Path]] = {}
+    homes: dict[str, str] = {}
     for file in files:
-        with reading_container(file), zipfile.ZipFile(file) as container:
-            for info in container.infolist():
-                path = PurePosixPath(safe_member_name(info.filename, str(file)))
-                if info.is_dir() or not _is_image(path) or len(path.parts) <= recipe.depth:
+        for member in list_members(file):
+            path = PurePosixPath(member.name)
+            folders = path.parts[:-1]
+            needed = (recipe.depth or 1) + recipe.splits
+            if not is_image(path) or len(folders) < needed:
+                continue
+            class_name = "/".join(folders[-recipe.depth :] if recipe.depth else folders[recipe.splits :])
+            split = ""
+            if recipe.splits:
+                split = folders[-recipe.depth - 1] if recipe.depth else folders[0]
+                if split not in SPLITS:
+                    report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
                     continue
-                class_name = "/".join(path.parts[-1 - recipe.depth : -1])
-                known = seen.get((class_name, path.name))
-                if known is None:
-                    seen[class_name, path.name] = (info.CRC, info.file_size, file)
-                    yield ImageRef(class_name, path.name, file, info.filename)
-                elif known[:2] != (info.CRC, info.file_size):
-                    raise DamagedError(
-                        f"{file}: {info.filename} is not the image that {known[2].name} has under the same "
-                        f"class and name ({class_name}/{path.name})."
+                if homes.setdefault(class_name, split) != split:
+                    where = f"{homes[class_name]!r} and {split!r}"
+                    report(Fault("class", f"{file}: the class {class_name!r} is in both {where}; splits share none"))
+                    homes[class_name] = split  # once for each pair
+                    continue
+            known = seen.get((class_name, path.name))
+            if known is None:
+                seen[class_name, path.name] = (member, file)
+                yield ImageRef(class_name, path.name, file, member, split=split)
+            elif member.crc is None or known[0].crc != member.crc or known[0].size != member.size:
+                report(
+                    Fault(
+                        "layout",
+                        f"{file}, {member.name}: not the image that {known[1].name} has under the same class and "
+                        f"name ({class_name}/{path.name})",
                     )
+                )
 
 
-def _is_image(path: PurePosixPath) -> bool:
+def is_image(path: PurePosixPath) -> bool:
+    """Whether a file is an image by its name, and not one that a file manager left behind."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden
 
 
-_READERS: Mapping[str, Callable[[ReaderRecipe, Sequence[Path]], Iterator[ImageRef]]] = {
+def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
+    """Images that ``train.csv``, ``val.csv`` and ``test.csv`` name, wherever in the other files they are."""
+    rows: list[Row] = []
+    tables = {file.name: file for file in files if file.suffix == ".csv"}
+    for split in SPLITS:
+        if (table := tables.get(f"{split}.csv")) is None:
+            report(Fault("layout", f"there is no {split}.csv among the raw files"))
+        else:
+            rows += read_rows(table, split, report)
+    check_classes(rows, report)
+    by_name: dict[str, list[tuple[Path, Member]]] = {}
+    for file in files:
+        if file.suffix != ".csv":
+            for member in list_members(file):
+                by_name.setdefault(PurePosixPath(member.name).name, []).append((file, member))
+    for row in rows:
+        matches = [
+            (file, member)
+            for file, member in by_name.get(PurePosixPath(row.filename).name, ())
+            if f"/{member.name}".endswith(f"/{row.filename}")
+        ]
+        if len(matches) == 1:
+            file, member = matches[0]
+            yield ImageRef(row.label, row.filename, file, member, split=row.split, asked=row.place)
+        elif matches:
+            places = ", ".join(f"{file.name}/{member.name}" for file, member in matches)
+            report(Fault("layout", f"{row.place}: {row.filename} is there more than once: {places}"))
+        else:
+            report(row.missing())
+
+
+def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
+    """CIFAR-100's pickles for Python: ``train`` and ``test``, whose images are rows of 3 x 32 x 32, and ``meta``.
+
+    An image's name is its part and its row there.
+    """
+    (file,) = files
+    members = {PurePosixPath(member.name).name: member for member in list_members(file)}
+    wrong = f"{file} is not laid out as cifar-100-python.tar.gz is"
+    try:
+        names = load_member(file, members["meta"])["fine_label_names"]
+        for part in ("train", "test"):
+            content = load_member(file, members[part])
+            labels, pixels = content["fine_labels"], content["data"]
+            if pixels.dtype != np.uint8 or pixels.shape != (len(labels), math.prod(_CIFAR_SHAPE)):
+                raise DamagedError(f"{wrong}: {part} has {len(labels)} labels and images of shape {pixels.shape}.")
+            for row, label in enumerate(labels):
+                yield ImageRef(str(names[label]), f"{part}-{row:05d}", file, members[part], row)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{wrong} ({error!r}).") from error
+
+
+_READERS: Mapping[str, Callable[[ReaderRecipe, Sequence[Path], Report], Iterator[ImageRef]]] = {
     "class-folders": _class_folders,
+    "csv-splits": _csv_splits,
+    "cifar-100": _cifar_100,
 }
 
 
-def read_members(images: Sequence[ImageRef]) -> Iterator[bytes]:
-    """The encoded bytes of each image, in order; a container is opened once for a run of images in it.
+def read_images(images: Sequence[ImageRef]) -> Iterator[tuple[int, bytes | Pixels | str]]:
+    """Each image's position in ``images``, and its encoded bytes, its pixels, or why it cannot be read.
+
+    In the order that suits the files; a container is opened once for all images in it.
 
     Raises:
-        DamagedError: a member that cannot be read, or is too large to be an image.
+        DamagedError: a file that cannot be read at all.
     """
-    for file, run in groupby(images, key=lambda image: image.file):
-        with reading_container(file), zipfile.ZipFile(file) as container:
-            for image in run:
-                if container.getinfo(image.member).file_size > _MOST_IMAGE_BYTES:
-                    raise DamagedError(f"{file}: {image.member} unpacks to more than 64 MiB; it is no image.")
-                yield container.read(image.member)
+    numbered = sorted(enumerate(images), key=lambda item: (str(item[1].file), item[1].row is not None))
+    for (file, stored), group in groupby(numbered, key=lambda item: (item[1].file, item[1].row is not None)):
+        run = list(group)
+        if stored:
+            for position, image in run:
+                yield position, _array_image(file, image)
+            continue
+        places: dict[Member, list[int]] = {}
+        for position, image in run:
+            places.setdefault(image.member, []).append(position)
+        for member, data in read_members(file, places, _MOST_IMAGE_BYTES):
+            for position in places[member]:
+                yield position, data
+
+
+def _array_image(file: Path, image: ImageRef) -> Pixels | str:
+    pixels: Pixels = load_member(file, image.member)["data"]
+    assert image.row is not None
+    return np.ascontiguousarray(pixels[image.row].reshape(_CIFAR_SHAPE).transpose(1, 2, 0))
+
+
+@lru_cache(maxsize=3)  # the three of CIFAR-100; a worker reads many pieces of each
+def load_member(file: Path, member: Member) -> dict[str, Any]:
+    """A dict that a container holds as a pickle, its arrays in memory.
+
+    Raises:
+        DamagedError: it is no such thing.
+    """
+    ((_, data),) = read_members(file, [member], _MOST_ARRAY_BYTES)
+    if isinstance(data, str):
+        raise DamagedError(f"{file}, {member.name}: {data}")
+    stream = io.BytesIO(data)
+    values = load_values(stream, f"{file}, {member.name}")
+    if not isinstance(values, dict):
+        raise DamagedError(f"{file}, {member.name}: it holds no dict")
+    return {
+        str(key): value.rows(stream, 0, value.shape[0]) if isinstance(value, StoredArray) else value
+        for key, value in values.items()
+    }

@@ -16,6 +16,7 @@ from mamldata.bank import make_bank
 from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
 from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, SPLITS, load_manifest
+from mamldata.normalisation import Normalisation
 from mamldata.order import Indices
 from mamldata.root import data_root
 from mamldata.splits import divide
@@ -34,6 +35,7 @@ class EpisodeInfo:
         bank_sha256: the digest of the images.
         episode_seed: the seed that the episodes were drawn with.
         archive_sha256: the digest of the archive, None for live episodes.
+        normalisation: mean and deviation of the train split, for images in [0, 1].
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class EpisodeInfo:
     bank_sha256: str
     episode_seed: int
     archive_sha256: str | None
+    normalisation: Normalisation
 
 
 class Source(Protocol):
@@ -171,6 +174,7 @@ def archive_info(archive: Archive, split: str) -> EpisodeInfo:
         bank_sha256=archive.bank_sha256,
         episode_seed=archive.seed,
         archive_sha256=archive.digest,
+        normalisation=archive.normalisation,
     )
 
 
@@ -265,8 +269,8 @@ def live(
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)
     turned = rotations or manifest.rotations
     turns = quarter_turns(turned, split)
-    members = divide(scheme, bank.class_names, manifest.name)[split]
-    table = class_table(bank.class_names, bank.class_offsets, members, turns)
+    division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
+    table = class_table(bank.class_names, bank.class_offsets, division[split], turns)
     spec = EpisodeSpec(bank.sha256, scheme.name, split, n_way, k_shot, k_query, turns, seed)
     info = EpisodeInfo(
         dataset=manifest.name,
@@ -280,6 +284,7 @@ def live(
         bank_sha256=bank.sha256,
         episode_seed=seed,
         archive_sha256=None,
+        normalisation=bank.normalisation(division["train"]),
     )
     return LiveSource(info, bank.path, bank.open_images(), EpisodeSampler(spec, table), episodes)
 

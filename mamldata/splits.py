@@ -11,13 +11,14 @@ from mamldata.manifest import SPLITS, SplitScheme, did_you_mean
 Division = Mapping[str, tuple[int, ...]]
 
 
-def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Division:
+def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_splits: Sequence[str] = ()) -> Division:
     """The classes of each split, as positions in ``class_names``, in canonical order.
 
     Args:
         scheme: lists of classes, or counts and a seed.
         class_names: all classes of the bank, in canonical order.
         dataset: for messages.
+        class_splits: the split of each class, where the raw files say it.
 
     Returns:
         For each of train, val and test a sorted tuple; no class is in two of them.
@@ -25,6 +26,8 @@ def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Div
     Raises:
         RequestError: a listed class that is not there, a class in two splits, or more classes asked for than exist.
     """
+    if scheme.by_files:
+        return {split: tuple(c for c, home in enumerate(class_splits) if home == split) for split in SPLITS}
     if scheme.counts:
         return _seeded(scheme, class_names, dataset)
     return _listed(scheme, class_names, dataset)

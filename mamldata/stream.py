@@ -33,6 +33,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         shuffle: a new permutation in each epoch, without the rest that fills no meta-batch; or, if False, every
             episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
         dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
+        normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
+            channel; ``info.normalisation`` says what they are.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
 
     Raises:
@@ -49,11 +51,14 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         *,
         shuffle: bool | None = None,
         dtype: torch.dtype = torch.float32,
+        normalise: bool = False,
         verify: bool = False,
     ) -> None:
         super().__init__()
         if dtype != torch.uint8 and not dtype.is_floating_point:
             raise RequestError(f"dtype must be torch.uint8 or a floating type, not {dtype}.")
+        if normalise and dtype == torch.uint8:
+            raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
         self.source = as_source(source, split, verify=verify)
         if shuffle and self.source.episodes is None:
             raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
@@ -61,6 +66,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
         self.order = Order(self.source.episodes, batch_size, shuffle, seed)
         self.dtype = dtype
+        self.normalise = normalise
         self.next_batch = 0
         self._resumed = False
         self._reader: BatchReader | None = None  # kept for its memory
@@ -81,7 +87,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return self.order.batches_per_epoch
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
-        reader = self._reader = self._reader or BatchReader(self.source, self.order, self.dtype, torch.device("cpu"))
+        reader = self._reader = self._reader or self.reader(torch.device("cpu"))
         worker = get_worker_info()
         # A DataLoader takes from its workers in turn, so that striding keeps the order.
         skip, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -90,6 +96,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             self.next_batch = t + 1
             # A worker's tensors travel through shared memory, which must not be written to again.
             yield EpisodeBatch(*(tensor.clone() for tensor in batch)) if worker else batch
+
+    def reader(self, device: torch.device) -> BatchReader:
+        """What reads this stream's meta-batches for a device."""
+        return BatchReader(self.source, self.order, self.dtype, device, normalise=self.normalise)
 
     def start_pass(self) -> range:
         """The meta-batches of the pass that begins now, counted through all epochs."""
@@ -154,4 +164,6 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
         info = asdict(self.info)
+        # It follows from the bank and the split scheme, which are compared.
+        del info["normalisation"]
         return {**order, **info, "image_shape": list(info["image_shape"])}

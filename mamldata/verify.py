@@ -17,13 +17,14 @@ from mamldata.archive import (
     read_archive,
     shard_sizes,
 )
-from mamldata.bank import check_bank
+from mamldata.bank import check_bank, read_description
 from mamldata.episodes import EpisodeSampler
 from mamldata.errors import DamagedError, DataMissingError, RequestError
 from mamldata.manifest import Manifest
 from mamldata.progress import Progress, silent
 from mamldata.raw import check_raw
 from mamldata.root import DatasetFolder
+from mamldata.snapshot import folder_sha256
 
 
 def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) -> list[str]:
@@ -35,7 +36,9 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     Raises:
         DataMissingError: nothing of the dataset is there.
     """
-    folder = DatasetFolder(root, manifest.name)
+    folder = manifest.home(root)
+    if manifest.folder is not None:
+        return _verify_folder(manifest, folder, progress)
     banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
     arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
     if not banks and not folder.raw.is_dir():
@@ -48,6 +51,26 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     for path in arrays:
         if path.with_suffix(".json") not in banks:
             problems.append(f"{path} has no description {path.stem}.json. Delete it: the next build makes it anew.")
+    return problems
+
+
+def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> list[str]:
+    """Of a user's own folder nothing is known but what its banks were made of."""
+    assert manifest.folder is not None
+    banks = sorted(folder.path.glob(f"{folder.name}-*.json"))
+    if not banks:
+        raise DataMissingError(
+            f"There is no bank of {manifest.folder} yet. Run: mamldata build {manifest.reference} --out ARCHIVE"
+        )
+    digest = folder_sha256(manifest.folder, None, progress)
+    problems = []
+    for description in banks:
+        found = check_bank(description, progress)
+        if not found and read_description(description)["sources"][0]["sha256"] != digest:
+            array = description.with_suffix(".npy").name
+            change = "an image in it was changed, added or removed. The next build makes the bank anew."
+            found = [f"{manifest.folder} is not what {array} was made of: {change}"]
+        problems += found
     return problems
 
 

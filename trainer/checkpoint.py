@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamldata.digest import reading_container
+from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
 from trainer.models import build_network

@@ -47,7 +47,7 @@ class EpisodeData:
     def describe(self) -> dict[str, Any]:
         """What the episodes are, whatever their split."""
         info = asdict(self._open("train", None).info)
-        del info["split"]
+        del info["split"], info["normalisation"]  # which follows from the rest
         digest = info["archive_sha256"] or info["bank_sha256"]
         return {**info, "image_shape": list(info["image_shape"]), "digest": digest, "source": self.place}
 

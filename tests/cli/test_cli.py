@@ -241,10 +241,15 @@ class TestBadInput:
 
     @pytest.mark.parametrize("verb", ["inspect", "verify", "train", "preview"])
     def test_a_folder_that_is_no_archive(self, verb: str, tmp_path: Path):
-        """Every verb says that the folder is not an archive, and how to make one."""
+        """Every verb says what the folder is not; those that take datasets too also say what one looks like."""
         (tmp_path / "folder").mkdir()
         more = {"train": ["--out", tmp_path / "run"], "preview": ["--out", tmp_path / "p.png"]}.get(verb, [])
-        refused(run(verb, tmp_path / "folder", *more), 2, "is not an archive", "mamldata build")
+        refused(
+            run(verb, tmp_path / "folder", *more),
+            2,
+            "archive",
+            "mamldata build" if verb == "inspect" else "class/image",
+        )
 
     def test_more_ways_than_classes(self, glyphs_root: Path, tmp_path: Path):
         """Have and need are named; nothing is written."""

@@ -246,7 +246,7 @@ class TestArchiveJson:
         document = json.loads((folder / INDEX).read_bytes())
         assert set(document) == {
             *("format", "dataset", "dataset_version", "bank_sha256", "split_scheme", "rotations", "seed"),
-            *("n_way", "k_shot", "k_query", "image_shape", "splits"),
+            *("n_way", "k_shot", "k_query", "image_shape", "normalisation", "splits"),
         }
         for split in document["splits"].values():
             assert set(split) == {"classes", "episodes", "shards"}

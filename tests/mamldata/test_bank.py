@@ -343,7 +343,7 @@ def test_killed_and_called_again(
     assert whole.path.with_suffix(".json").read_bytes() == again.path.with_suffix(".json").read_bytes()
 
 
-@pytest.mark.parametrize("tail", ["4", "", "8", "garbage"])
+@pytest.mark.parametrize("tail", ["[4", "", "[8, {}]", "garbage"])
 def test_half_a_line_in_the_journal(tail: str, make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal whose last line was cut off: its piece is done again, and the next line is not joined to it."""
     monkeypatch.setattr(bank, "_TASK_IMAGES", 4)
@@ -370,7 +370,7 @@ def test_half_a_line_in_the_journal(tail: str, make_dataset: Make, monkeypatch: 
         lines = journal.read_text().splitlines()
         with journal.open("a") as stream:
             stream.write(tail)
-    assert lines[1:] == ["0", "4", "8", "12"]
+    assert lines[1:] == ["[0, {}]", "[4, {}]", "[8, {}]", "[12, {}]"]
     assert make_bank(tiny.manifest, tiny.root).sha256 == expected
 
 
@@ -381,7 +381,7 @@ def test_an_unfinished_bank_of_another_recipe_is_not_gone_on_with(
     monkeypatch.setattr(bank, "_TASK_IMAGES", 4)
     tiny = make_dataset()
     with monkeypatch.context() as patch:
-        patch.setattr(bank, "sha256_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(bank, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make_bank(tiny.manifest, tiny.root)
     assert files(tiny.folder) == {"tiny-8.npy.part", "tiny-8.npy.journal"}
@@ -432,7 +432,7 @@ def test_a_damaged_image(workers: int, make_dataset: Make, monkeypatch: pytest.M
     monkeypatch.setattr(bank, "_TASK_IMAGES", 20)
     tiny = make_dataset()
     replace_member(tiny, "tiny/Birch/two/003.png", png(Image.new("L", (64, 64), 7))[:60])
-    with pytest.raises(DamagedError, match=r"raw/tiny\.zip: the image tiny/Birch/two/003\.png cannot be decoded \("):
+    with pytest.raises(DamagedError, match=r"raw/tiny\.zip, tiny/Birch/two/003\.png: image file is trunc"):
         make_bank(tiny.manifest, tiny.root, workers=workers)
     assert not tiny.folder.bank_json(8).exists()
 
@@ -569,7 +569,7 @@ def test_a_description_made_up_to_fit_is_of_another_version(make_dataset: Make) 
     path = tiny.folder.bank_json(8)
     description = json.loads(path.read_bytes())
     del description["description_sha256"]
-    path.write_bytes(bank._described({**description, "format": "mamldata-bank/2"}))
+    path.write_bytes(bank._described({**description, "format": "mamldata-bank/1"}))
     with pytest.raises(DamagedError, match="or of another version"):
         open_bank(tiny.folder, 8)
 

@@ -25,8 +25,8 @@ from mamldata.manifest import load_manifest
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
 )
-GOLDEN = "87cc1971909da016baa938a901302dcd83dd486cc60496744c1d5ccd9da0f120"
-GOLDEN_OMNIGLOT = "88cffdb3f591b5472c75a4b47612e1583e66d84ec5a77d290e58b42a9c032c92"
+GOLDEN = "947cd26bc3ef81433536615df02f4f1b1263d30cc63d9f3c7496e3557aa83b01"
+GOLDEN_OMNIGLOT = "cbb69d91eb09ee4468739e2bdc8ee8009fbb41ad7d9b55852889954ef824b72c"
 
 SCRIPT = """
 import sys

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mamldata.digest import canonical_json, content_sha256, safe_member_name, sha256_bytes, sha256_file
+from mamldata.containers import safe_member_name
+from mamldata.digest import canonical_json, content_sha256, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": bytes(range(256)), "b/ä.png": b"", "b/z.png": b"x" * 300}

@@ -436,7 +436,7 @@ class TestPlaces:
 
     def test_a_place_that_is_none(self, tmp_path: Path):
         """A misspelt folder is wrong usage, and nothing is made."""
-        with pytest.raises(RequestError, match="is neither a folder nor a URL"):
+        with pytest.raises(RequestError, match="is neither a folder, a file nor a URL"):
             get(tmp_path / "root", source(), sources=(str(tmp_path / "nope"),))
         assert not (tmp_path / "root").exists()
 

@@ -58,8 +58,8 @@ def test_what_is_what():
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "--from nowhere: nowhere is neither a folder nor a URL."),
-        ("file:///no/where", "--from file:///no/where: /no/where is neither a folder nor a URL."),
+        ("nowhere", "--from nowhere: nowhere is neither a folder, a file nor a URL."),
+        ("file:///no/where", "--from file:///no/where: /no/where is neither a folder, a file nor a URL."),
         ("http:///path", "--from http:///path: an address with no host."),
         ("http://[::1/path", "--from http://[::1/path: an address with no host."),
         ("nonsense://x", "nonsense:// is not known. Give a folder, an http(s) address, or a URL that fsspec reads"),
@@ -74,9 +74,10 @@ def test_what_cannot_be_read(place: str, message: str):
 
 
 def test_a_file_in_place_of_its_folder(folder: Path):
-    """Whoever gives the file itself is told to give its folder."""
-    with pytest.raises(RequestError, match=r"file\.bin is a file: give the folder that it is in"):
-        find(str(folder / "file.bin"), "file.bin")
+    """The file itself may be given; it is no other file."""
+    path = str(folder / "file.bin")
+    assert find(path, "file.bin") == path
+    assert find(path, "other.bin") is None
 
 
 def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):

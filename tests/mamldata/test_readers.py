@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mamldata.errors import DamagedError
 from mamldata.manifest import ReaderRecipe, load_manifest
-from mamldata.readers import ImageIndex, index_images, read_members
+from mamldata.readers import ImageIndex, index_images, read_images
 
 DEPTH_1, DEPTH_2 = ReaderRecipe("class-folders", 1), ReaderRecipe("class-folders", 2)
 
@@ -28,6 +28,19 @@ def write_zip(path: Path, members: Sequence[tuple[str, bytes]], method: int = zi
 
 def listed(index: ImageIndex) -> list[tuple[str, str]]:
     return [(image.class_name, image.name) for image in index.images]
+
+
+def class_names(index: ImageIndex) -> list[str]:
+    return [name for name, _, _ in index.classes()]
+
+
+def class_sizes(index: ImageIndex) -> list[int]:
+    return [size for _, _, size in index.classes()]
+
+
+def contents(index: ImageIndex) -> list[object]:
+    """What is read of each image, in the index's order."""
+    return [data for _, data in sorted(read_images(index.images), key=lambda item: item[0])]
 
 
 NAMES = ["s/a/x/2.png", "s/a/x/10.png", "s/a/y/1.png", "s/a b/x/1.png", "s/a-b/x/1.png", "s/A/x/1.JPEG"]
@@ -47,9 +60,9 @@ def test_canonical_order(order: list[str], tmp_path: Path) -> None:
         ("a b/x", "1.png"),
         ("a-b/x", "1.png"),
     ]
-    assert index.class_names == ("A/x", "a/x", "a/y", "a b/x", "a-b/x")
-    assert index.class_sizes == (1, 2, 1, 1, 1)
-    assert [data.decode().rsplit("/", 1)[1] for data in read_members(index.images)] == [i.name for i in index.images]
+    assert class_names(index) == ["A/x", "a/x", "a/y", "a b/x", "a-b/x"]
+    assert class_sizes(index) == [1, 2, 1, 1, 1]
+    assert [data.decode().rsplit("/", 1)[1] for data in contents(index)] == [image.name for image in index.images]
 
 
 def test_stray_files_are_left_out(tmp_path: Path) -> None:
@@ -98,11 +111,9 @@ def test_a_clash_is_refused(tmp_path: Path) -> None:
     one = write_zip(tmp_path / "1.zip", [("one/a/1.png", b"this")])
     two = write_zip(tmp_path / "2.zip", [("two/a/1.png", b"that")])
     both = write_zip(tmp_path / "3.zip", [("one/a/1.png", b"this"), ("two/a/1.png", b"that")])
-    pattern = r"two/a/1\.png is not the image that {} has under the same class and name \(a/1\.png\)"
-    with pytest.raises(DamagedError, match=r"2\.zip: " + pattern.format("1.zip")):
-        index_images(DEPTH_1, [one, two])
-    with pytest.raises(DamagedError, match=r"3\.zip: " + pattern.format("3.zip")):
-        index_images(DEPTH_1, [both])
+    fault = "{}, two/a/1.png: not the image that {} has under the same class and name (a/1.png)"
+    assert [found.text for found in index_images(DEPTH_1, [one, two]).faults] == [fault.format(two, "1.zip")]
+    assert [found.text for found in index_images(DEPTH_1, [both]).faults] == [fault.format(both, "3.zip")]
 
 
 def test_no_image(tmp_path: Path) -> None:
@@ -123,7 +134,7 @@ def test_not_a_zip(tmp_path: Path) -> None:
     """An error page saved as a zip is a damaged container."""
     path = tmp_path / "x.zip"
     path.write_bytes(b"<html>")
-    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(File is not a zip file\)"):
+    with pytest.raises(DamagedError, match=r"x\.zip: neither a zip nor a tar file"):
         index_images(DEPTH_1, [path])
 
 
@@ -132,20 +143,18 @@ def test_a_damaged_member(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", [("s/a/1.png", b"the image")])
     path.write_bytes(path.read_bytes().replace(b"the image", b"the imago"))
     index = index_images(DEPTH_1, [path])
-    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(Bad CRC-32 for file 's/a/1\.png'\)"):
-        list(read_members(index.images))
+    assert contents(index) == ["Bad CRC-32 for file 's/a/1.png'"]
 
 
 def test_a_member_too_large_to_be_an_image(tmp_path: Path) -> None:
-    """More than 64 MiB is refused before it is unpacked."""
+    """More than 64 MiB is not even unpacked."""
     path = write_zip(tmp_path / "x.zip", [("s/a/1.png", bytes((64 << 20) + 1))], zipfile.ZIP_DEFLATED)
     index = index_images(DEPTH_1, [path])
-    with pytest.raises(DamagedError, match=r"x\.zip: s/a/1\.png unpacks to more than 64 MiB; it is no image"):
-        list(read_members(index.images))
+    assert contents(index) == ["it has 67,108,865 bytes, more than the 67,108,864 that an image may have"]
 
 
 def test_flipped_bytes_never_crash_it(tmp_path: Path) -> None:
-    """Index and images of a damaged zip: read, or DamagedError, and no other exception."""
+    """Index and images of a damaged zip: read, or said to be damaged, and no other exception."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as container:
         for number in range(3):
@@ -156,7 +165,7 @@ def test_flipped_bytes_never_crash_it(tmp_path: Path) -> None:
         data[position] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
         try:
-            list(read_members(index_images(DEPTH_1, [path]).images))
+            failed += any(isinstance(data, str) for data in contents(index_images(DEPTH_1, [path])))
         except DamagedError:
             failed += 1
     assert failed > len(whole) // 2
@@ -167,10 +176,11 @@ def test_omniglot(real_data: Path) -> None:
     """1,623 characters of 20 drawings, of two files."""
     manifest = load_manifest("omniglot")
     index = index_images(manifest.reader, [real_data / "omniglot" / file.name for file in manifest.files])
-    assert len(index.class_names) == 1623
-    assert set(index.class_sizes) == {20}
-    assert len({name.split("/")[0] for name in index.class_names}) == 50
-    assert list(index.class_names) == sorted(index.class_names, key=lambda name: name.split("/"))
+    assert not index.faults
+    assert len(class_names(index)) == 1623
+    assert set(class_sizes(index)) == {20}
+    assert len({name.split("/")[0] for name in class_names(index)}) == 50
+    assert class_names(index) == sorted(class_names(index), key=lambda name: name.split("/"))
 
 
 @pytest.mark.real_data
@@ -178,10 +188,10 @@ def test_omniglot_small_shares_two_alphabets(real_data: Path) -> None:
     """136 and 156 characters, of which 50 are the same: 242, in both orders of the files."""
     manifest = load_manifest("omniglot-small")
     files = [real_data / "omniglot" / file.name for file in manifest.files]
-    apart = [len(index_images(manifest.reader, [file]).class_names) for file in files]
+    apart = [len(class_names(index_images(manifest.reader, [file]))) for file in files]
     both = index_images(manifest.reader, files)
     assert apart == [136, 156]
-    assert len(both.class_names) == 242
-    assert set(both.class_sizes) == {20}
+    assert len(class_names(both)) == 242
+    assert set(class_sizes(both)) == {20}
     turned = index_images(manifest.reader, files[::-1])
     assert listed(turned) == listed(both)

@@ -34,6 +34,17 @@ def test_too_small_images_are_refused() -> None:
     with pytest.raises(RequestError, match=r"conv3-pool needs images of at least 22x22 pixels, and these have 21x21"):
         build_network("conv3-pool", 1, 21, 5, seed=0)
     assert build_network("conv3-pool", 1, 22, 5, seed=0)(images(2, 22)).shape == (2, 5)
+    with pytest.raises(RequestError, match=r"conv4-pool needs images of at least 16x16 pixels, and these have 15x15"):
+        build_network("conv4-pool", 1, 15, 5, seed=0)
+    assert build_network("conv4-pool", 1, 16, 5, seed=0)(images(2, 16)).shape == (2, 5)
+
+
+def test_the_mini_imagenet_network() -> None:
+    """Four blocks of 32 filters on 84x84 RGB leave 5x5 places: 800 features."""
+    network = build_network("conv4-pool", 3, 84, 5, seed=0)
+    convolutions = 9 * 32 * (3 + 3 * 32) + 4 * 2 * 32
+    assert sum(p.numel() for p in network.parameters()) == convolutions + 32 * 5 * 5 * 5 + 5
+    assert network(torch.rand(2, 3, 84, 84)).shape == (2, 5)
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:

@@ -1,0 +1,191 @@
+"""Collect images of which no hash is published, in whatever form a user has them, into one tar under ``raw/``.
+
+They are streamed from where they are: a tar of tars of 138 GB is read where the wanted images stand, and unpacked
+nowhere. The tar has them under the dataset's own names, with their bytes as they were (pixels from arrays: as PPM).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from mamldata.containers import (
+    list_members,
+    read_members,
+)
+from mamldata.csv_splits import Row, check_classes, read_rows
+from mamldata.digest import canonical_json
+from mamldata.errors import DatasetError, Fault, WriteError
+from mamldata.files import temporary, write_atomic, writing
+from mamldata.forms import Found, Item, list_images
+from mamldata.manifest import SPLITS, Manifest
+from mamldata.progress import Progress, silent
+
+_MOST_IMAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was collected.
+
+    Attributes:
+        images: how many.
+        content_sha256: their content digest (see ``mamldata.digest.content_sha256``), whatever their order.
+    """
+
+    images: int
+    content_sha256: str
+
+
+def pin_file(raw: Path) -> Path:
+    """Where what was collected first is noted."""
+    return raw / "images.json"
+
+
+def read_pin(raw: Path) -> Collected | None:
+    """What was collected first; None if nothing was, or the note cannot be read."""
+    try:
+        note = json.loads(pin_file(raw).read_bytes())
+        return Collected(int(note["images"]), str(note["content_sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_pin(raw: Path, collected: Collected) -> None:
+    """Note what was collected.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(pin_file(raw), canonical_json(asdict(collected)))
+
+
+def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: Progress = silent) -> Collected:
+    """Write the images that the dataset consists of to the temporary file of ``path``, a tar.
+
+    Args:
+        manifest: the dataset.
+        found: where they are.
+        raw: the folder of its raw files; split files must be there already.
+        path: of the tar.
+        progress: told of images.
+
+    Raises:
+        DatasetError: images that are missing or cannot be read, all of them.
+        DamagedError: a file that cannot be read as a whole.
+        WriteError: they do not fit on the disk, or the place cannot be written to.
+    """
+    faults: list[Fault] = []
+    rows = wanted_rows(manifest, raw, faults.append)
+    items = list_images(found, rows, faults.append)
+    _require_space(items, path)
+    lines = []
+    with (
+        writing(path),
+        tarfile.open(temporary(path), "w", format=tarfile.PAX_FORMAT) as tar,
+        progress("collect", len(items), "images") as advance,
+    ):
+        for name, data in _read(items):
+            if isinstance(data, str):
+                faults.append(Fault("image", f"{name} in {found.path}: {data}"))
+            else:
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+                lines.append(_line(name, data))
+            advance(1)
+    _refuse(manifest, found.path, faults)
+    return Collected(len(lines), _digest(lines))
+
+
+def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progress = silent) -> Collected:
+    """Look at a tar of images that somebody put under ``raw/``.
+
+    Raises:
+        DatasetError: images that are missing in it.
+        DamagedError: it is no tar, or damaged.
+    """
+    faults: list[Fault] = []
+    rows = wanted_rows(manifest, raw, faults.append)
+    members = list_members(path)
+    there = {member.name for member in members}
+    faults += [row.missing() for row in rows or () if row.filename not in there]
+    lines = []
+    with progress("check", len(members), "images") as advance:
+        for member, data in read_members(path, members, _MOST_IMAGE_BYTES):
+            if isinstance(data, str):
+                faults.append(Fault("image", f"{member.name} in {path}: {data}"))
+            else:
+                lines.append(_line(member.name, data))
+            advance(1)
+    _refuse(manifest, path, faults)
+    return Collected(len(lines), _digest(lines))
+
+
+def wanted_rows(manifest: Manifest, raw: Path, report: Callable[[Fault], object]) -> list[Row] | None:
+    """The images that the split files name; None for datasets without such, whose images are all there are."""
+    if manifest.reader.type != "csv-splits":
+        return None
+    rows: list[Row] = []
+    for split in SPLITS:
+        table = raw / f"{split}.csv"
+        if table.is_file():
+            rows += read_rows(table, split, report)
+    check_classes(rows, report)
+    return rows
+
+
+def _refuse(manifest: Manifest, place: Path, faults: Sequence[Fault]) -> None:
+    lenient = manifest.reader.damaged == "leave-out"
+    if fatal := [fault for fault in faults if not (lenient and fault.kind in {"missing", "image"})]:
+        raise DatasetError(
+            manifest.name,
+            fatal,
+            f"{place} does not have what {manifest.name} needs. Get these images anew, or give another place with "
+            "--from.",
+        )
+
+
+def _line(name: str, data: bytes) -> bytes:
+    return name.encode() + b"\0" + hashlib.sha256(data).hexdigest().encode() + b"\n"
+
+
+def _digest(lines: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+
+
+def _require_space(items: Sequence[Item], path: Path) -> None:
+    need = sum(item.size + 1024 for item in items)
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise WriteError(
+            f"{path.name} needs about {need:,} bytes in {path.parent}, where {free:,} are free. Free some space, or "
+            "choose another folder with --root."
+        )
+
+
+def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
+    for file, group in groupby(sorted(items, key=lambda item: str(item.file)), key=lambda item: item.file):
+        run = list(group)
+        members = {item.member: item.name for item in run if item.member}
+        for member, data in read_members(file, members, _MOST_IMAGE_BYTES):
+            yield members[member], data
+        with file.open("rb") if file.is_file() else io.BytesIO() as stream:
+            for item in run:
+                if item.array:
+                    yield item.name, _ppm(item.array.rows(stream, item.row, item.row + 1)[0])
+
+
+def _ppm(pixels: np.ndarray) -> bytes:
+    height, width, _ = pixels.shape
+    return f"P6\n{width} {height}\n255\n".encode() + pixels.tobytes()

@@ -1,0 +1,243 @@
+"""Containers of images: a folder, a zip or a tar, compressed or not; read in place, never unpacked."""
+
+from __future__ import annotations
+
+import errno
+import lzma
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Self
+
+from mamldata.errors import DamagedError
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a container.
+
+    Attributes:
+        name: its path below the container's root, with forward slashes.
+        size: its length in bytes.
+        crc: its CRC-32, where the container notes one.
+        offset: where its bytes begin in the container, if they stand there as they are: then they can be read at
+            once, from any process.
+    """
+
+    name: str
+    size: int
+    crc: int | None = None
+    offset: int | None = None
+
+
+def list_members(container: Path) -> list[Member]:
+    """Every file in a container, in the container's own order (of a folder: sorted).
+
+    Raises:
+        DamagedError: neither a folder, a zip nor a tar; or one that is damaged, or has a member that points outside.
+    """
+    if container.is_dir():
+        return list(_folder_members(container))
+    with reading_container(container):
+        if zipfile.is_zipfile(container):
+            with zipfile.ZipFile(container) as archive:
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+            return [Member(safe_member_name(i.filename, str(container)), i.file_size, i.CRC) for i in infos]
+        with open_tar(container) as tar:
+            return list(tar_members(tar, str(container), compressed=_is_compressed(container)))
+
+
+def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False, start: int = 0) -> Iterator[Member]:
+    """The plain files of an open tar; ``start`` is where the tar begins in the file that offsets refer to."""
+    for info in tar:
+        if info.isfile():
+            yield Member(
+                safe_member_name(info.name, container),
+                info.size,
+                offset=None if compressed else start + info.offset_data,
+            )
+        tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
+
+
+def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
+    """The bytes of members, in the order that suits the container; for one that cannot be read, a text that says why.
+
+    Args:
+        container: a folder, a zip or a tar.
+        wanted: members that ``list_members`` gave.
+        most_bytes: the most that a member may have.
+
+    Raises:
+        DamagedError: the container as a whole cannot be read.
+    """
+    todo = []
+    for member in wanted:
+        if member.size > most_bytes:
+            yield member, f"it has {member.size:,} bytes, more than the {most_bytes:,} that an image may have"
+        else:
+            todo.append(member)
+    if container.is_dir():
+        yield from _read_folder(container, todo)
+    elif all(member.offset is not None for member in todo):
+        yield from _read_offsets(container, todo)
+    elif zipfile.is_zipfile(container):
+        yield from _read_zip(container, todo)
+    else:
+        yield from _read_stream(container, todo)
+
+
+def _folder_members(folder: Path) -> Iterator[Member]:
+    for place, folders, files in os.walk(folder, followlinks=True):  # as torchvision's ImageFolder does
+        folders.sort()
+        for name in sorted(files):
+            path = Path(place) / name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                size = 0  # a link to nowhere, which is told when it is read
+            yield Member(path.relative_to(folder).as_posix(), size)
+
+
+def _read_folder(folder: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+    for member in wanted:
+        try:
+            yield member, (folder / member.name).read_bytes()
+        except OSError as error:
+            yield member, f"it cannot be read ({error.strerror})"
+
+
+def _read_offsets(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+    with container.open("rb") as stream:
+        for member in sorted(wanted, key=lambda member: member.offset or 0):
+            stream.seek(member.offset or 0)
+            data = stream.read(member.size)
+            yield member, data if len(data) == member.size else f"it is cut off after {len(data):,} bytes"
+
+
+def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+    with reading_container(container):
+        archive = zipfile.ZipFile(container)
+    with archive:
+        for member in wanted:
+            try:
+                with reading_container(container):
+                    data: bytes | str = archive.read(member.name)
+            except DamagedError as error:
+                data = str(error.__cause__ or error)
+            yield member, data
+
+
+def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+    """A compressed tar can only be read from its beginning: once through, up to the last wanted member."""
+    left = {member.name: member for member in wanted}
+    with reading_container(container), open_tar(container) as tar:
+        for info in tar:
+            tar.members = []  # type: ignore[attr-defined]
+            member = left.pop(info.name, None) if info.isfile() else None
+            content = tar.extractfile(info) if member else None
+            if member and content:
+                yield member, content.read()
+            if not left:
+                return
+    for member in left.values():
+        yield member, "it is no longer in the container"
+
+
+def safe_member_name(name: str, container: str) -> str:
+    """``name`` if it is a plain relative path; members that point elsewhere make a container unfit.
+
+    Raises:
+        DamagedError: for absolute paths, ``..`` components, backslashes or NUL characters.
+    """
+    if not is_inside(name):
+        raise DamagedError(f"{container}: the member {name!r} points outside the container; the file is not used.")
+    return name
+
+
+def is_inside(name: str) -> bool:
+    """Whether ``name`` is a plain relative path, which stays below the folder that it is joined to."""
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name)
+
+
+@contextmanager
+def reading_container(path: Path) -> Iterator[None]:
+    """Turn whatever zipfile, tarfile and the decompressors raise on damaged bytes into one clear error.
+
+    Raises:
+        DamagedError: the container, or a member of it, cannot be read.
+    """
+    try:
+        yield
+    except _CONTAINER_ERRORS as error:
+        raise DamagedError(f"{path}: a damaged container ({error}).") from error
+    except OSError as error:
+        # bz2 and gzip raise it without a number, and a seek to where a damaged offset points is invalid.
+        if error.errno not in {None, errno.EINVAL}:
+            raise
+        raise DamagedError(f"{path}: a damaged container ({error}).") from error
+
+
+# NotImplementedError and RuntimeError are zipfile's answers to flipped method and encryption bits, ValueError is
+# for negative offsets and for names that are no text, KeyError for members that are gone.
+_CONTAINER_ERRORS = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    OverflowError,
+    struct.error,
+)
+
+
+def open_tar(path: Path, fileobj: IO[bytes] | None = None) -> tarfile.TarFile:
+    """Open a tar, compressed or not; headers that would take any amount of memory are refused.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    try:
+        return tarfile.open(path, fileobj=fileobj, tarinfo=_SmallHeader)
+    except tarfile.ReadError as error:
+        raise DamagedError(f"{path}: neither a zip nor a tar file.") from error
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as stream:
+        # What lacks the mark of POSIX and GNU tar is read as a stream, which is right for every tar, only slower.
+        return stream.read(262)[257:262] != b"ustar"
+
+
+class _SmallHeader(tarfile.TarInfo):
+    """A member's header, refused where tarfile would take any number of bytes of it into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        long = header.type in _EXTENSIONS and header.size > _MOST_EXTENSION
+        if long or header.type == tarfile.GNUTYPE_SPARSE:
+            raise DamagedError(f"a tar header of type {header.type!r} and {header.size:,} bytes; the file is not used.")
+        return header
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MOST_EXTENSION = 1 << 20  # they hold names and times

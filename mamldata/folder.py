@@ -1,0 +1,95 @@
+"""A folder of one's own images as a dataset: ``[split/]class/image``, with no manifest to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from mamldata.containers import list_members
+from mamldata.errors import RequestError
+from mamldata.manifest import (
+    SPLITS,
+    ImageRecipe,
+    Manifest,
+    ReaderRecipe,
+    SplitScheme,
+    builtin_names,
+)
+from mamldata.readers import is_image
+
+# MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
+_SHARES = {"val": 16, "test": 20}
+
+
+def folder_manifest(folder: Path) -> Manifest:
+    """The dataset that a folder is.
+
+    Its classes are the folders that images lie in. Are all of them below ``train``, ``val`` and ``test``, those are the
+    splits; else 64 % of the classes are train, 16 % val and 20 % test, drawn with the seed 0. Images become 84x84 RGB,
+    turned upright as the camera noted.
+
+    Raises:
+        RequestError: no images in folders of classes, or fewer than three classes.
+    """
+    folder = folder.resolve()
+    homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(PurePosixPath(m.name))}
+    classes = sorted(home for home in homes if home)
+    if not classes:
+        raise RequestError(
+            f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
+            "named after their classes, class/image or split/class/image."
+        )
+    by_split = all(home[0] in SPLITS and len(home) > 1 for home in classes)
+    scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
+    name = dataset_name(folder.name)
+    return Manifest(
+        reference=str(folder),
+        name=name if name not in builtin_names() else f"my-{name}",
+        title=f"The images in the folder {folder.name}",
+        version="1",
+        licence="the user's own",
+        homepage="none",
+        citation="none",
+        files=(),
+        reader=ReaderRecipe("class-folders", depth=0, splits=by_split),
+        image=ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True),
+        rotations="none",
+        split_scheme=scheme.name,
+        schemes={scheme.name: scheme},
+        folder=folder,
+    )
+
+
+def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:
+    counts = {split: sum(home[0] == split for home in classes) for split in SPLITS}
+    return SplitScheme("folders", f"{_counted(counts)} classes, as their folders say", {}, {}, by_files=True)
+
+
+def _seeded(folder: Path, classes: int) -> SplitScheme:
+    if classes < len(SPLITS):
+        raise RequestError(
+            f"{folder} has images of {classes} classes; train, val and test need at least one each, and as many as "
+            "n_way to build episodes."
+        )
+    counts = seeded_counts(classes)
+    return SplitScheme("seeded", f"{_counted(counts)} classes at random, seed 0", {}, counts, seed=0)
+
+
+def seeded_counts(classes: int) -> dict[str, int]:
+    """How many classes each split gets: of 100 classes 64, 16 and 20, and at least one.
+
+    Args:
+        classes: at least three.
+    """
+    counts = {split: max(1, classes * share // 100) for split, share in _SHARES.items()}
+    return {"train": classes - sum(counts.values()), **counts}
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return "/".join(str(counts[split]) for split in SPLITS)
+
+
+def dataset_name(text: str) -> str:
+    """A dataset's name made of any text: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "images"

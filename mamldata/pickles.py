@@ -1,0 +1,293 @@
+"""Pickles from strangers: plain values and arrays are read out of them, and nothing in them is ever run.
+
+A pickle is a program. This reader knows only the instructions that make numbers, strings, lists, tuples and dicts, and
+the six calls by which NumPy describes an array; every other instruction or name is refused. Of those calls none is
+made either: stand-ins note what they were told. The bytes of large arrays are not read but noted where they stand, so
+that a pickle larger than memory can be read row by row.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mamldata.errors import DamagedError
+
+_LARGE = 1 << 12  # bytes; what is longer stays in the file
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes that stand in the file, not read yet."""
+
+    offset: int
+    size: int
+
+
+class StoredArray:
+    """An array in a pickle.
+
+    Attributes:
+        shape: as pickled.
+        dtype: whole numbers of a fixed size.
+        data: the elements in C order: bytes, or where they stand in the file.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = (0,)
+        self.dtype = np.dtype(np.uint8)
+        self.data: bytes | Span = b""
+
+    def fill(self, shape: Any, dtype: Any, data: Any, *, fortran: bool = False) -> StoredArray:
+        """Note the array's content, if it is one.
+
+        Raises:
+            pickle.UnpicklingError: it does not fit together.
+        """
+        if not isinstance(dtype, _DType) or dtype.known is None:
+            raise pickle.UnpicklingError(f"an array of {dtype!r}; only whole numbers are read")
+        if isinstance(data, str):  # Python 2's strings
+            data = data.encode("latin-1")
+        whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 0 for side in shape)
+        if not whole or not isinstance(data, bytes | bytearray | Span):
+            raise pickle.UnpicklingError("an array whose shape or data is none")
+        if fortran and len(shape) > 1:
+            raise pickle.UnpicklingError("an array in Fortran's order; store it again in C order")
+        size = data.size if isinstance(data, Span) else len(data)
+        if size != math.prod(shape) * dtype.known.itemsize:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {size:,} bytes")
+        self.shape, self.dtype = shape, dtype.known
+        self.data = data if isinstance(data, Span) else bytes(data)
+        return self
+
+    def rows(self, stream: IO[bytes], start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows ``start`` to ``stop - 1`` of the first axis, read from the pickle's file.
+
+        Raises:
+            DamagedError: the file has become shorter.
+        """
+        stride = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if isinstance(self.data, Span):
+            stream.seek(self.data.offset + start * stride)
+            data = stream.read((stop - start) * stride)
+        else:
+            data = self.data[start * stride : stop * stride]
+        if len(data) != (stop - start) * stride:
+            raise DamagedError("the pickle has become shorter while it was read")
+        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+def load_values(stream: IO[bytes], name: str) -> Any:
+    """What a pickle holds: numbers, strings, bytes, lists, tuples, dicts, and a ``StoredArray`` for each array.
+
+    Args:
+        stream: the pickle, seekable, at its beginning.
+        name: its name, for messages.
+
+    Raises:
+        DamagedError: it is none, it is damaged, or something in it is neither plain values nor an array.
+    """
+    try:
+        return _Reader(stream).load()
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
+        raise DamagedError(
+            f"{name} is not read: {error or type(error).__name__}. Only arrays, dicts, lists and strings are taken "
+            "from pickles; whatever else they hold could run a program."
+        ) from error
+
+
+# What the reader meets in bytes that are no pickle.
+_DAMAGE = (
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    MemoryError,
+    RecursionError,
+)
+
+
+_ELEMENTS = frozenset({"b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"})
+
+
+class _DType:
+    """NumPy's description of an element, as the pickle tells it."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.order = "|"
+
+    def set_state(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2:
+            raise pickle.UnpicklingError("a dtype whose state is none")
+        self.order = _text(state[1])
+
+    @property
+    def known(self) -> np.dtype[Any] | None:
+        """The dtype, if it is of whole numbers or truths."""
+        good = self.code in _ELEMENTS and self.order in {"<", ">", "|", "="}
+        return np.dtype(self.order + self.code) if good else None
+
+    def __repr__(self) -> str:
+        return f"elements {self.code!r}"
+
+
+def _text(value: Any) -> str:
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        raise pickle.UnpicklingError(f"{value!r} where a string should be")
+    return text
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that a pickle imports: nothing but a mark, which ``REDUCE`` looks up."""
+
+    call: Callable[..., Any] | None
+
+
+def _new_array(_kind: Any, *_: Any) -> StoredArray:
+    return StoredArray()
+
+
+def _new_dtype(code: Any, *_: Any) -> _DType:
+    return _DType(_text(code))
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> StoredArray:
+    return StoredArray().fill(shape, dtype, data, fortran=_text(order) == "F")
+
+
+def _scalar(dtype: Any, data: Any) -> int:
+    array = StoredArray().fill((1,), dtype, data)
+    return int(array.rows(io.BytesIO(), 0, 1)[0])
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    # So does Python 3 write bytes in the protocols of Python 2.
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("a call of codecs.encode that is not for plain bytes")
+    return text.encode("latin-1")
+
+
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
+_NAMES: Mapping[tuple[str, str], _Name] = {
+    **{(module, "_reconstruct"): _Name(_new_array) for module in _NUMPY},
+    **{(module, "scalar"): _Name(_scalar) for module in _NUMPY},
+    **{(module, "_frombuffer"): _Name(_from_buffer) for module in _NUMERIC},
+    ("numpy", "ndarray"): _Name(None),
+    ("numpy", "dtype"): _Name(_new_dtype),
+    ("_codecs", "encode"): _Name(_encode),
+}
+
+_PLAIN = """
+    PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
+    STRING SHORT_BINSTRING SHORT_BINBYTES UNICODE SHORT_BINUNICODE BINUNICODE EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE
+    TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+    GLOBAL STACK_GLOBAL
+"""
+
+
+class _Reader(pickle._Unpickler):
+    """Python's own unpickler, written in Python, with all but the plain instructions taken out.
+
+    An instruction that is not in ``dispatch`` is a ``KeyError``, which names its byte.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _PLAIN.split())
+    }
+    # What the instructions work on; the class above makes them.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        # Strings of Python 2 may be bytes: an array's, for one.
+        super().__init__(stream, encoding="latin-1")
+        self.stream = stream
+        self.size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except KeyError as error:
+            code = error.args[0] if error.args else None
+            if isinstance(code, int):
+                raise pickle.UnpicklingError(f"it has the instruction {bytes([code % 256])!r}") from error
+            raise
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError(f"it refers to an object {pid!r} that is not in it")
+
+    def load_frame(self) -> None:
+        # A frame only says how much to read ahead, and may say that it is all of a large file.
+        self.read(8)
+
+    dispatch[pickle.FRAME[0]] = load_frame
+
+    def load_reduce(self) -> None:
+        arguments, called = self.stack.pop(), self.stack[-1]
+        if not isinstance(called, _Name) or called.call is None or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("it calls what is no function")
+        self.stack[-1] = called.call(*arguments)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, StoredArray) and isinstance(state, tuple) and len(state) == 5:
+            _, shape, dtype, fortran, data = state
+            target.fill(shape, dtype, data, fortran=bool(fortran))
+        elif isinstance(target, _DType):
+            target.set_state(state)
+        else:
+            raise pickle.UnpicklingError("it sets the state of what is no array")
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def _load_bytes(self, layout: str) -> None:
+        (size,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
+        start = self.stream.tell()
+        if not 0 <= size <= self.size - start:
+            raise EOFError(f"it is cut off: {size:,} bytes should follow where {self.size - start:,} are left")
+        if size < _LARGE:
+            self.append(self.read(size))
+        else:
+            self.stream.seek(start + size)
+            self.append(Span(start, size))
+
+    def load_binstring(self) -> None:
+        self._load_bytes("<i")
+
+    def load_binbytes(self) -> None:
+        self._load_bytes("<I")
+
+    def load_binbytes8(self) -> None:
+        self._load_bytes("<Q")
+
+    dispatch[pickle.BINSTRING[0]] = load_binstring
+    dispatch[pickle.BINBYTES[0]] = load_binbytes
+    dispatch[pickle.BINBYTES8[0]] = load_binbytes8
+    dispatch[pickle.BYTEARRAY8[0]] = load_binbytes8

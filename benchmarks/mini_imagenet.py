@@ -1,0 +1,151 @@
+"""MiniImagenet at full scale from made-up images: time and peak memory of fetch and build, for each form.
+
+Makes all 60,000 images of the genuine split files with random content, in the three forms that people have: files with
+MiniImagenet's names, ImageNet's tar of tars, and pickled arrays. The three banks must be equal to the bit.
+
+    python benchmarks/mini_imagenet.py --csv FOLDER [--work FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from common import report
+from PIL import Image
+
+from mamldata.manifest import SPLITS
+
+SIDE = 84
+PER_CLASS = 1300  # of ImageNet's images; most of its classes have as many
+# Runs the command line and says how long it took, and the most memory that it and each of its processes had.
+MEASURED = """\
+import json, resource, sys, time
+from cli.main import main
+start = time.perf_counter()
+try:
+    main(sys.argv[1:], standalone_mode=False)
+finally:
+    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": peak[0], "worker_peak_mib": peak[1]}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True, help="the folder with the genuine split files")
+    parser.add_argument("--work", type=Path, help="where to make everything; kept (default: a temporary folder)")
+    parser.add_argument("--train", type=int, default=2000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        work = options.work or Path(temporary)
+        results = {form: measure(form, options.csv, work, options.train) for form in make(options.csv, work)}
+    digests = {result["bank_sha256"] for result in results.values()}
+    report(
+        "mini_imagenet",
+        {"images": 60_000, "side": SIDE, "train": options.train},
+        {**results, "equal": len(digests) == 1},
+    )
+    if len(digests) != 1:
+        sys.exit("The banks differ.")
+
+
+def measure(form: str, tables: Path, work: Path, train: int) -> dict[str, object]:
+    """Fetch and build from one form."""
+    root, out = work / f"root-{form}", work / f"archive-{form}"
+    steps = {}
+    place = ["--from", str(tables), "--from", str(work / form), "--offline"]
+    steps["fetch"] = command("fetch", "mini-imagenet", *place, "--root", str(root))
+    for k_shot in (1, 5):
+        episodes = ["--train", str(train), "--val", "200", "--test", "600", "--k-shot", str(k_shot)]
+        target = ["--out", f"{out}-{k_shot}", "--root", str(root)]
+        steps[f"build, 5-way {k_shot}-shot"] = command("build", "mini-imagenet", *target, *episodes)
+        steps[f"verify, 5-way {k_shot}-shot"] = command("verify", f"{out}-{k_shot}")
+    description = json.loads((root / "mini-imagenet" / f"mini-imagenet-{SIDE}.json").read_bytes())
+    return {"bank_sha256": description["sha256"], **steps}
+
+
+def command(*arguments: str) -> dict[str, float]:
+    """Run the command line in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make(tables: Path, work: Path) -> Iterator[str]:
+    """Make the images in each form, and give its name."""
+    started = time.perf_counter()
+    rows = {split: list(csv.DictReader((tables / f"{split}.csv").open(newline=""))) for split in SPLITS}
+    chance = np.random.default_rng(0)
+    encoded = {row["filename"]: jpeg(chance) for split in SPLITS for row in rows[split]}
+    print(f"made {len(encoded):,} images in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+    folder = work / "by-name" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in encoded.items():
+        (folder / name).write_bytes(data)
+    yield "by-name"
+    (work / "by-position").mkdir(exist_ok=True)
+    tar_of_tars(rows, encoded, work / "by-position" / "ILSVRC2012_img_train.tar")
+    yield "by-position"
+    (work / "pickled-arrays").mkdir(exist_ok=True)
+    for split in SPLITS:
+        cache(rows[split], encoded, work / "pickled-arrays" / f"mini-imagenet-cache-{split}.pkl")
+    yield "pickled-arrays"
+
+
+def jpeg(chance: np.random.Generator) -> bytes:
+    """A photograph's worth of smooth noise."""
+    rough = Image.fromarray(chance.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    rough.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def tar_of_tars(rows: dict[str, list[dict[str, str]]], encoded: dict[str, bytes], path: Path) -> None:
+    """ImageNet's training set: a tar for each class, its images numbered with gaps; others than ours are filled in."""
+    classes: dict[str, dict[int, bytes]] = defaultdict(dict)
+    for split in SPLITS:
+        for row in rows[split]:
+            classes[row["label"]][int(row["filename"][9:17])] = encoded[row["filename"]]
+    filler = jpeg(np.random.default_rng(1))
+    with tarfile.open(path, "w") as outer:
+        for label in sorted(classes, key=lambda label: label[::-1]):  # in no order that could help
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for position in range(1, PER_CLASS + 1):
+                    data = classes[label].get(position, filler)
+                    member = tarfile.TarInfo(f"{label}_{7 * position}.JPEG")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+            member = tarfile.TarInfo(f"{label}.tar")
+            member.size = inner.tell()
+            inner.seek(0)
+            outer.addfile(member, inner)
+
+
+def cache(rows: list[dict[str, str]], encoded: dict[str, bytes], path: Path) -> None:
+    """The pickle that circulates: all images of a split in one array, and each class's rows in it."""
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded[row["filename"]]))) for row in rows])
+    classes: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        classes[row["label"]].append(number)
+    with path.open("wb") as stream:
+        pickle.dump({"image_data": pixels, "class_dict": dict(classes)}, stream)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import report
@@ -29,17 +31,22 @@ from PIL import Image
 from mamldata.manifest import SPLITS
 
 SIDE = 84
+FORMS = ("by-name", "by-position", "pickled-arrays")
 PER_CLASS = 1300  # of ImageNet's images; most of its classes have as many
-# Runs the command line and says how long it took, and the most memory that it and each of its processes had.
-MEASURED = """\
-import json, resource, sys, time
+# Runs the command line and says how long it took, and the most memory that it and any of its workers had (Linux).
+MEASURED = r"""\
+import json, re, resource, sys, time
+from pathlib import Path
 from cli.main import main
 start = time.perf_counter()
 try:
     main(sys.argv[1:], standalone_mode=False)
 finally:
-    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": peak[0], "worker_peak_mib": peak[1]}))
+    seconds = time.perf_counter() - start
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(json.dumps({"seconds": round(seconds, 1), "peak_mib": round(peak), "worker_peak_mib": round(workers)}))
 """
 
 
@@ -49,35 +56,45 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where to make everything; kept (default: a temporary folder)")
     parser.add_argument("--train", type=int, default=2000)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        results = {form: measure(form, options.csv, work, options.train) for form in make(options.csv, work)}
-    digests = {result["bank_sha256"] for result in results.values()}
-    report(
-        "mini_imagenet",
-        {"images": 60_000, "side": SIDE, "train": options.train},
-        {**results, "equal": len(digests) == 1},
-    )
+        results: dict[str, Any] = {}
+        for form in make(options.csv, work):
+            results[form] = fetch_and_preprocess(form, options.csv, work)
+        results |= build_and_verify(work / f"root-{FORMS[0]}", work, options.train)
+    digests = {results[form]["bank_sha256"] for form in FORMS}
+    settings = {"images": 60_000, "side": SIDE, "train": options.train, "val": 200, "test": 600}
+    report("mini_imagenet", settings, {**results, "equal banks": len(digests) == 1})
     if len(digests) != 1:
         sys.exit("The banks differ.")
 
 
-def measure(form: str, tables: Path, work: Path, train: int) -> dict[str, object]:
-    """Fetch and build from one form."""
-    root, out = work / f"root-{form}", work / f"archive-{form}"
-    steps = {}
+def fetch_and_preprocess(form: str, tables: Path, work: Path) -> dict[str, Any]:
+    """Get the images from one form, and make the bank; only that of the first form is kept."""
+    root = ["--root", str(work / f"root-{form}")]
     place = ["--from", str(tables), "--from", str(work / form), "--offline"]
-    steps["fetch"] = command("fetch", "mini-imagenet", *place, "--root", str(root))
+    fetched = command("fetch", "mini-imagenet", *place, *root)
+    made = command("preview", "mini-imagenet", *root, "--out", str(work / f"{form}.png"))
+    folder = work / f"root-{form}" / "mini-imagenet"
+    description = json.loads((folder / f"mini-imagenet-{SIDE}.json").read_bytes())
+    if form != FORMS[0]:
+        shutil.rmtree(folder)
+    return {"bank_sha256": description["sha256"], "fetch": fetched, "preprocess": made}
+
+
+def build_and_verify(root: Path, work: Path, train: int) -> dict[str, Any]:
+    """Archives of both customary sizes."""
+    steps = {}
     for k_shot in (1, 5):
+        out = work / f"archive-{k_shot}"
         episodes = ["--train", str(train), "--val", "200", "--test", "600", "--k-shot", str(k_shot)]
-        target = ["--out", f"{out}-{k_shot}", "--root", str(root)]
-        steps[f"build, 5-way {k_shot}-shot"] = command("build", "mini-imagenet", *target, *episodes)
-        steps[f"verify, 5-way {k_shot}-shot"] = command("verify", f"{out}-{k_shot}")
-    description = json.loads((root / "mini-imagenet" / f"mini-imagenet-{SIDE}.json").read_bytes())
-    return {"bank_sha256": description["sha256"], **steps}
+        built = command("build", "mini-imagenet", "--out", str(out), "--root", str(root), *episodes)
+        steps[f"5-way {k_shot}-shot"] = {"build": built, "verify": command("verify", str(out))}
+        shutil.rmtree(out)
+    return steps
 
 
-def command(*arguments: str) -> dict[str, float]:
+def command(*arguments: str) -> dict[str, Any]:
     """Run the command line in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:

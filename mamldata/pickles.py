@@ -183,6 +183,11 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes() -> bytes:
+    # And so empty ones.
+    return b""
+
+
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 _NAMES: Mapping[tuple[str, str], _Name] = {
@@ -192,6 +197,7 @@ _NAMES: Mapping[tuple[str, str], _Name] = {
     ("numpy", "ndarray"): _Name(None),
     ("numpy", "dtype"): _Name(_new_dtype),
     ("_codecs", "encode"): _Name(_encode),
+    ("__builtin__", "bytes"): _Name(_no_bytes),
 }
 
 _PLAIN = """

@@ -111,38 +111,36 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
     The same class and image name twice, in one file or in two, is one image if the bytes are the same.
     """
     seen: dict[tuple[str, str], tuple[Member, Path]] = {}
-    homes: dict[str, str] = {}
+    homes: dict[str, dict[str, Path]] = {}
     for file in files:
         for member in list_members(file):
             path = PurePosixPath(member.name)
-            folders = path.parts[:-1]
-            needed = (recipe.depth or 1) + recipe.splits
-            if not is_image(path) or len(folders) < needed:
+            split, class_name = _folders(recipe, path.parts[:-1])
+            if not is_image(path) or not class_name:
                 continue
-            class_name = "/".join(folders[-recipe.depth :] if recipe.depth else folders[recipe.splits :])
-            split = ""
-            if recipe.splits:
-                split = folders[-recipe.depth - 1] if recipe.depth else folders[0]
-                if split not in SPLITS:
-                    report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
-                    continue
-                if homes.setdefault(class_name, split) != split:
-                    where = f"{homes[class_name]!r} and {split!r}"
-                    report(Fault("class", f"{file}: the class {class_name!r} is in both {where}; splits share none"))
-                    homes[class_name] = split  # once for each pair
-                    continue
+            if recipe.splits and split not in SPLITS:
+                report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
+                continue
+            homes.setdefault(class_name, {})[split] = file
             known = seen.get((class_name, path.name))
             if known is None:
                 seen[class_name, path.name] = (member, file)
                 yield ImageRef(class_name, path.name, file, member, split=split)
-            elif member.crc is None or known[0].crc != member.crc or known[0].size != member.size:
-                report(
-                    Fault(
-                        "layout",
-                        f"{file}, {member.name}: not the image that {known[1].name} has under the same class and "
-                        f"name ({class_name}/{path.name})",
-                    )
-                )
+            elif member.crc is None or (known[0].crc, known[0].size) != (member.crc, member.size):
+                same = f"the image that {known[1].name} has under the same class and name ({class_name}/{path.name})"
+                report(Fault("layout", f"{file}, {member.name}: not {same}"))
+    for class_name, splits in homes.items():
+        if len(splits) > 1:
+            where = " and ".join(repr(split) for split in splits)
+            report(Fault("class", f"{files[0]}: the class {class_name!r} is in {where}; splits share no class"))
+
+
+def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
+    """The split and the class that an image's folders name; no class where there are too few of them."""
+    if len(folders) < (recipe.depth or 1) + recipe.splits:
+        return "", ""
+    start = len(folders) - recipe.depth if recipe.depth else int(recipe.splits)
+    return folders[start - 1] if recipe.splits else "", "/".join(folders[start:])
 
 
 def is_image(path: PurePosixPath) -> bool:

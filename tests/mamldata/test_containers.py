@@ -1,0 +1,171 @@
+"""Containers: the same members and bytes from a folder, a zip and every tar; damage is said, and crashes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from mamldata.containers import Member, is_inside, list_members, read_members
+from mamldata.errors import DamagedError
+
+FILES = {f"images/{name}": bytes([number]) * (number * 300) for number, name in enumerate(["b.jpg", "a.jpg", "é.png"])}
+KINDS = ("folder", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "gnu", "v7")
+
+
+def make(kind: str, place: Path, files: Mapping[str, bytes] = FILES) -> Path:
+    """The files in a container of a kind."""
+    path = place / f"box-{kind}"
+    if kind == "folder":
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as container:
+            for name, data in files.items():
+                container.writestr(name, data)
+    else:
+        mode = {"tar.gz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}.get(kind, "w")
+        layout = tarfile.GNU_FORMAT if kind == "gnu" else tarfile.PAX_FORMAT
+        with tarfile.open(path, mode, format=layout) as tar:
+            tar.addfile(_folder("images"))
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        if kind == "v7":
+            path.write_bytes(_without_marks(path.read_bytes()))
+    return path
+
+
+def _folder(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+def _without_marks(data: bytes) -> bytes:
+    """A tar as it was before POSIX: no ``ustar`` in the headers, whose checksums follow."""
+    blocks = [data[start : start + 512] for start in range(0, len(data), 512)]
+    for number, block in enumerate(blocks):
+        if block[257:262] == b"ustar":
+            plain = bytearray(block[:257] + bytes(255))
+            plain[148:156] = b" " * 8
+            plain[148:156] = f"{sum(plain):06o}\0 ".encode()
+            blocks[number] = bytes(plain)
+    return b"".join(blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same(kind: str, tmp_path: Path):
+    """Names, lengths and bytes."""
+    files = FILES if kind != "v7" else {name: data for name, data in FILES.items() if name.isascii()}
+    path = make(kind, tmp_path, files)
+    members = list_members(path)
+    assert {member.name: member.size for member in members} == {name: len(data) for name, data in files.items()}
+    got = {member.name: data for member, data in read_members(path, members, 1000)}
+    assert got == files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_members(kind: str, tmp_path: Path):
+    """Only what is asked for is read; what is too long, or gone, is said."""
+    path = make(kind, tmp_path, {"1.png": b"one", "2.png": b"long" * 10, "3.png": b"three"})
+    members = {member.name: member for member in list_members(path)}
+    wanted = [members["3.png"], members["2.png"]]
+    assert {member.name: data for member, data in read_members(path, wanted, 9)} == {
+        "3.png": b"three",
+        "2.png": "it has 40 bytes, more than the 9 that an image may have",
+    }
+    if kind != "tar" and kind != "gnu":  # whose bytes are read where they stood
+        ((_, data),) = read_members(path, [Member("4.png", 1)], 9)
+        assert isinstance(data, str)
+
+
+def test_a_plain_tar_is_read_where_its_bytes_stand(tmp_path: Path):
+    """Any process can read any image at once; a cut tar is noticed."""
+    path = make("tar", tmp_path)
+    members = list_members(path)
+    whole = path.read_bytes()
+    for member in members:
+        assert member.offset is not None
+        assert whole[member.offset : member.offset + member.size] == FILES[member.name]
+    last = max(members, key=lambda member: member.offset or 0)
+    path.write_bytes(whole[: (last.offset or 0) + 10])
+    got = {member.name: data for member, data in read_members(path, members, 1000)}
+    assert got.pop(last.name) == "it is cut off after 10 bytes"
+    assert got == {name: data for name, data in FILES.items() if name != last.name}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.png", "a\\x.png"])
+def test_names_that_point_outside(kind: str, name: str, tmp_path: Path):
+    """Such a container is not used at all."""
+    with pytest.raises(DamagedError, match="points outside the container"):
+        list_members(make(kind, tmp_path, {"good.png": b"x", name: b"x"}))
+
+
+def test_links_in_a_tar_are_no_files(tmp_path: Path):
+    """Neither hard nor soft ones are followed."""
+    path = tmp_path / "box.tar"
+    with tarfile.open(path, "w") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo("x.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert list_members(path) == []
+
+
+def test_links_in_a_folder_are_followed(tmp_path: Path):
+    """People link the folders of large datasets; a link to nowhere is said when it is read."""
+    make("folder", tmp_path)
+    box = tmp_path / "box"
+    box.mkdir()
+    (box / "linked").symlink_to(tmp_path / "box-folder" / "images")
+    (box / "gone.png").symlink_to(tmp_path / "nowhere")
+    got = {member.name: data for member, data in read_members(box, list_members(box), 1000)}
+    assert got.pop("gone.png") == "it cannot be read (No such file or directory)"
+    assert got == {name.replace("images", "linked"): data for name, data in FILES.items()}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path: Path):
+    """It is said, and the others are read."""
+    path = make("folder", tmp_path)
+    (path / "images" / "a.jpg").chmod(0)
+    got = {member.name: data for member, data in read_members(path, list_members(path), 1000)}
+    assert got["images/a.jpg"] == "it cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
+def test_flipped_bytes_never_crash_it(kind: str, tmp_path: Path):
+    """A damaged container: read, or said to be damaged, and no other exception."""
+    path = make(kind, tmp_path, {f"{n}.png": bytes(range(n, 120)) for n in range(3)})
+    whole, chance = path.read_bytes(), random.Random(0)
+    for position in range(0, len(whole), max(1, len(whole) // 400)):
+        data = bytearray(whole)
+        data[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with contextlib.suppress(DamagedError):
+            list(read_members(path, list_members(path), 1000))
+
+
+def test_neither_a_zip_nor_a_tar(tmp_path: Path):
+    """An error page saved as an archive."""
+    path = tmp_path / "images.zip"
+    path.write_bytes(b"<html>" * 200)
+    with pytest.raises(DamagedError, match=r"images\.zip: neither a zip nor a tar file"):
+        list_members(path)
+
+
+def test_inside():
+    """What may be joined to a folder."""
+    assert all(map(is_inside, ["a", "a/b.png", "a b/é"]))
+    assert not any(map(is_inside, ["/a", "..", "a/../b", "a\\b", "a\0b"]))

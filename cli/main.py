@@ -20,6 +20,7 @@ VERBS = {
     "preview": ("cli.preview", "Draw an episode as a picture."),
     "train": ("cli.train", "Train on an archive or on live episodes."),
     "eval": ("cli.eval", "Evaluate a checkpoint."),
+    "manifest": ("cli.manifest", "Write a manifest for files of your own."),
     "doctor": ("cli.doctor", "Print what a bug report needs."),
 }
 

@@ -108,6 +108,28 @@ def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: P
     return Collected(len(lines), _digest(lines))
 
 
+def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progress = silent) -> Collected:
+    """What ``collect`` would give, without writing anything.
+
+    Raises:
+        DatasetError: images that are missing or cannot be read, all of them.
+        DamagedError: a file that cannot be read as a whole.
+    """
+    faults: list[Fault] = []
+    rows = wanted_rows(manifest, raw, faults.append)
+    items = list_images(found, rows, faults.append)
+    lines = []
+    with progress("hash", len(items), "images") as advance:
+        for name, data in _read(items):
+            if isinstance(data, str):
+                faults.append(Fault("image", f"{name} in {found.path}: {data}"))
+            else:
+                lines.append(_line(name, data))
+            advance(1)
+    _refuse(manifest, found.path, faults)
+    return Collected(len(lines), _digest(lines))
+
+
 def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progress = silent) -> Collected:
     """Look at a tar of images that somebody put under ``raw/``.
 

@@ -15,7 +15,7 @@ import requests
 from mamldata.collect import Collected, check_collected, collect, pin_file, read_pin, write_pin
 from mamldata.digest import sha256_file
 from mamldata.download import Network, Part, open_session, without_password
-from mamldata.errors import DatasetError, FetchError, WriteError
+from mamldata.errors import DamagedError, FetchError, MamldataError, WriteError
 from mamldata.files import commit, locked, make_folder, temporary, writing
 from mamldata.forms import Found, find_images
 from mamldata.manifest import COLLECTED, Manifest, SourceFile
@@ -263,7 +263,7 @@ class _Work:
                 break  # which images are wanted stands in the files
             try:
                 done.append(self.one(action))
-            except (FetchError, DatasetError) as error:
+            except (FetchError, DamagedError) as error:
                 failed.append(str(error))
         if failed:
             raise FetchError("\n".join(failed))
@@ -313,13 +313,17 @@ class _Work:
         """
         raw, path = self.folder.raw, action.path
         if action.found is not None:
-            collected = collect(self.manifest, action.found, raw, path, self.progress)
-            self._pin(action, collected, temporary(path))
+            try:
+                collected = collect(self.manifest, action.found, raw, path, self.progress)
+                self._pin(action, collected)
+            except MamldataError:
+                temporary(path).unlink(missing_ok=True)
+                raise
             with writing(path):
                 commit(path)
         elif path.is_file():
             collected = check_collected(self.manifest, raw, path, self.progress)
-            self._pin(action, collected, path)
+            self._pin(action, collected)
         else:
             raise FetchError(f"There is no place with the images of {self.manifest.name}. Run again: {self.command}")
         digest = sha256_file(path)
@@ -337,7 +341,7 @@ class _Work:
             collected.content_sha256,
         )
 
-    def _pin(self, action: Action, collected: Collected, path: Path) -> None:
+    def _pin(self, action: Action, collected: Collected) -> None:
         """The first good images are those that every later fetch must bring.
 
         Raises:
@@ -348,8 +352,6 @@ class _Work:
         known = wanted or (pin.content_sha256 if pin else collected.content_sha256)
         if collected.content_sha256 != known:
             why = "the manifest says" if wanted else f"was pinned in {pin_file(self.folder.raw)} when they first came"
-            if action.found is not None:
-                path.unlink()
             raise FetchError(
                 f"{action.path.name}: these are other images: content digest {collected.content_sha256}, where {known} "
                 f"{why}. {'' if wanted else 'If these are the ones that you want, delete that file. '}"

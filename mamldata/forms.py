@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,15 +93,13 @@ def _name_places(place: Path) -> Iterator[Path]:
 
 
 def _has_images(place: Path) -> bool:
-    own = (path for path in place.iterdir() if not path.name.startswith("."))
-    return any(is_image(PurePosixPath(path.name)) if path.is_file() else any(_few_images(path)) for path in own)
-
-
-def _few_images(folder: Path) -> Iterator[bool]:
-    try:
-        yield from (is_image(PurePosixPath(path.name)) for path in folder.iterdir())
-    except OSError:
-        return
+    """Whether there is an image in a folder, or in what lies at most three levels below: split, class, and one more."""
+    for here, folders, files in os.walk(place, followlinks=True):
+        if any(is_image(PurePosixPath(name)) for name in files):
+            return True
+        if len(Path(here).relative_to(place).parts) >= 3:
+            folders.clear()
+    return False
 
 
 def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from cli.main import VERBS, main
 from mamldata.errors import MamldataError
@@ -98,6 +100,16 @@ def test_a_verbs_help_imports_no_torch(verb: str):
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def photographs(folder: Path) -> None:
+    """Twenty classes of four pictures."""
+    chance = np.random.default_rng(0)
+    for number in range(20):
+        (folder / f"kind {number}").mkdir(parents=True)
+        for image in range(4):
+            pixels = chance.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"kind {number}" / f"{image}.png")
+
+
 def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every help ends with examples; run in the order of work, all of them succeed."""
     examples = [line.strip() for line in run("--help").stdout.splitlines() if line.startswith("    mamldata ")]
@@ -106,6 +118,7 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert found, f"{verb} --help has no example"
         examples += found
     monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "my-photos")
     done = set()
     for example in examples:
         if example not in done:
@@ -177,8 +190,6 @@ def test_verify_names_the_damaged_file(archive: Path, tmp_path: Path):
 
 def test_preview_draws_an_archive_and_a_dataset(archive: Path, glyphs_root: Path, tmp_path: Path):
     """``preview`` writes a PNG that Pillow reads, for both kinds of target."""
-    from PIL import Image
-
     for target in (archive, "glyphs"):
         out = tmp_path / "deep" / "folder" / "p.png"
         result = run("preview", target, "--out", out, "--episode", 1, root=glyphs_root)
@@ -187,6 +198,33 @@ def test_preview_draws_an_archive_and_a_dataset(archive: Path, glyphs_root: Path
             assert picture.format == "PNG"
             assert picture.width > 400
         assert [path.name for path in out.parent.iterdir()] == ["p.png"]
+
+
+def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
+    """Build, verify and preview straight from it; then a manifest is written, and fetched from it."""
+    photographs(tmp_path / "photos")
+    shape = ("--n-way", 3, "--k-shot", 1, "--k-query", 2, "--image-size", 8)
+    counts = ("--train", 4, "--val", 2, "--test", 2)
+    root, archive = tmp_path / "root", tmp_path / "archive"
+    built = run("build", tmp_path / "photos", "--out", archive, *shape, *counts, root=root)
+    assert built.exit_code == 0, built.output
+    assert "photos (version 1), split scheme seeded" in built.stdout
+    assert run("verify", tmp_path / "photos", root=root).stdout == f"{tmp_path / 'photos'} is whole\n"
+    assert run("preview", tmp_path / "photos", "--out", tmp_path / "p.png", *shape, root=root).exit_code == 0
+    refused(run("build", tmp_path / "photos", "--out", tmp_path / "b", "--n-way", 9, root=root), 2, "Lower n_way")
+
+    toml = tmp_path / "photos.toml"
+    written = run("manifest", tmp_path / "photos", "--out", toml)
+    assert "dataset photos, reader class-folders, of images.tar" in written.stdout
+    refused(run("manifest", tmp_path / "photos", "--out", toml), 2, "is there already")
+    assert json.loads(run("fetch", toml, "--dry-run", "--json", root=root).stdout)[0]["action"] == "missing"
+    refused(run("fetch", toml, root=root), 1, "images.tar: looked for in", "--from FOLDER")
+    fetched = run("fetch", toml, "--from", tmp_path / "photos", root=root)
+    assert "images.tar: collected from" in fetched.stdout
+    assert "80 images" in fetched.stdout
+    assert "had" not in run("fetch", toml, root=root).stderr
+    (entry,) = json.loads(run("fetch", toml, "--json", root=root).stdout)
+    assert (entry["how"], entry["images"]) == ("had", 80)
 
 
 def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):

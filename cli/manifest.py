@@ -1,0 +1,33 @@
+"""``mamldata manifest``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cli.common import bars, json_option, next_command, print_json
+from mamldata.authoring import write_manifest
+from mamldata.folder import dataset_name
+
+
+@click.command(
+    epilog="\b\nExample:\n  mamldata manifest my-photos --out my-photos.toml",
+)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: NAME.toml]")
+@click.option("--name", help="Of the dataset.  [default: the folder's]")
+@json_option
+def command(folder: Path, out: Path | None, name: str | None, as_json: bool) -> None:
+    """Write a manifest for the files in FOLDER, with their hashes: archives, CSV split files, or loose images.
+
+    With it others can fetch, verify and build the very same dataset. Fill in its title, licence and citation.
+    """
+    target = out or Path(f"{name or dataset_name(folder.resolve().name)}.toml")
+    manifest = write_manifest(folder, target, name, bars)
+    if as_json:
+        print_json({"manifest": str(target), "name": manifest.name, "files": list(manifest.raw_names)})
+        return
+    what = ", ".join(manifest.raw_names)
+    click.echo(f"{target}: dataset {manifest.name}, reader {manifest.reader.type}, of {what}")
+    next_command(f"mamldata fetch {target} --from {folder}")

@@ -1,0 +1,186 @@
+"""Write a manifest for files at hand: with their hashes, so that whoever has the manifest can tell the right files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from mamldata.collect import Collected, digest_images
+from mamldata.containers import ARCHIVE_SUFFIXES, Member, list_members, read_members
+from mamldata.digest import content_sha256, sha256_file
+from mamldata.errors import RequestError
+from mamldata.files import make_folder, write_atomic
+from mamldata.folder import dataset_name, seeded_counts
+from mamldata.forms import find_images
+from mamldata.manifest import SPLITS, ImageForm, Manifest, parse_manifest
+from mamldata.progress import Progress, silent
+from mamldata.readers import is_image
+
+_USUAL_SIZE = 84  # MiniImagenet's
+_TABLES = tuple(f"{split}.csv" for split in SPLITS)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the images of a folder lie.
+
+    Attributes:
+        reader: its name.
+        splits: whether folders above the classes are the splits.
+        classes: how many there are, if folders say it.
+        sample: some image, encoded.
+    """
+
+    reader: str
+    splits: bool
+    classes: int
+    sample: bytes
+
+
+def write_manifest(folder: Path, out: Path, name: str | None = None, progress: Progress = silent) -> Manifest:
+    """Write a manifest for the files in a folder: archives and CSV split files, or loose images.
+
+    Archives and split files are listed with their digests. Loose images, in folders of classes or named by split files,
+    become a collection with one content digest.
+
+    Args:
+        folder: with the files, as ``mamldata fetch --from`` will find them.
+        out: the TOML file; must not be there yet.
+        name: of the dataset; from the folder's name if None.
+        progress: told of images.
+
+    Returns:
+        The manifest, as it will be read.
+
+    Raises:
+        RequestError: no images that a reader could read, or ``out`` is there.
+        DamagedError: a file that cannot be read.
+        WriteError: ``out`` cannot be written.
+    """
+    if out.exists():
+        raise RequestError(f"{out} is there already. Delete it, or choose another file with --out.")
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is no folder.")
+    tables = [folder / table for table in _TABLES if (folder / table).is_file()]
+    archives = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES))
+    layout = _layout(folder, tables, archives)
+    text = "\n".join(_text(name or dataset_name(folder.resolve().name), folder, tables, archives, layout))
+    if not archives:
+        draft = parse_manifest(text.encode(), str(out), out.parent)
+        collected = _collected(draft, folder, progress)
+        digest = f"content_sha256 = {_quoted(collected.content_sha256)}  # of {collected.images:,} images"
+        text = text.replace(_NO_DIGEST, digest)
+    manifest = parse_manifest(text.encode(), str(out), out.parent)
+    make_folder(out.absolute().parent)
+    write_atomic(out, text.encode())
+    return manifest
+
+
+_NO_DIGEST = "# no digest yet"
+
+
+def _collected(draft: Manifest, folder: Path, progress: Progress) -> Collected:
+    found = find_images((ImageForm("by-name"),), folder)
+    if found is None:
+        raise RequestError(f"There are no images in {folder}.")
+    return digest_images(draft, found, folder, progress)
+
+
+def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _Layout:
+    images = [(box, member) for box in archives or [folder] for member in list_members(box)]
+    images = [(box, member) for box, member in images if is_image(PurePosixPath(member.name))]
+    if not images:
+        raise RequestError(f"There are no images in {folder}, nor in archives there: nothing to write a manifest for.")
+    if tables and len(tables) < len(_TABLES):
+        raise RequestError(f"{folder} has {tables[0].name}, but not all of {', '.join(_TABLES)}.")
+    sample = _first(images[0])
+    if tables:
+        return _Layout("csv-splits", splits=True, classes=0, sample=sample)
+    homes = {PurePosixPath(member.name).parts[:-1] for _, member in images}
+    classes = {home[-1] for home in homes if home}
+    if not classes:
+        raise RequestError(
+            f"The images in {folder} lie in no folders, and no {', '.join(_TABLES)} say their classes: one of the two "
+            "is needed."
+        )
+    splits = all(len(home) > 1 and home[-2] in SPLITS for home in homes if home)
+    return _Layout("class-folders", splits, len(classes), sample)
+
+
+def _first(image: tuple[Path, Member]) -> bytes:
+    ((_, data),) = read_members(image[0], [image[1]], 64 << 20)
+    return data if isinstance(data, bytes) else b""
+
+
+def _text(name: str, folder: Path, tables: Sequence[Path], archives: Sequence[Path], layout: _Layout) -> Iterator[str]:
+    yield from (
+        "# Fill in title, licence, homepage and citation. Everything else decides what banks and archives will be.",
+        'format = "mamldata-manifest/1"',
+        f"name = {_quoted(name)}",
+        f"title = {_quoted(f'The images of {folder.resolve().name}')}",
+        'version = "1"',
+        'licence = "to be filled in"',
+        'homepage = "to be filled in"',
+        'citation = "to be filled in"',
+        'rotations = "none"',
+        f"split_scheme = {_quoted('files' if layout.splits else 'seeded')}",
+        "",
+    )
+    for path in [*tables, *archives]:
+        yield from _file(path)
+    if not archives:
+        yield from ("[images]", 'how = "to be filled in: where the images are to be had"', _NO_DIGEST, "")
+    yield from ("[reader]", f"type = {_quoted(layout.reader)}")
+    if layout.reader == "class-folders" and layout.splits:
+        yield "splits = true"
+    size, channels = _size(layout.sample)
+    yield from (
+        "",
+        "[image]",
+        f"size = {size}",
+        f"channels = {channels}",
+        'resampling = "lanczos"',
+        "invert = false",
+        "",
+    )
+    yield from _splits(layout)
+
+
+def _file(path: Path) -> Iterator[str]:
+    yield from ("[[files]]", f"name = {_quoted(path.name)}", "urls = []  # where it can be downloaded, if anywhere")
+    yield from (f"bytes = {path.stat().st_size}", f"sha256 = {_quoted(sha256_file(path))}")
+    if path.name.endswith(ARCHIVE_SUFFIXES):
+        size = sum(member.size for member in list_members(path))
+        yield f"content_sha256 = {_quoted(content_sha256(path, size))}"
+        yield f"content_bytes = {size}"
+    yield ""
+
+
+def _size(sample: bytes) -> tuple[int, int]:
+    """The bank's image size and channels: the images' own if they are smaller than is usual."""
+    try:
+        with Image.open(io.BytesIO(sample)) as image:
+            return min(_USUAL_SIZE, *image.size), 1 if image.mode in {"1", "L"} else 3
+    except (UnidentifiedImageError, OSError):
+        return _USUAL_SIZE, 3
+
+
+def _splits(layout: _Layout) -> Iterator[str]:
+    if layout.splits:
+        yield from ("[splits.files]", 'description = "as the files say"', 'by = "files"', "")
+        return
+    if layout.classes < len(SPLITS):
+        raise RequestError(f"Train, val and test need at least one class each; the images lie in {layout.classes}.")
+    counts = seeded_counts(layout.classes)
+    description = "/".join(map(str, counts.values())) + " classes at random"
+    yield from ("[splits.seeded]", f"description = {_quoted(description)}")
+    yield from ("seed = 0", *(f"{split} = {count}" for split, count in counts.items()), "")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)  # every JSON string is one of TOML's

@@ -1,0 +1,171 @@
+"""Manifests written for files at hand: with them, others get the very same dataset."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamldata.authoring import write_manifest
+from mamldata.bank import make_bank
+from mamldata.errors import DatasetError, FetchError, RequestError
+from mamldata.fetch import fetch
+from mamldata.manifest import load_manifest
+
+CLASSES = {"train": ["ant", "bee"], "val": ["cow"], "test": ["dog"]}
+
+
+def photos(folder: Path, prefix: str = "", mode: str = "RGB", side: int = 20) -> Path:
+    """Two images of each of four classes: ``prefix/class/image``."""
+    chance = np.random.default_rng(0)
+    for label in (label for labels in CLASSES.values() for label in labels):
+        home = folder / prefix / label
+        home.mkdir(parents=True)
+        for n in range(2):
+            pixels = chance.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(home / f"{label}{n}.png")
+    return folder
+
+
+def zipped(folder: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as container:
+        for file in sorted(folder.rglob("*.png")):
+            container.write(file, file.relative_to(folder))
+
+
+def tables(folder: Path) -> None:
+    for split, labels in CLASSES.items():
+        rows = [f"{label}{n}.png,{label}" for label in labels for n in range(2)]
+        (folder / f"{split}.csv").write_text("\n".join(["filename,label", *rows, ""]))
+
+
+def by_split(folder: Path) -> Path:
+    for split, labels in CLASSES.items():
+        for label in labels:
+            (folder / split).mkdir(exist_ok=True)
+            (folder / label).rename(folder / split / label)
+    return folder
+
+
+def make(kind: str, place: Path) -> Path:
+    """A folder of files at hand."""
+    folder = place / "Files at Hand"
+    if kind == "loose classes":
+        return photos(folder)
+    if kind == "loose splits":
+        return by_split(photos(folder))
+    if kind == "loose with tables":
+        photos(folder, "images")
+        tables(folder)
+        return folder
+    zipped(by_split(photos(place / "away")) if kind == "zip of splits" else photos(place / "away"), folder / "a.zip")
+    if kind == "zip with tables":
+        tables(folder)
+    return folder
+
+
+KINDS = ("loose classes", "loose splits", "loose with tables", "zip", "zip of splits", "zip with tables")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_others_get_the_same_dataset(kind: str, tmp_path: Path):
+    """Fetch by the manifest, at another place, gives the same bank; the splits are the files' where they have them."""
+    folder = make(kind, tmp_path)
+    out = tmp_path / "sub" / "mine.toml"
+    written = write_manifest(folder, out)
+    assert written.name == "files-at-hand"
+    manifest = load_manifest(str(out))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    fetch(manifest, tmp_path / "root", [str(elsewhere)], offline=True)
+    bank = make_bank(manifest, tmp_path / "root")
+    assert (bank.class_names, bank.shape) == (("ant", "bee", "cow", "dog"), (8, 20, 20, 3))
+    given = kind not in {"loose classes", "zip"}
+    assert bank.class_splits == (("train", "train", "val", "test") if given else ())
+    assert manifest.scheme().by_files == given
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_files_are_refused(kind: str, tmp_path: Path):
+    """One image is another one: the manifest tells."""
+    folder = make(kind, tmp_path)
+    manifest = write_manifest(folder, tmp_path / "mine.toml")
+    if (folder / "a.zip").exists():
+        shutil.rmtree(tmp_path / "away")
+        zipped(photos(tmp_path / "away", side=21), folder / "a.zip")
+    else:
+        next(folder.rglob("bee1.png")).write_bytes(next(folder.rglob("ant1.png")).read_bytes())
+    with pytest.raises(FetchError, match=r"these are other images|another file came"):
+        fetch(manifest, tmp_path / "root", [str(folder)], offline=True)
+
+
+def test_a_repacked_zip_is_taken(tmp_path: Path):
+    """By its content digest."""
+    folder = make("zip", tmp_path)
+    manifest = write_manifest(folder, tmp_path / "mine.toml")
+    with zipfile.ZipFile(folder / "a.zip") as old:
+        members = [(name, old.read(name)) for name in old.namelist()]
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in members[::-1]:
+            new.writestr(name, data)
+    (fetched,) = fetch(manifest, tmp_path / "root", [str(folder)], offline=True)
+    assert fetched.checked_by == "content_sha256"
+
+
+@pytest.mark.parametrize(
+    ("mode", "side", "size", "channels"), [("L", 28, 28, 1), ("1", 105, 84, 1), ("RGB", 200, 84, 3)]
+)
+def test_size_and_channels_are_the_images(mode: str, side: int, size: int, channels: int, tmp_path: Path):
+    """Small ones are not enlarged, large ones become what is usual."""
+    recipe = write_manifest(photos(tmp_path / "p", mode=mode, side=side), tmp_path / "mine.toml").image
+    assert (recipe.size, recipe.channels) == (size, channels)
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path):
+    """A manifest may have been filled in by hand."""
+    folder = photos(tmp_path / "p")
+    write_manifest(folder, tmp_path / "mine.toml", "my-name")
+    assert load_manifest(str(tmp_path / "mine.toml")).name == "my-name"
+    with pytest.raises(RequestError, match=r"mine\.toml is there already"):
+        write_manifest(folder, tmp_path / "mine.toml")
+
+
+def test_what_cannot_be_described(tmp_path: Path):
+    """Each with what is missing; nothing is written."""
+    out = tmp_path / "mine.toml"
+    empty, flat, few, partly = (tmp_path / name for name in ("empty", "flat", "few", "partly"))
+    empty.mkdir()
+    photos(few)
+    for label in ("ant", "bee"):
+        shutil.rmtree(few / label)
+    flat.mkdir()
+    shutil.copyfile(few / "cow" / "cow0.png", flat / "cow0.png")
+    make("loose with tables", tmp_path).rename(partly)
+    (partly / "val.csv").unlink()
+    for folder, message in {
+        empty: "There are no images in .*empty",
+        flat: "lie in no folders, and no train.csv, val.csv, test.csv say their classes",
+        few: "need at least one class each; the images lie in 2",
+        partly: "has train.csv, but not all of train.csv, val.csv, test.csv",
+        tmp_path / "none": "is no folder",
+    }.items():
+        with pytest.raises(RequestError, match=message):
+            write_manifest(folder, out)
+    (make("loose with tables", tmp_path) / "images" / "ant" / "ant0.png").unlink()
+    with pytest.raises(DatasetError, match=r"train\.csv, line 2: there is no image ant0\.png"):
+        write_manifest(tmp_path / "Files at Hand", out)
+    assert not out.exists()
+
+
+@pytest.mark.real_data
+def test_the_worked_example(real_data: Path, tmp_path: Path):
+    """The example in the docs has the digests that would be written for the real files."""
+    example = load_manifest(str(Path(__file__).parents[2] / "docs" / "examples" / "tiny-imagenet.toml"))
+    written = write_manifest(real_data / "tiny-imagenet-fewshot", tmp_path / "mine.toml")
+    assert [(file.name, file.sha256) for file in example.files] == [(file.name, file.sha256) for file in written.files]
+    assert example.reader == written.reader

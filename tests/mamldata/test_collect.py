@@ -1,0 +1,540 @@
+"""Images that have no published hash: collected from every form that people have, checked, pinned; equal banks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamldata.bank import make_bank
+from mamldata.errors import FetchError, WriteError
+from mamldata.fetch import Fetched, fetch, plan
+from mamldata.manifest import Manifest, load_manifest
+from mamldata.verify import verify_dataset
+
+CLASSES = {"train": ["n00000001", "n00000002"], "val": ["n00000003"], "test": ["n00000004"]}
+PER_CLASS = 12  # of "ImageNet"; the dataset takes some of them
+TAKEN = (1, 2, 5, 10, 12)
+
+MANIFEST = """\
+format = "mamldata-manifest/1"
+name = "mini"
+title = "Made up in MiniImagenet's likeness"
+version = "1"
+licence = "none"
+homepage = "none"
+citation = "none"
+split_scheme = "csv"
+{files}
+[images]
+how = "Ask for an account at example.org, and be patient."
+[[images.forms]]
+type = "pickled-arrays"
+files = {{ train = ["cache-train.pkl"], val = ["cache-val.pkl", "cache-validation.pkl"], test = ["cache-test.pkl"] }}
+[[images.forms]]
+type = "by-position"
+container = "all.tar"
+digits = 8
+[[images.forms]]
+type = "by-name"
+[reader]
+type = "csv-splits"
+[image]
+size = 8
+channels = 3
+resampling = "lanczos"
+[splits.csv]
+description = "as the files say"
+by = "files"
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """A made-up MiniImagenet and the ImageNet that it is of.
+
+    Attributes:
+        place: where its CSV files are, and forms are made.
+        manifest: by path.
+        imagenet: for each class its encoded images, in the order of their numbers.
+    """
+
+    place: Path
+    manifest: Manifest
+    imagenet: dict[str, list[bytes]]
+
+    @property
+    def named(self) -> dict[str, bytes]:
+        """The dataset's images under its own names."""
+        return {f"{label}{n:08d}.jpg": images[n - 1] for label, images in self.imagenet.items() for n in TAKEN}
+
+    def fetch(self, root: Path, *places: Path, manifest: Manifest | None = None) -> Fetched:
+        """The CSV files from their place, the images from ``places``; gives what came of the images."""
+        sources = [str(place) for place in (self.place / "tables", *places)]
+        return fetch(manifest or self.manifest, root, sources, offline=True)[-1]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Twelve images of each of four classes; five of each are the dataset."""
+    place = tmp_path / "place"
+    (place / "tables").mkdir(parents=True)
+    chance = np.random.default_rng(0)
+    imagenet = {
+        label: [jpeg(chance.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(PER_CLASS)]
+        for labels in CLASSES.values()
+        for label in labels
+    }
+    files = ""
+    for split, labels in CLASSES.items():
+        rows = [f"{label}{n:08d}.jpg,{label}" for label in labels for n in TAKEN]
+        data = "\n".join(["filename,label", *rows, ""]).encode()
+        (place / "tables" / f"{split}.csv").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        files += f'[[files]]\nname = "{split}.csv"\nbytes = {len(data)}\nsha256 = "{digest}"\n'
+    path = tmp_path / "mini.toml"
+    path.write_text(MANIFEST.format(files=files))
+    return World(place, load_manifest(str(path)), imagenet)
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+# --- the forms: each makes one below the world's place, and gives what is to be said after --from
+
+
+def names_in_folder(world: World) -> Path:
+    folder = world.place / "mini"
+    (folder / "images").mkdir(parents=True)
+    for name, data in world.named.items():
+        (folder / "images" / name).write_bytes(data)
+    (folder / "images" / "n0000000900000001.jpg").write_bytes(b"of no class here")
+    return folder
+
+
+def names_in_folder_itself(world: World) -> Path:
+    return names_in_folder(world) / "images"
+
+
+def names_in_zip(world: World) -> Path:
+    folder = world.place / "zipped"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "mini-imagenet.zip", "w") as container:
+        for name, data in world.named.items():
+            container.writestr(f"mini-imagenet/images/{name}", data)
+    (folder / "unrelated.zip").write_bytes(b"no zip at all")
+    return folder
+
+
+def names_in_tar(world: World, mode: str = "w", name: str = "mini.tar") -> Path:
+    folder = world.place / "tarred"
+    folder.mkdir()
+    with tarfile.open(folder / name, mode) as tar:
+        for image, data in world.named.items():
+            add(tar, f"./images/{image}", data)
+    return folder
+
+
+def names_in_tar_gz(world: World) -> Path:
+    return names_in_tar(world, "w:gz", "mini.tar.gz")
+
+
+def names_in_a_zip_itself(world: World) -> Path:
+    return names_in_zip(world) / "mini-imagenet.zip"
+
+
+def names_in_three_zips(world: World) -> Path:
+    folder = world.place / "parts"
+    folder.mkdir()
+    for part in range(3):
+        with zipfile.ZipFile(folder / f"part{part}.zip", "w") as container:
+            for name, data in list(world.named.items())[part::3]:
+                container.writestr(name, data)
+    return folder
+
+
+def number(position: int) -> int:
+    """ImageNet's numbers have gaps, and different lengths: sorted as text they would be in another order."""
+    return position * 7
+
+
+def tar_of_tars(world: World) -> Path:
+    folder = world.place / "imagenet"
+    folder.mkdir()
+    with tarfile.open(folder / "all.tar", "w") as outer:
+        for label in ["n00000009", *reversed(world.imagenet)]:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                images = list(enumerate(world.imagenet.get(label, [b"x"]), 1))
+                for position, data in images[::-1]:
+                    add(tar, f"{label}_{number(position)}.JPEG", data)
+            add(outer, f"{label}.tar", inner.getvalue())
+    return folder
+
+
+def tar_of_tars_itself(world: World) -> Path:
+    return tar_of_tars(world) / "all.tar"
+
+
+def class_folders(world: World, below: str = "") -> Path:
+    folder = world.place / "folders"
+    for label, images in world.imagenet.items():
+        (folder / below / label).mkdir(parents=True)
+        for position, data in enumerate(images, 1):
+            (folder / below / label / f"{label}_{number(position)}.JPEG").write_bytes(data)
+    return folder
+
+
+def class_folders_of_kaggle(world: World) -> Path:
+    return class_folders(world, "ILSVRC/Data/CLS-LOC/train")
+
+
+def class_tars(world: World) -> Path:
+    folder = world.place / "tars"
+    folder.mkdir()
+    for label, images in world.imagenet.items():
+        with tarfile.open(folder / f"{label}.tar", "w") as tar:
+            for position, data in enumerate(images, 1):
+                add(tar, f"{label}_{number(position)}.JPEG", data)
+    return folder
+
+
+def pickles(world: World, protocol: int = 4) -> Path:
+    folder = world.place / "pickles"
+    folder.mkdir()
+    for split, labels in CLASSES.items():
+        named = [(label, data) for name, data in world.named.items() if (label := name[:9]) in labels]
+        order = np.random.default_rng(1).permutation(len(named))
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(named[i][1]))) for i in order])
+        classes: dict[str, list[int]] = defaultdict(list)
+        for place, i in sorted(enumerate(order), key=lambda pair: pair[1]):
+            classes[named[i][0]].append(place)
+        value = {"image_data": pixels, "class_dict": dict(classes)}
+        (folder / f"cache-{split}.pkl").write_bytes(pickle.dumps(value, protocol))
+    return folder
+
+
+def pickles_of_old(world: World) -> Path:
+    folder = pickles(world, 2)
+    (folder / "cache-val.pkl").rename(folder / "cache-validation.pkl")
+    return folder
+
+
+FORMS = [
+    names_in_folder,
+    names_in_folder_itself,
+    names_in_zip,
+    names_in_a_zip_itself,
+    names_in_tar,
+    names_in_tar_gz,
+    names_in_three_zips,
+    tar_of_tars,
+    tar_of_tars_itself,
+    class_folders,
+    class_folders_of_kaggle,
+    class_tars,
+    pickles,
+    pickles_of_old,
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_banks_from_every_form(form: Callable[[World], Path], world: World, tmp_path: Path):
+    """Given the same pixels, the bank is the same to the bit; it is the images' by Pillow alone."""
+    root = tmp_path / "root"
+    fetched = world.fetch(root, form(world))
+    assert (fetched.how, fetched.images) == ("collected", 4 * len(TAKEN))
+    bank = make_bank(world.manifest, root)
+    assert bank.class_names == tuple(world.imagenet)
+    assert bank.class_splits == ("train", "train", "val", "test")
+    for row, (_, data) in enumerate(sorted(world.named.items())):
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(bank.open_images()[row], image.resize((8, 8), Image.Resampling.LANCZOS))
+    assert verify_dataset(world.manifest, root) == []
+    # By name and by position the bytes are the same, and so is the digest that is pinned.
+    if "pickles" not in form.__name__:
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in world.named.items()}
+        lines = sorted(name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in digests.items())
+        assert fetched.content_sha256 == hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def test_again_and_from_what_was_collected(world: World, tmp_path: Path):
+    """A second fetch finds everything there; another root can take the tar from the first one."""
+    place = names_in_folder(world)
+    first = world.fetch(tmp_path / "root", place)
+    again = world.fetch(tmp_path / "root")
+    assert (again.how, again.content_sha256, again.images) == ("had", first.content_sha256, first.images)
+    other = world.fetch(tmp_path / "other", tmp_path / "root" / "mini" / "raw")
+    assert (other.how, other.content_sha256) == ("collected", first.content_sha256)
+
+
+def test_the_plan_says_where_from(world: World, tmp_path: Path):
+    """Before anything is done."""
+    assert [action.kind for action in plan(world.manifest, tmp_path / "root")] == ["missing"] * 4
+    place = tar_of_tars(world)
+    action = plan(world.manifest, tmp_path / "root", [str(place)])[-1]
+    assert (action.kind, action.sources) == ("collect", (str(place / "all.tar"),))
+    assert not (tmp_path / "root").exists()
+
+
+def test_without_images_it_says_how_to_get_them(world: World, tmp_path: Path):
+    """What needs an account says so; nothing is made."""
+    with pytest.raises(FetchError) as caught:
+        world.fetch(tmp_path / "root")
+    text = str(caught.value)
+    assert "images.tar: looked for in" in text
+    assert "Ask for an account at example.org, and be patient." in text
+    assert "--from FOLDER" in text
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_first_good_images_are_pinned(world: World, tmp_path: Path):
+    """Other images do not take their place unless the pin is taken away; what was refused leaves nothing."""
+    root, place = tmp_path / "root", names_in_folder(world)
+    raw = root / "mini" / "raw"
+    first = world.fetch(root, place)
+    assert json.loads((raw / "images.json").read_bytes()) == {
+        "content_sha256": first.content_sha256,
+        "images": first.images,
+    }
+    (raw / "images.tar").unlink()
+    one = place / "images" / "n0000000100000001.jpg"
+    genuine = one.read_bytes()
+    one.write_bytes(world.imagenet["n00000001"][3])
+    with pytest.raises(
+        FetchError, match=r"these are other images: .* was pinned in .*images\.json when they first came"
+    ):
+        world.fetch(root, place)
+    assert sorted(path.name for path in raw.iterdir() if "images" in path.name) == ["images.json", "images.tar.sha256"]
+    one.write_bytes(genuine)
+    assert world.fetch(root, place).content_sha256 == first.content_sha256
+
+
+def test_a_known_content_digest(world: World, tmp_path: Path):
+    """A manifest can name it: then only those images will do."""
+    place = names_in_folder(world)
+    digest = world.fetch(tmp_path / "one", place).content_sha256
+    text = Path(world.manifest.reference).read_text()
+    for known, good in ((digest, True), ("0" * 64, False)):
+        path = tmp_path / "known.toml"
+        path.write_text(text.replace("[images]\n", f'[images]\ncontent_sha256 = "{known}"\n'))
+        manifest = load_manifest(str(path))
+        if good:
+            assert world.fetch(tmp_path / "two", place, manifest=manifest).content_sha256 == digest
+        else:
+            with pytest.raises(FetchError, match=r"these are other images: .* the manifest says"):
+                world.fetch(tmp_path / "three", place, manifest=manifest)
+
+
+def test_a_tar_put_there_by_hand(world: World, tmp_path: Path):
+    """It is looked at, and pinned if all the images are in it."""
+    world.fetch(tmp_path / "one", names_in_folder(world))
+    raw = tmp_path / "two" / "mini" / "raw"
+    raw.mkdir(parents=True)
+    shutil.copyfile(tmp_path / "one" / "mini" / "raw" / "images.tar", raw / "images.tar")
+    assert world.fetch(tmp_path / "two").how == "checked"
+    (raw / "images.tar.sha256").unlink()
+    (raw / "images.tar").unlink()
+    with tarfile.open(raw / "images.tar", "w") as tar:
+        add(tar, "n0000000100000001.jpg", b"one only")
+    with pytest.raises(FetchError, match=r"there is no image n0000000100000002\.jpg"):
+        world.fetch(tmp_path / "two")
+
+
+def test_any_flipped_byte_is_found(world: World, tmp_path: Path):
+    """Verify names the tar."""
+    root = tmp_path / "root"
+    world.fetch(root, names_in_folder(world))
+    path = root / "mini" / "raw" / "images.tar"
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    for position in range(0, len(data), len(data) // 20):
+        data[position] ^= 1
+        path.write_bytes(data)
+        (problem,) = verify_dataset(world.manifest, root)
+        assert problem.startswith(f"{path} is damaged: sha256")
+        data[position] ^= 1
+    path.unlink()
+    (problem,) = verify_dataset(world.manifest, root)
+    assert "images.tar is missing. Run: mamldata fetch" in problem
+
+
+# --- what people get wrong
+
+
+def refused(world: World, root: Path, place: Path) -> list[str]:
+    """The report; the CSV files came, the images did not."""
+    with pytest.raises(FetchError) as caught:
+        world.fetch(root, place)
+    raw = root / "mini" / "raw"
+    assert (raw / "test.csv").exists()
+    assert not (raw / "images.tar").exists()
+    assert not list(raw.glob("*.part"))
+    return [line.strip().replace(f"{world.place}/", "") for line in str(caught.value).splitlines()]
+
+
+def test_missing_images(world: World, tmp_path: Path):
+    """All of them, with file and line."""
+    place = names_in_folder(world)
+    for name in ("n0000000100000002.jpg", "n0000000400000012.jpg"):
+        (place / "images" / name).unlink()
+    assert refused(world, tmp_path / "root", place)[:3] == [
+        "mini has 2 faults:",
+        "train.csv, line 3: there is no image n0000000100000002.jpg",
+        "test.csv, line 6: there is no image n0000000400000012.jpg",
+    ]
+
+
+def test_an_incomplete_imagenet(world: World, tmp_path: Path):
+    """A class of which images are missing has other images at the positions, so it is not used."""
+    place = class_folders(world)
+    shutil.rmtree(place / "n00000003")
+    for path in sorted((place / "n00000001").iterdir())[:3]:
+        path.unlink()
+    report = refused(world, tmp_path / "root", place)
+    assert (
+        "train.csv, line 5: n0000000100000010.jpg is image 10 of its class, which has 9 in folders: it is not complete"
+        in report
+    )
+    assert "val.csv, line 2: there is no class n00000003 in folders" in report
+
+
+def test_pickles_that_do_not_fit(world: World, tmp_path: Path):
+    """Fewer images of a class than the split file names, and numbers beyond the array."""
+    place = pickles(world)
+    for split, change in (
+        ("val", lambda classes: classes["n00000003"].pop()),
+        ("test", lambda c: c.update(n00000004=[99] * 5)),
+    ):
+        values = pickle.loads((place / f"cache-{split}.pkl").read_bytes())
+        change(values["class_dict"])
+        (place / f"cache-{split}.pkl").write_bytes(pickle.dumps(values))
+    report = refused(world, tmp_path / "root", place)
+    assert "pickles/cache-val.pkl: the class n00000003 needs 5 images, and has 4" in report
+    assert "pickles/cache-test.pkl: the class n00000004 has an image beyond the 5" in report
+
+
+def test_a_pickle_that_would_run_something(world: World, tmp_path: Path):
+    """It is refused, and nothing in it runs."""
+
+    class Payload:
+        def __reduce__(self) -> object:
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    place = pickles(world)
+    (place / "cache-test.pkl").write_bytes(pickle.dumps({"image_data": Payload(), "class_dict": {}}))
+    text = "\n".join(refused(world, tmp_path / "root", place))
+    assert "cache-test.pkl is not read: it names posix.system" in text
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("value", [[], {"image_data": 1, "class_dict": {}}, {"image_data": np.zeros((2, 3), np.uint8)}])
+def test_a_pickle_of_something_else(value: object, world: World, tmp_path: Path):
+    """Its layout is said."""
+    place = pickles(world)
+    (place / "cache-test.pkl").write_bytes(pickle.dumps(value))
+    assert "is not laid out as MiniImagenet's caches are" in "\n".join(refused(world, tmp_path / "root", place))
+
+
+def test_a_truncated_tar_of_tars(world: World, tmp_path: Path):
+    """What a broken download leaves."""
+    place = tar_of_tars(world)
+    whole = (place / "all.tar").read_bytes()
+    for length in (700, len(whole) // 2, len(whole) - 12_000):
+        (place / "all.tar").write_bytes(whole[:length])
+        refused(world, tmp_path / f"root{length}", place)
+
+
+def test_too_little_space(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Said before an hour is spent."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("mamldata.collect.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("mamldata.fetch._require_space", lambda *_: None)
+    with pytest.raises(WriteError, match=r"images\.tar needs about [\d,]+ bytes in .*, where 1,000 are free"):
+        world.fetch(tmp_path / "root", names_in_folder(world))
+
+
+KILLED = """\
+import os, signal, sys
+from pathlib import Path
+from mamldata import collect, fetch
+from mamldata.manifest import load_manifest
+manifest, root, moment, *places = sys.argv[1:]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "reading":
+    line, left = collect._line, [7]
+    def counted(*arguments):
+        left[0] -= 1
+        return line(*arguments) if left[0] else die()
+    collect._line = counted
+if moment == "pin":
+    fetch.write_pin = die
+if moment == "receipt":
+    fetch.write_receipt = lambda folder, name, digest: die() if name == "images.tar" else None
+fetch.fetch(load_manifest(manifest), Path(root), places, offline=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["reading", "pin", "receipt"])
+def test_killed_and_called_again(moment: str, world: World, tmp_path: Path):
+    """After kill -9 at any moment the same call ends with the same images."""
+    place = tar_of_tars(world)
+    expected = world.fetch(tmp_path / "whole", place)
+    root = tmp_path / "root"
+    places = [str(world.place / "tables"), str(place)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    command = [sys.executable, "-c", KILLED, world.manifest.reference, str(root), moment, *places]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    fetched = world.fetch(root, place)
+    assert (fetched.sha256, fetched.content_sha256) == (expected.sha256, expected.content_sha256)
+    names = {path.name for path in (root / "mini" / "raw").iterdir()}
+    assert not {name for name in names if name.endswith(".part")}
+
+
+def test_a_folder_without_split_files(tmp_path: Path):
+    """With the class-folders reader, all images that there are count."""
+    place = tmp_path / "place"
+    for label in ("ant", "bee", "cow"):
+        (place / label).mkdir(parents=True)
+        for n in range(3):
+            (place / label / f"{n}.jpg").write_bytes(jpeg(np.full((9, 9, 3), n, dtype=np.uint8)))
+    (place / "notes.txt").write_text("no image")
+    path = tmp_path / "insects.toml"
+    head, tail = MANIFEST.format(files="").split("[images]")
+    path.write_text(
+        head
+        + '[images]\nhow = "ask"\n[reader]\ntype = "class-folders"\n'
+        + tail[tail.index("[image]") :].replace('by = "files"', 'train = ["ant"]\nval = ["bee"]\ntest = ["cow"]')
+    )
+    manifest = load_manifest(str(path))
+    (fetched,) = fetch(manifest, tmp_path / "root", [str(place)])
+    assert fetched.images == 9
+    assert make_bank(manifest, tmp_path / "root").class_names == ("ant", "bee", "cow")

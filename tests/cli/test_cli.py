@@ -211,7 +211,7 @@ def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
     assert "photos (version 1), split scheme seeded" in built.stdout
     assert run("verify", tmp_path / "photos", root=root).stdout == f"{tmp_path / 'photos'} is whole\n"
     assert run("preview", tmp_path / "photos", "--out", tmp_path / "p.png", *shape, root=root).exit_code == 0
-    refused(run("build", tmp_path / "photos", "--out", tmp_path / "b", "--n-way", 9, root=root), 2, "Lower n_way")
+    refused(run("build", tmp_path / "photos", "--out", tmp_path / "b", *shape, "--n-way", 9, root=root), 2, "n_way")
 
     toml = tmp_path / "photos.toml"
     written = run("manifest", tmp_path / "photos", "--out", toml)

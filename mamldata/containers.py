@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import lzma
 import os
 import struct
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from mamldata.errors import DamagedError
 
@@ -149,6 +150,46 @@ def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member
                 return
     for member in left.values():
         yield member, "it is no longer in the container"
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own, for what reads a member where it stands. Read-only.
+
+    Args:
+        whole: open for reading; its position is this one's to move.
+        start, size: of the part, in bytes.
+    """
+
+    def __init__(self, whole: IO[bytes], start: int, size: int) -> None:
+        super().__init__()
+        self.whole, self.start, self.size = whole, start, size
+        self.position = 0
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, within the part or beyond it."""
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        """Where it stands, from the part's beginning."""
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is left at most."""
+        view = memoryview(buffer)
+        self.whole.seek(self.start + self.position)
+        data = self.whole.read(max(0, min(len(view), self.size - self.position)))
+        view[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
 def safe_member_name(name: str, container: str) -> str:

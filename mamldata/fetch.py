@@ -283,7 +283,7 @@ class _Work:
             raise WriteError(f"{path} is a folder, where a file should be. Move it elsewhere.")
         if file.name == COLLECTED:
             return self._images(action, start)
-        with self.progress(file.name, file.bytes, "B") as advance:
+        with self.progress(file.name, file.bytes or None, "B") as advance:
             how, source, digest = self._get(action, _Meter(advance))
         if how != "checked":
             with writing(path):

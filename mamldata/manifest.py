@@ -31,6 +31,7 @@ READERS: Mapping[str, tuple[str, ...]] = {  # reader: its options
     "class-folders": ("depth", "splits", "damaged"),
     "csv-splits": ("damaged",),
     "cifar-100": (),
+    "tiered-imagenet": (),
 }
 DAMAGED = ("fail", "leave-out")
 FORMS: Mapping[str, tuple[str, ...]] = {  # form in which a user may have images: its options
@@ -46,7 +47,7 @@ class SourceFile:
 
     Attributes:
         name: its file name under ``raw/``.
-        bytes: its length.
+        bytes: its length; 0 where it is not published, which may only be of a file without addresses.
         sha256: the digest of its bytes, in hex; None where only an MD5 is published.
         urls: mirrors, tried in turn; empty for a generated file, and for one that must be got by hand.
         how: how to get it by hand.
@@ -109,7 +110,7 @@ class ReaderRecipe:
 
     Attributes:
         type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
-            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100``: its pickles.
+            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100`` and ``tiered-imagenet``: their pickles.
         depth: how many path components above the image name its class; 0 for all of them.
         splits: whether the component above those is the split.
         damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
@@ -424,7 +425,7 @@ def _file(table: _Table) -> SourceFile:
         table.fault("md5", "is not needed where there is a sha256; leave it out")
     file = SourceFile(
         name=table.text("name", _plain_name),
-        bytes=table.whole("bytes", 1),
+        bytes=table.whole("bytes", 1) if urls or generator or "bytes" in table.values else 0,
         sha256=table.text("sha256", _sha256, required="md5" not in table.values) or None,
         md5=table.text("md5", _md5, required=False) or None,
         urls=tuple(urls),

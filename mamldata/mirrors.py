@@ -90,13 +90,14 @@ class Mirrors:
 
     def _finished(self) -> Obtained | None:
         """What an earlier run left, if that is the whole file already; what can never become it is dropped."""
-        if self.part.size < self.file.bytes:
+        if not self.part.size or self.part.size < self.file.bytes:
             return None
         verdict = judge(self.part.path, self.file)
         if verdict.checked_by:
             return Obtained("resumed", "", verdict)
-        # A repacked copy may be longer than the file that the manifest describes.
-        if self.file.content_sha256 is None or self.part.size > most_bytes(self.file):
+        # A repacked copy may be longer than the file that the manifest describes, and one of unknown length go on.
+        fixed = self.file.bytes and self.file.content_sha256 is None
+        if fixed or self.part.size > most_bytes(self.file):
             self.part.drop()
         return None
 

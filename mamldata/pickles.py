@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from mamldata.errors import DamagedError
 
-_LARGE = 1 << 12  # bytes; what is longer stays in the file
+_LARGE = 1 << 8  # bytes; what is as long stays in the file
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Verdict:
 
 def most_bytes(file: SourceFile) -> int:
     """The most bytes that a container of this file may have: repacked ones may be larger than the original."""
+    if not file.bytes:
+        return 1 << 50  # its length is not known
     return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
 
 
@@ -53,13 +55,14 @@ def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None 
     digest = sha256_file(path, advance)
     if digest == file.sha256:
         return Verdict(digest, "sha256")
+    expected = f" ({file.bytes:,} bytes)" if file.bytes else ""
     if file.md5 is not None:
         md5 = md5_file(path)
         if md5 == file.md5:
             return Verdict(digest, "md5")
-        problem = f"md5 {md5} ({size:,} bytes), expected {file.md5} ({file.bytes:,} bytes)"
+        problem = f"md5 {md5} ({size:,} bytes), expected {file.md5}{expected}"
     else:
-        problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256} ({file.bytes:,} bytes)"
+        problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256}{expected}"
     if file.content_sha256 is None or file.content_bytes is None:
         return Verdict(digest, None, None, problem)
     if size > most_bytes(file):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.containers import Member, list_members, read_members
+from mamldata.containers import Member, Window, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
 from mamldata.errors import DamagedError, Fault
 from mamldata.manifest import SPLITS, ReaderRecipe
@@ -201,10 +201,38 @@ def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) ->
         raise DamagedError(f"{wrong} ({error!r}).") from error
 
 
+def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
+    """TieredImageNet's pickles: for each split a list of PNGs, each an array, and the labels.
+
+    Classes are called after their split, number and words: two classes of ImageNet are called "crane".
+    """
+    (file,) = files
+    members = {PurePosixPath(member.name).name: member for member in list_members(file)}
+    wrong = f"{file} is not laid out as tiered-imagenet.tar is"
+    try:
+        for split in SPLITS:
+            labels = load_member(file, members[f"{split}_labels.pkl"])
+            names, numbers = labels["label_specific_str"], labels["label_specific"].tolist()
+            packed = members[f"{split}_images_png.pkl"]
+            with file.open("rb") as whole:
+                window = io.BufferedReader(Window(whole, packed.offset or 0, packed.size))
+                arrays = load_values(window, f"{file}, {packed.name}")
+            if packed.offset is None or len(arrays) != len(numbers):
+                raise DamagedError(f"{wrong}: {split} has {len(numbers)} labels and {len(arrays)} images.")
+            for row, (number, array) in enumerate(zip(numbers, arrays, strict=True)):
+                span = array.data
+                member = Member(f"{packed.name}, image {row}", span.size, offset=packed.offset + span.offset)
+                name = f"{split}/{number:03d} {names[number]}"
+                yield ImageRef(name, f"{row:06d}.png", file, member, split=split)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{wrong} ({error!r}).") from error
+
+
 _READERS: Mapping[str, Callable[[ReaderRecipe, Sequence[Path], Report], Iterator[ImageRef]]] = {
     "class-folders": _class_folders,
     "csv-splits": _csv_splits,
     "cifar-100": _cifar_100,
+    "tiered-imagenet": _tiered_imagenet,
 }
 
 

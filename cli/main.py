@@ -18,6 +18,7 @@ VERBS = {
     "build": ("cli.build", "Build an archive of episodes."),
     "inspect": ("cli.inspect", "Show what is in an archive, and its digest."),
     "preview": ("cli.preview", "Draw an episode as a picture."),
+    "recipes": ("cli.recipes", "List the settings of published experiments."),
     "train": ("cli.train", "Train on an archive or on live episodes."),
     "eval": ("cli.eval", "Evaluate a checkpoint."),
     "manifest": ("cli.manifest", "Write a manifest for files of your own."),

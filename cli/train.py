@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cli.common import (
+    archive_folder,
     episode_data,
     episode_options,
     given,
@@ -29,12 +30,17 @@ SCHEDULES = ("cosine", "constant")
 
 @click.command(
     epilog="\b\nExamples:\n  mamldata train glyphs --steps 200 --out run\n"
-    "  mamldata train glyphs-5w1s --algorithm fomaml --out run2",
+    "  mamldata train glyphs-5w1s --algorithm fomaml --out run2\n"
+    "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
+@click.option("--recipe", metavar="NAME|FILE.toml", help="Settings to begin with; see mamldata recipes.")
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]")
 @click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]")
+@click.option(
+    "--normalise/--no-normalise", default=None, help="Images by the train split's mean and deviation.  [default: no]"
+)
 @click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm of query images.  [default: transductive]")
 @click.option("--steps", type=int, help="Outer steps.  [default: 4000]")
 @click.option("--inner-steps", type=int, help="Of adaptation, in training.  [default: 1]")
@@ -57,6 +63,7 @@ SCHEDULES = ("cosine", "constant")
 def command(
     target: str,
     out: Path,
+    recipe: str | None,
     resume: bool,
     episodes: dict[str, Any],
     root: str | None,
@@ -71,7 +78,17 @@ def command(
     from trainer.train import train
 
     chosen = given(**settings)
+    if recipe is not None:
+        from trainer.recipe import load_recipe
+
+        plan = load_recipe(recipe)
+        chosen = {**plan.settings, **chosen}
+        if archive_folder(target) is None:
+            episodes = {**plan.episodes, **episodes}
     data = episode_data(target, root, episodes)
+    if recipe is not None:
+        for difference in plan.differences(data.describe()):
+            say(f"Not as the recipe {plan.name} has it: {difference}")
     if "eval_episodes" not in chosen:
         chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or TrainSettings.eval_episodes)
     start = time.monotonic()

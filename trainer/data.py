@@ -29,11 +29,14 @@ class EpisodeData:
         self.place = place
         self._open = open_source
 
-    def train(self, batch_size: int, seed: int, device: torch.device) -> DeviceStream:
+    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> DeviceStream:
         """Meta-batches of the train split on a device, shuffled if they have an end."""
-        return EpisodeStream(self._open("train", None), batch_size=batch_size, seed=seed).to(device)
+        source = self._open("train", None)
+        return EpisodeStream(source, batch_size=batch_size, seed=seed, normalise=normalise).to(device)
 
-    def eval(self, split: str, episodes: int, batch_size: int, device: torch.device) -> Iterable[EpisodeBatch]:
+    def eval(
+        self, split: str, episodes: int, batch_size: int, device: torch.device, *, normalise: bool = False
+    ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once and in order.
 
         Raises:
@@ -42,7 +45,7 @@ class EpisodeData:
         source = self._open(split, episodes)
         if source.episodes is None or source.episodes < episodes:
             raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} are asked for.")
-        return EpisodeStream(source, batch_size=batch_size, shuffle=False).to(device)
+        return EpisodeStream(source, batch_size=batch_size, shuffle=False, normalise=normalise).to(device)
 
     def describe(self) -> dict[str, Any]:
         """What the episodes are, whatever their split."""

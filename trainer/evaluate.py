@@ -139,10 +139,11 @@ def evaluate_checkpoint(
         here, there = about[key], checkpoint.data[key]
         if here != there:
             raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
-    inner = TrainSettings(**checkpoint.settings).inner_loop_at_test()
+    settings = TrainSettings(**checkpoint.settings)
+    inner = settings.inner_loop_at_test()
     if inner_steps is not None:
         inner = replace(inner, steps=inner_steps)
     keep_large_buffers()
     where = pick_device(device)
-    batches = data.eval(split, episodes, checkpoint.settings["meta_batch_size"], where)
+    batches = data.eval(split, episodes, settings.meta_batch_size, where, normalise=settings.normalise)
     return evaluate(checkpoint.network().to(where), batches, inner, about, split)

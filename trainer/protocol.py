@@ -30,11 +30,16 @@ class TrainStream(Protocol):
 class TrainData(Protocol):
     """Episodes to train and to evaluate on."""
 
-    def train(self, batch_size: int, seed: int, device: torch.device) -> TrainStream:
-        """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``."""
+    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool) -> TrainStream:
+        """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``.
+
+        Images are in [0, 1], or normalised by the mean and deviation of the train split.
+        """
         ...
 
-    def eval(self, split: str, episodes: int, batch_size: int, device: torch.device) -> Iterable[EpisodeBatch]:
+    def eval(
+        self, split: str, episodes: int, batch_size: int, device: torch.device, *, normalise: bool
+    ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice."""
         ...
 

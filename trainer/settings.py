@@ -30,6 +30,7 @@ class TrainSettings:
     Attributes:
         algorithm: one of ``ALGORITHMS``.
         network: one of ``NETWORKS``.
+        normalise: images by the train split's mean and deviation, in place of [0, 1].
         bn: batch norm of query images, ``transductive`` or ``support``; see ``InnerLoop``.
         steps: outer steps (the paper: 60,000).
         inner_steps: adaptation steps while training.
@@ -51,6 +52,7 @@ class TrainSettings:
 
     algorithm: str = "maml"
     network: str = "conv4"
+    normalise: bool = False
     bn: BatchNorm = "transductive"
     steps: int = 4000
     inner_steps: int = 1

@@ -97,7 +97,7 @@ def _train(
         report(f"{run_dir} is done: {checkpoint.step} of {settings.steps} steps.")
         return _result(run_dir, checkpoint)
 
-    stream = data.train(settings.meta_batch_size, settings.seed, device)
+    stream = data.train(settings.meta_batch_size, settings.seed, device, normalise=settings.normalise)
     begin_run(run_dir, settings, about, checkpoint)
     keep_large_buffers()
     network.to(device)
@@ -169,7 +169,7 @@ def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
 def _validate(
     network: nn.Module, settings: TrainSettings, data: TrainData, about: dict[str, Any], device: torch.device, step: int
 ) -> Evaluation:
-    batches = data.eval("val", settings.eval_episodes, settings.meta_batch_size, device)
+    batches = data.eval("val", settings.eval_episodes, settings.meta_batch_size, device, normalise=settings.normalise)
     evaluation = evaluate(network, batches, settings.inner_loop_at_test(), about, "val")
     metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
     return evaluation

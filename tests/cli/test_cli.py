@@ -252,6 +252,37 @@ def test_train_on_live_episodes(glyphs_root: Path, tmp_path: Path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["n_way"] == 3
 
 
+def test_a_recipe_gives_settings_and_episodes(glyphs_root: Path, tmp_path: Path):
+    """Options override it; what is resolved is saved; where the episodes differ, that is said."""
+    quick = ("--steps", 2, "--meta-batch-size", 2, "--eval-episodes", 4)
+    done = run("train", "glyphs", "--recipe", "maml-omniglot-5w1s", *quick, "--out", tmp_path / "run", root=glyphs_root)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_bytes())
+    assert (config["data"]["k_query"], config["data"]["k_shot"]) == (1, 1)
+    assert config["settings"]["inner_lr"] == 0.4
+    assert config["settings"]["meta_schedule"] == "constant"
+    assert config["settings"]["steps"] == 2
+    assert "Not as the recipe maml-omniglot-5w1s has it: dataset is glyphs, not omniglot." in done.stderr
+    refused(run("train", "glyphs", "--recipe", "maml", "--out", tmp_path / "b", root=glyphs_root), 2, "no recipe")
+
+
+def test_recipes_are_listed():
+    """All of them, and one with its source."""
+    assert "maml-mini-imagenet-5w1s: MAML, MiniImagenet 5-way 1-shot, published: 48.70" in run("recipes").stdout
+    assert "source: Finn, C." in run("recipes", "maml-omniglot-20w1s").stdout
+    assert json.loads(run("recipes", "--json").stdout)[0]["settings"]["steps"] == 60_000
+
+
+def test_normalised_training_is_evaluated_normalised(archive: Path, tmp_path: Path):
+    """The setting is in the checkpoint, so that nobody has to say it again."""
+    quick = ("--steps", 2, "--meta-batch-size", 2, "--eval-episodes", 4, "--normalise")
+    assert run("train", archive, *quick, "--out", tmp_path / "run").exit_code == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_bytes())["settings"]["normalise"] is True
+    evaluated = json.loads(run("eval", tmp_path / "run", archive, "--split", "val", "--episodes", 4, "--json").stdout)
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert evaluated["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
 def test_doctor_prints_versions(tmp_path: Path):
     """``doctor`` has what a bug report needs."""
     report = json.loads(run("doctor", "--json", root=tmp_path).stdout)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
 from mamldata.archive import open_shard, read_archive
+from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, build
 from mamldata.errors import DamagedError, RequestError
 from mamldata.sources import ArchiveSource
@@ -192,6 +193,54 @@ class TestBatches:
         assert same(
             kept(EpisodeStream(source, batch_size=BATCH, seed=1, shuffle=True)), EpisodeStream(folder, None, BATCH, 1)
         )
+
+
+class TestNormalised:
+    @pytest.fixture
+    def colours(self, tmp_path, make_dataset) -> Path:
+        """An archive of RGB images, whose channels differ."""
+        tiny = make_dataset(sizes={f"{c}/{d}": 9 for c in "abcd" for d in "xyz"}, channels=3)
+        return self.built(tiny, tmp_path / "colours")
+
+    @staticmethod
+    def built(tiny, out: Path) -> Path:
+        episodes = {"train": 12, "val": 5, "test": 5}
+        build(tiny.manifest, make_bank(tiny.manifest, tiny.root), out, BuildRequest(3, 2, 4, episodes))
+        return out
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_by_the_train_splits_mean_and_deviation(self, colours, split, device):
+        """As torchvision's Normalize does it, for every split, on both roads."""
+        plain = EpisodeStream(colours, split, BATCH, shuffle=False)
+        stream = EpisodeStream(colours, split, BATCH, shuffle=False, normalise=True)
+        mean, std = (torch.tensor(values)[:, None, None] for values in stream.info.normalisation)
+        for expected, batch in zip(plain, stream.to(device) if device else stream, strict=True):
+            for part in ("support_x", "query_x"):
+                wanted = (getattr(expected, part) - mean) / std
+                torch.testing.assert_close(getattr(batch, part), wanted, atol=2e-6, rtol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+    def test_the_reference_road_and_the_devices_agree(self, colours, dtype):
+        """To the bit."""
+        stream = EpisodeStream(colours, "test", BATCH, normalise=True, dtype=dtype)
+        reader = stream.reader(torch.device("cpu"))
+        one = [part.clone() for part in reader.read(0)[:4]]
+        other = reader.finish(reader.read_stored(0))
+        assert all(map(torch.equal, one, other[:4]))
+
+    def test_live_episodes_alike(self, tmp_path, make_dataset):
+        """The same figures from a bank as from an archive of it."""
+        tiny = make_dataset(name="other", sizes={f"{c}/{d}": 9 for c in "abcd" for d in "xyz"}, channels=3)
+        archive = read_archive(self.built(tiny, tmp_path / "archive"))
+        source = live(str(tiny.manifest_path), "val", n_way=3, k_shot=2, k_query=4, root=tiny.root)
+        assert source.info.normalisation == archive.normalisation
+        assert all(0 < value < 1 for values in archive.normalisation for value in values)
+
+    def test_bytes_cannot_be_normalised(self, folder):
+        """There is no such dtype."""
+        with pytest.raises(RequestError, match=r"leave normalise or dtype=torch\.uint8 out"):
+            EpisodeStream(folder, normalise=True, dtype=torch.uint8)
 
 
 class TestEpochs:

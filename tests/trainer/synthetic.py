@@ -48,10 +48,18 @@ class Synthetic:
         support_y, query_y = (label.repeat(len(indices), 1) for label in labels)
         return EpisodeBatch(torch.stack(support), support_y, torch.stack(query), query_y, torch.tensor(indices))
 
-    def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> SyntheticStream:  # noqa: ARG002
         return SyntheticStream(self, batch_size, seed)
 
-    def eval(self, split: str, episodes: int, batch_size: int, device: torch.device) -> Iterator[EpisodeBatch]:  # noqa: ARG002
+    def eval(
+        self,
+        split: str,
+        episodes: int,
+        batch_size: int,
+        device: torch.device,  # noqa: ARG002
+        *,
+        normalise: bool = False,  # noqa: ARG002
+    ) -> Iterator[EpisodeBatch]:
         for start in range(0, episodes, batch_size):
             yield self.batch(split, list(range(start, min(start + batch_size, episodes))))
 

@@ -1,0 +1,30 @@
+"""``mamldata recipes``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from cli.common import json_option, next_command, print_json
+from trainer.recipe import load_recipe, recipe_names
+
+
+@click.command(
+    epilog="\b\nExamples:\n  mamldata recipes\n  mamldata recipes maml-omniglot-5w1s",
+)
+@click.argument("name", required=False, metavar="[NAME|FILE.toml]")
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """List the recipes, the settings of published experiments; or show one of them with its source."""
+    recipes = [load_recipe(one) for one in ([name] if name else recipe_names())]
+    if as_json:
+        print_json([asdict(recipe) for recipe in recipes])
+        return
+    for recipe in recipes:
+        click.echo(f"{recipe.name}: {recipe.title}, published: {recipe.published}")
+        if name:
+            click.echo(f"  source: {recipe.source}")
+            for key, value in {**recipe.episodes, **recipe.settings}.items():
+                click.echo(f"  {key} = {value}")
+    next_command(f"mamldata train {recipes[0].dataset} --recipe {recipes[0].name} --out RUN")

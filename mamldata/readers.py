@@ -163,11 +163,11 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) ->
     for file in files:
         if file.suffix != ".csv":
             for member in list_members(file):
-                by_name.setdefault(PurePosixPath(member.name).name, []).append((file, member))
+                by_name.setdefault(member.name.rpartition("/")[2], []).append((file, member))
     for row in rows:
         matches = [
             (file, member)
-            for file, member in by_name.get(PurePosixPath(row.filename).name, ())
+            for file, member in by_name.get(row.filename.rpartition("/")[2], ())
             if f"/{member.name}".endswith(f"/{row.filename}")
         ]
         if len(matches) == 1:

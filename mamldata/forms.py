@@ -254,37 +254,45 @@ def _find_pickles(form: ImageForm, place: Path) -> Path | None:
 
 
 def _list_pickles(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
-    """Images of a class stand in the pickle in the order of the split file's rows."""
+    """Images of a class stand in its pickle in the order of the split file's rows.
+
+    Which pickle has a class is looked up, not taken from its name: copies circulate with val and test exchanged.
+    """
     if rows is None:
         raise RequestError("Pickled arrays need split files that name the images.")
-    items = []
-    for split, names in found.form.files.items():
+    classes: dict[str, tuple[Path, StoredArray, list[int]]] = {}
+    for names in found.form.files.values():
         file = next(path for name in names if (path := found.path / name).is_file())
-        array, classes = _load_pickle(file)
-        wanted: dict[str, list[Row]] = {}
-        for row in rows:
-            if row.split == split:
-                wanted.setdefault(row.label, []).append(row)
-        for label, images in wanted.items():
-            numbers = classes.get(label)
-            if numbers is None or len(numbers) != len(images):
-                have = "none" if numbers is None else f"{len(numbers):,}"
-                report(Fault("missing", f"{file}: the class {label} needs {len(images):,} images, and has {have}"))
-            elif not all(0 <= number < array.shape[0] for number in numbers):
-                report(Fault("layout", f"{file}: the class {label} has an image beyond the {array.shape[0]:,}"))
-            else:
-                items += [
-                    Item(row.filename, file, array=array, row=number)
-                    for row, number in zip(images, numbers, strict=True)
-                ]
+        array, numbers_of = _load_pickle(file)
+        for label, numbers in numbers_of.items():
+            if label in classes:
+                report(Fault("class", f"{file}: the class {label} is in {classes[label][0].name} too"))
+            classes[label] = (file, array, numbers)
+    wanted: dict[str, list[Row]] = {}
+    for row in rows:
+        wanted.setdefault(row.label, []).append(row)
+    items = []
+    for label, images in wanted.items():
+        if label not in classes:
+            report(Fault("missing", f"{images[0].place}: the class {label} is in none of the pickles in {found.path}"))
+            continue
+        file, array, numbers = classes[label]
+        if len(numbers) != len(images):
+            need = f"needs {len(images):,} images, and has {len(numbers):,}"
+            report(Fault("missing", f"{file}: the class {label} {need}"))
+        elif not all(0 <= number < array.shape[0] for number in numbers):
+            report(Fault("layout", f"{file}: the class {label} has an image beyond the {array.shape[0]:,}"))
+        else:
+            pairs = zip(images, numbers, strict=True)
+            items += [Item(row.filename, file, array=array, row=number) for row, number in pairs]
     return items
 
 
 def _load_pickle(file: Path) -> tuple[StoredArray, dict[str, list[int]]]:
     with file.open("rb") as stream:
         values = load_values(stream, str(file))
-        array = values.get("image_data") if isinstance(values, dict) else None
-        classes = values.get("class_dict") if isinstance(values, dict) else None
+        named = {_label(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+        array, classes = named.get("image_data"), named.get("class_dict")
         shaped = isinstance(array, StoredArray) and array.dtype == np.uint8 and len(array.shape) == 4
         if not isinstance(array, StoredArray) or not shaped or array.shape[3] != 3 or not isinstance(classes, dict):
             raise DamagedError(

@@ -245,6 +245,23 @@ def pickles_of_old(world: World) -> Path:
     return folder
 
 
+def pickles_with_exchanged_names(world: World) -> Path:
+    folder = pickles(world)
+    (folder / "cache-val.pkl").rename(folder / "x")
+    (folder / "cache-test.pkl").rename(folder / "cache-val.pkl")
+    (folder / "x").rename(folder / "cache-test.pkl")
+    return folder
+
+
+def pickles_with_bytes_for_names(world: World) -> Path:
+    folder = pickles(world)
+    for path in folder.iterdir():
+        values = pickle.loads(path.read_bytes())
+        classes = {label.encode(): numbers for label, numbers in values["class_dict"].items()}
+        path.write_bytes(pickle.dumps({b"image_data": values["image_data"], b"class_dict": classes}))
+    return folder
+
+
 FORMS = [
     names_in_folder,
     names_in_folder_itself,
@@ -260,6 +277,8 @@ FORMS = [
     class_tars,
     pickles,
     pickles_of_old,
+    pickles_with_exchanged_names,
+    pickles_with_bytes_for_names,
 ]
 
 
@@ -425,18 +444,23 @@ def test_an_incomplete_imagenet(world: World, tmp_path: Path):
 
 
 def test_pickles_that_do_not_fit(world: World, tmp_path: Path):
-    """Fewer images of a class than the split file names, and numbers beyond the array."""
+    """Fewer images of a class than the split file names, numbers beyond the array, classes twice or nowhere."""
     place = pickles(world)
-    for split, change in (
-        ("val", lambda classes: classes["n00000003"].pop()),
-        ("test", lambda c: c.update(n00000004=[99] * 5)),
-    ):
+    changes = {
+        "train": {"n00000002": None, "n00000003": [0]},
+        "val": {"n00000003": [0, 1, 2, 3]},
+        "test": {"n00000004": [0, 1, 2, 3, 99]},
+    }
+    for split, classes in changes.items():
         values = pickle.loads((place / f"cache-{split}.pkl").read_bytes())
-        change(values["class_dict"])
+        kept = {**values["class_dict"], **classes}
+        values["class_dict"] = {label: numbers for label, numbers in kept.items() if numbers is not None}
         (place / f"cache-{split}.pkl").write_bytes(pickle.dumps(values))
     report = refused(world, tmp_path / "root", place)
     assert "pickles/cache-val.pkl: the class n00000003 needs 5 images, and has 4" in report
     assert "pickles/cache-test.pkl: the class n00000004 has an image beyond the 5" in report
+    assert "pickles/cache-val.pkl: the class n00000003 is in cache-train.pkl too" in report
+    assert "train.csv, line 7: the class n00000002 is in none of the pickles in pickles" in report
 
 
 def test_a_pickle_that_would_run_something(world: World, tmp_path: Path):

@@ -261,7 +261,7 @@ class TestInterrupted:
             ) as process:
                 deadline = time.monotonic() + 60
                 while process.poll() is None and time.monotonic() < deadline:
-                    if out.is_dir() and len(list(out.glob("*.tar"))) >= shards:
+                    if len(list((out / ".build").glob("*.tar.sha256"))) >= shards:
                         break
                     time.sleep(0.005)
                 process.kill()  # the parent alone: its workers must end by themselves

@@ -163,7 +163,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
 
     class NoData(Synthetic):
-        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+        def train(self, batch_size: int, seed: int, *_: object, **__: object) -> SyntheticStream:
             raise AssertionError("data was read")
 
     lines: list[str] = []
@@ -277,7 +277,7 @@ def test_interrupt_keeps_the_last_checkpoint_and_closes_the_stream(tmp_path: Pat
                 closed.append(True)
 
     class Data(Synthetic):
-        def train(self, batch_size: int, seed: int, device: torch.device) -> SyntheticStream:  # noqa: ARG002
+        def train(self, batch_size: int, seed: int, *_: object, **__: object) -> SyntheticStream:
             return Watched(self, batch_size, seed)
 
     def interrupt(line: str) -> None:
@@ -317,7 +317,7 @@ def test_nothing_is_written_when_the_data_do_not_fit(tmp_path: Path) -> None:
     """A stream that cannot be made is refused before anything is written, so that the folder can be used again."""
 
     class Short(Synthetic):
-        def train(self, *_: object) -> NoReturn:
+        def train(self, *_: object, **__: object) -> NoReturn:
             raise RequestError("too few episodes")
 
     with pytest.raises(RequestError, match="too few episodes"):

@@ -163,7 +163,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
 
     class NoData(Synthetic):
-        def train(self, batch_size: int, seed: int, *_: object, **__: object) -> SyntheticStream:
+        def train(self, *_: object, **__: object) -> SyntheticStream:
             raise AssertionError("data was read")
 
     lines: list[str] = []

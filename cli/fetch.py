@@ -51,9 +51,9 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
 
 def _line(result: Fetched) -> str:
     if result.images is not None:
-        origin = f" from {result.source}" if result.source else ""
+        how = f"collected from {result.source}" if result.source else "here already"
         digest = f"content digest {result.content_sha256}, pinned"
-        return f"{result.name}: {result.how}{origin}, {result.images:,} images, {size_text(result.bytes)}, {digest}"
+        return f"{result.name}: {how}, {result.images:,} images, {size_text(result.bytes)}, {digest}"
     if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
     if result.how == "checked":

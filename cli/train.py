@@ -50,6 +50,11 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--eval-episodes", type=int, help="For validation.  [default: 200, or all if fewer]")
 @click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
 @click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
+@click.option(
+    "--remix/--no-remix",
+    default=None,
+    help="Form an archive's episodes anew in each epoch from the ways of all.  [default: --remix]",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
 @root_option
@@ -57,6 +62,7 @@ SCHEDULES = ("cosine", "constant")
 def command(
     target: str,
     out: Path,
+    remix: bool | None,
     resume: bool,
     episodes: dict[str, Any],
     root: str | None,
@@ -71,7 +77,7 @@ def command(
     from trainer.train import train
 
     chosen = given(**settings)
-    data = episode_data(target, root, episodes)
+    data = episode_data(target, root, episodes, remix=remix)
     if "eval_episodes" not in chosen:
         chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or TrainSettings.eval_episodes)
     start = time.monotonic()

@@ -39,6 +39,7 @@ def run(o: argparse.Namespace, folder: Path) -> None:
     archive = build(manifest, images, folder, request, workers=default_workers())
     batch_size: int = o.batch_size
     stored = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8)
+    remixed = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8, remix=True)
     scaled = EpisodeStream(folder, batch_size=batch_size)
     ahead = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8).to("cpu")
     whole = EpisodeStream(folder, batch_size=1, dtype=torch.uint8, shuffle=False)
@@ -61,6 +62,7 @@ def run(o: argparse.Namespace, folder: Path) -> None:
         {
             "plain copy": copy,
             "stream, uint8": lambda: stream(stored),
+            "stream, uint8, remixed": lambda: stream(remixed),
             "stream, float32": lambda: stream(scaled),
             "stream, uint8, read ahead by a thread": lambda: stream(ahead),
             "plain webdataset": plain_webdataset,
@@ -81,6 +83,7 @@ def run(o: argparse.Namespace, folder: Path) -> None:
         {
             **results,
             "stream over copy": ratio(results, "stream, uint8", "plain copy"),
+            "remixed over plain stream": ratio(results, "stream, uint8, remixed", "stream, uint8"),
             "stream over webdataset": ratio(results, "stream, uint8", "plain webdataset"),
         },
     )

@@ -101,20 +101,28 @@ def refuse_with_archive(folder: Path, options: dict[str, Any]) -> None:
         raise click.UsageError(f"{names}: the episodes of the archive {folder} are fixed. Leave the option out.")
 
 
-def episode_data(target: str, root: str | None, episodes: dict[str, Any]) -> EpisodeData:
+def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
     """The episodes that a command trains or evaluates on. Imports torch.
+
+    Args:
+        target: an archive, or a dataset's name or manifest.
+        root: the data root.
+        episodes: the options that the user gave for live episodes.
+        remix: whether to train on remixed episodes, if the user said.
 
     Raises:
         RequestError: ``target`` is neither an archive nor a dataset.
-        click.UsageError: options for episodes with an archive.
+        click.UsageError: options for episodes with an archive, or for an archive with live episodes.
     """
     from trainer.data import archive_data, live_data
 
     folder = archive_folder(target)
     if folder is None:
+        if remix is not None:
+            raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
         return live_data(target, root, episodes)
     refuse_with_archive(folder, episodes)
-    return archive_data(folder)
+    return archive_data(folder, remix=remix is not False)
 
 
 def say(message: str) -> None:

@@ -56,6 +56,11 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--eval-episodes", type=int, help="For validation.  [default: 200, or all if fewer]")
 @click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
 @click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
+@click.option(
+    "--remix/--no-remix",
+    default=None,
+    help="Form an archive's episodes anew in each epoch from the ways of all.  [default: --remix]",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
 @root_option
@@ -64,6 +69,7 @@ def command(
     target: str,
     out: Path,
     recipe: str | None,
+    remix: bool | None,
     resume: bool,
     episodes: dict[str, Any],
     root: str | None,
@@ -85,7 +91,7 @@ def command(
         chosen = {**plan.settings, **chosen}
         if archive_folder(target) is None:
             episodes = {**plan.episodes, **episodes}
-    data = episode_data(target, root, episodes)
+    data = episode_data(target, root, episodes, remix=remix)
     if recipe is not None:
         for difference in plan.differences(data.describe()):
             say(f"Not as the recipe {plan.name} has it: {difference}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mamldata.buffers import BufferPool
 from mamldata.normalisation import Normalisation
-from mamldata.order import Order
+from mamldata.order import Indices, Order, share
 from mamldata.sources import Source
 
 
@@ -21,7 +22,8 @@ class EpisodeBatch(NamedTuple):
         support_y: labels in ``range(n_way)``, int64 ``[B, n_way * k_shot]``.
         query_x: images ``[B, n_way * k_query, C, H, W]``, as ``support_x``.
         query_y: labels, int64 ``[B, n_way * k_query]``.
-        index: each episode's index in its split, int64 ``[B]``.
+        index: each episode's index in its split, int64 ``[B]``; of remixed episodes, their number counted through all
+            epochs, ``epoch * episodes + place``.
 
     The labels of all meta-batches share their memory: do not write into them.
     """
@@ -49,24 +51,39 @@ class BatchReader:
         order: which episodes a meta-batch holds.
         dtype: of the images.
         device: where finished meta-batches are.
+        rank, ranks: which part of each meta-batch is read, see ``mamldata.order.share``.
         normalise: by the mean and deviation of the train split.
     """
 
     def __init__(
-        self, source: Source, order: Order, dtype: torch.dtype, device: torch.device, *, normalise: bool = False
+        self,
+        source: Source,
+        order: Order,
+        dtype: torch.dtype,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        *,
+        normalise: bool = False,
     ) -> None:
         self.source = source
         self.order = order
         self.dtype = dtype
+        self.rank, self.ranks = rank, ranks
+        self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
-        self.shapes = tuple((order.batch_size, info.n_way * k, *info.image_shape) for k in counts)
+        self.shapes = tuple((self.batch_size, info.n_way * k, *info.image_shape) for k in counts)
         self._labels = tuple(
-            torch.arange(info.n_way).repeat_interleave(k).repeat(order.batch_size, 1).to(device) for k in counts
+            torch.arange(info.n_way).repeat_interleave(k).repeat(self.batch_size, 1).to(device) for k in counts
         )
         self._affine = _affine(info.normalisation) if normalise else None
         self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
+
+    def indices(self, t: int) -> Indices:
+        """The episodes of meta-batch ``t`` that are this rank's: int64, of one dimension."""
+        return share(self.order.indices(t), self.rank, self.ranks)
 
     def read(self, t: int) -> EpisodeBatch:
         """Meta-batch ``t`` on the CPU, in memory from the pools."""
@@ -80,10 +97,10 @@ class BatchReader:
 
     def read_stored(self, t: int) -> Stored:
         """The images of meta-batch ``t`` as they are stored, uint8, in memory from the pools."""
-        index = self.order.indices(t)
+        index = self.indices(t)
         (support, support_memory), (query, query_memory) = (pool.take() for pool in self._stored)
         self.source.read(index, support_memory, query_memory)
-        if len(index) < self.order.batch_size:
+        if len(index) < self.batch_size:
             support, query = support[: len(index)], query[: len(index)]
         return Stored(support, query, torch.from_numpy(index.copy()))
 
@@ -102,7 +119,7 @@ class BatchReader:
     def label(self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> EpisodeBatch:
         """A meta-batch from images in their final dtype; moves no memory."""
         support_y, query_y = self._labels
-        if len(index) < self.order.batch_size:
+        if len(index) < self.batch_size:
             support_y, query_y = support_y[: len(index)], query_y[: len(index)]
         return EpisodeBatch(support, support_y, query, query_y, index)
 

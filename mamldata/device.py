@@ -136,7 +136,7 @@ class _PinnedRing:
             Stored(
                 parts[0].permute(0, 1, 4, 2, 3),
                 parts[1].permute(0, 1, 4, 2, 3),
-                torch.empty(reader.order.batch_size, dtype=torch.int64, pin_memory=True),
+                torch.empty(reader.batch_size, dtype=torch.int64, pin_memory=True),
             )
             for parts in memory
         ]
@@ -146,7 +146,7 @@ class _PinnedRing:
         slot = t % len(self.slots)
         if (earlier := self.copied[slot]) is not None:
             earlier.synchronize()  # only this thread waits: until the buffer may be written to again
-        index = self.reader.order.indices(t)
+        index = self.reader.indices(t)
         self.reader.source.read(index, *self.memory[slot])
         pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
         pinned.index.numpy()[:] = index

@@ -23,35 +23,44 @@ class Order:
     all have one shape; which episodes those are differs from epoch to epoch. A plain order gives every episode once
     in each epoch, the last meta-batch being smaller if need be.
 
+    Remixed episodes are random already, and new in each epoch: their order is plain, but they are counted through
+    all epochs, and those that fill no meta-batch are left out as in a shuffled order.
+
     Attributes:
-        episodes: how many there are; None if they never end, and then their order is plain.
+        episodes: how many there are in an epoch; None if they never end, and then their order is plain.
         batch_size: episodes in a meta-batch.
         shuffle: whether to permute.
         seed: of the permutations.
+        remix: whether the episodes are those of a ``RemixedSource`` with the same seed.
     """
 
     episodes: int | None
     batch_size: int
     shuffle: bool
     seed: int
+    remix: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, not {self.batch_size}.")
         if self.seed < 0:
             raise RequestError(f"seed must be at least 0, not {self.seed}.")
-        if self.episodes is not None and self.shuffle and self.batch_size > self.episodes:
+        if self.episodes is not None and self._drops_the_rest and self.batch_size > self.episodes:
             raise RequestError(
                 f"batch_size is {self.batch_size}, but there are only {self.episodes} episodes. Lower it, or build "
                 "an archive with more episodes."
             )
 
     @property
+    def _drops_the_rest(self) -> bool:
+        return self.shuffle or self.remix
+
+    @property
     def batches_per_epoch(self) -> int | None:
         """Meta-batches in an epoch; None if it never ends."""
         if self.episodes is None:
             return None
-        if self.shuffle:
+        if self._drops_the_rest:
             return self.episodes // self.batch_size
         return math.ceil(self.episodes / self.batch_size)
 
@@ -63,18 +72,28 @@ class Order:
         start, stop = step * self.batch_size, min((step + 1) * self.batch_size, self.episodes)
         if self.shuffle:
             return permutation(self.seed, epoch, self.episodes)[start:stop]
-        return np.arange(start, stop, dtype=np.int64)
+        first = epoch * self.episodes if self.remix else 0
+        return np.arange(first + start, first + stop, dtype=np.int64)
+
+
+def share(indices: Indices, rank: int, ranks: int) -> Indices:
+    """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
+
+    The parts of all ranks, one after the other, are the whole meta-batch, however many ranks there are.
+    """
+    return indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks]
 
 
 @lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, episodes: int) -> Indices:
-    """The order of an epoch: the positions of sorted random keys. int64 ``[episodes]``, read-only.
+def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
+    """The order of an epoch: the positions of sorted random keys. int64 ``[count]``, read-only.
 
-    The keys are the raw output of Philox, keyed by the first 16 bytes of the SHA-256 of (seed, epoch).
+    The keys are the raw output of Philox, keyed by the first 16 bytes of the SHA-256 of (seed, epoch, order), where
+    ``order`` is ``shuffle`` for episodes and ``remix`` for ways.
     """
-    digest = bytes.fromhex(sha256_bytes(canonical_json({"epoch": epoch, "order": "shuffle", "seed": seed})))
+    digest = bytes.fromhex(sha256_bytes(canonical_json({"epoch": epoch, "order": order, "seed": seed})))
     key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
-    raw = np.random.Philox(key=key).random_raw(episodes)
-    order = np.argsort(raw, kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
+    raw = np.random.Philox(key=key).random_raw(count)
+    positions = np.argsort(raw, kind="stable").astype(np.int64)
+    positions.flags.writeable = False
+    return positions

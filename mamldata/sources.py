@@ -141,6 +141,46 @@ class ArchiveSource:
             to_query[q : q + query_bytes] = episodes[start : start + query_bytes]
             q += query_bytes
 
+    def read_ways(self, ways: Indices, support: Images, query: Images) -> None:
+        """Copy single ways out of the maps, as ``read`` copies episodes.
+
+        Args:
+            ways: int64 ``[B, n_way]``; way ``w`` is place ``w % n_way`` of episode ``w // n_way``.
+            support, query: as for ``read``.
+        """
+        layout, n_way = self.archive.layout, self._info.n_way
+        support_bytes, query_bytes = layout.support.bytes // n_way, layout.query.bytes // n_way
+        index, places = np.divmod(ways.reshape(-1), n_way)
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        offsets = (index - self._starts[shards]) * layout.stride
+        support_at = (offsets + layout.support.data + places * support_bytes).tolist()
+        query_at = (offsets + layout.query.data + places * query_bytes).tolist()
+        to_support, to_query = support.data, query.data
+        s = q = 0
+        for shard, from_support, from_query in zip(shards.tolist(), support_at, query_at, strict=True):
+            episodes = self._open.get(shard) or self._open_shard(shard)
+            to_support[s : s + support_bytes] = episodes[from_support : from_support + support_bytes]
+            s += support_bytes
+            to_query[q : q + query_bytes] = episodes[from_query : from_query + query_bytes]
+            q += query_bytes
+
+    def way_classes(self) -> npt.NDArray[np.int32]:
+        """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``.
+
+        Four bytes of each way are read, from pages that the check of a shard's headers has just touched.
+        """
+        layout = self.archive.layout
+        found = np.empty((self._split.episodes, self._info.n_way), dtype=np.int32)
+        for number, shard in enumerate(self._split.shards):
+            mapped = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            found[shard.first_episode :][: shard.episodes] = layout.view(mapped, layout.source)[..., 0]
+        return found[: self._episodes]
+
+    def way_labels(self, ways: Indices) -> list[str]:
+        """The names of the classes of some ways, int64 ``[n]``."""
+        n_way = self._info.n_way
+        return [self.class_labels(way // n_way)[way % n_way] for way in ways.tolist()]
+
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
         layout = self.archive.layout

@@ -14,7 +14,8 @@ from mamldata.batch import BatchReader, EpisodeBatch
 from mamldata.device import DeviceStream
 from mamldata.errors import RequestError
 from mamldata.order import Order
-from mamldata.sources import EpisodeInfo, Source, as_source
+from mamldata.remix import RemixedSource
+from mamldata.sources import ArchiveSource, EpisodeInfo, Source, as_source
 
 _STATE_VERSION = 1
 
@@ -32,6 +33,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         seed: of the order; equal seeds give equal orders everywhere.
         shuffle: a new permutation in each epoch, without the rest that fills no meta-batch; or, if False, every
             episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
+        remix: form the episodes of each epoch anew from the ways of all stored ones, for training on an archive;
+            see ``mamldata.remix``.
+        rank, ranks: of several processes, this one takes its part of each meta-batch; what the meta-batches are does
+            not depend on how many there are.
         dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
         normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
             channel; ``info.normalisation`` says what they are.
@@ -50,6 +55,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         seed: int = 0,
         *,
         shuffle: bool | None = None,
+        remix: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
         dtype: torch.dtype = torch.float32,
         normalise: bool = False,
         verify: bool = False,
@@ -59,12 +67,21 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError(f"dtype must be torch.uint8 or a floating type, not {dtype}.")
         if normalise and dtype == torch.uint8:
             raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
+        if not 0 <= rank < ranks <= max(batch_size, 1):
+            raise RequestError(
+                f"rank {rank} of {ranks} cannot share a meta-batch of {batch_size}: ranks count from 0, and each must "
+                "get an episode."
+            )
         self.source = as_source(source, split, verify=verify)
+        if remix:
+            self.source = _remixed(self.source, seed, shuffle)
+            shuffle = False
         if shuffle and self.source.episodes is None:
             raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
         if shuffle is None:
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
-        self.order = Order(self.source.episodes, batch_size, shuffle, seed)
+        self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix)
+        self.rank, self.ranks = rank, ranks
         self.dtype = dtype
         self.normalise = normalise
         self.next_batch = 0
@@ -98,8 +115,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             yield EpisodeBatch(*(tensor.clone() for tensor in batch)) if worker else batch
 
     def reader(self, device: torch.device) -> BatchReader:
-        """What reads this stream's meta-batches for a device."""
-        return BatchReader(self.source, self.order, self.dtype, device, normalise=self.normalise)
+        """What reads this rank's part of the meta-batches for a device."""
+        return BatchReader(self.source, self.order, self.dtype, device, self.rank, self.ranks, normalise=self.normalise)
 
     def start_pass(self) -> range:
         """The meta-batches of the pass that begins now, counted through all epochs."""
@@ -138,7 +155,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return DeviceStream(self, torch.device(device), prefetch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: plain numbers and strings, valid for any number of workers."""
+        """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks."""
         return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,3 +184,20 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         # It follows from the bank and the split scheme, which are compared.
         del info["normalisation"]
         return {**order, **info, "image_shape": list(info["image_shape"])}
+
+
+def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
+    """The source's ways, mixed.
+
+    Raises:
+        RequestError: there is nothing to mix, or the result would not be what was asked for.
+    """
+    if not isinstance(source, ArchiveSource):
+        raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
+    if source.info.split != "train":
+        raise RequestError(
+            f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
+        )
+    if shuffle is not None:
+        raise RequestError("remix=True has an order of its own. Leave shuffle out.")
+    return RemixedSource(source, seed)

@@ -23,16 +23,19 @@ class EpisodeData:
     Args:
         place: where they come from, for people.
         open_source: gives the source of a split, limited to its first episodes if the number is not None.
+        remix: whether to train on remixed episodes.
     """
 
-    def __init__(self, place: str, open_source: Callable[[str, int | None], Source]) -> None:
+    def __init__(self, place: str, open_source: Callable[[str, int | None], Source], *, remix: bool = False) -> None:
         self.place = place
+        self.remix = remix
         self._open = open_source
 
     def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> DeviceStream:
-        """Meta-batches of the train split on a device, shuffled if they have an end."""
+        """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
         source = self._open("train", None)
-        return EpisodeStream(source, batch_size=batch_size, seed=seed, normalise=normalise).to(device)
+        stream = EpisodeStream(source, batch_size=batch_size, seed=seed, remix=self.remix, normalise=normalise)
+        return stream.to(device)
 
     def eval(
         self, split: str, episodes: int, batch_size: int, device: torch.device, *, normalise: bool = False
@@ -52,7 +55,8 @@ class EpisodeData:
         info = asdict(self._open("train", None).info)
         del info["split"], info["normalisation"]  # which follows from the rest
         digest = info["archive_sha256"] or info["bank_sha256"]
-        return {**info, "image_shape": list(info["image_shape"]), "digest": digest, "source": self.place}
+        shape = list(info["image_shape"])
+        return {**info, "image_shape": shape, "digest": digest, "remix": self.remix, "source": self.place}
 
     def available(self, split: str) -> int | None:
         """How many episodes a split has; None if it never ends.
@@ -63,18 +67,19 @@ class EpisodeData:
         return self._open(split, None).episodes
 
 
-def archive_data(folder: str | os.PathLike[str], *, verify: bool = False) -> EpisodeData:
+def archive_data(folder: str | os.PathLike[str], *, verify: bool = False, remix: bool = True) -> EpisodeData:
     """The episodes of an archive.
 
     Args:
         folder: of the archive.
         verify: hash each shard when it is opened.
+        remix: train on episodes formed anew in each epoch, see ``mamldata.remix``; evaluation never does.
     """
 
     def open_source(split: str, episodes: int | None) -> Source:
         return ArchiveSource(folder, split, verify=verify, episodes=episodes)
 
-    return EpisodeData(str(folder), open_source)
+    return EpisodeData(str(folder), open_source, remix=remix)
 
 
 def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EpisodeData:

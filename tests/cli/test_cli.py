@@ -243,6 +243,19 @@ def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
     refused(run("train", archive, "--out", trained, "--steps", 2), 2, "already holds a run", "--resume")
 
 
+def test_train_remixes_an_archive_unless_told_not_to(archive: Path, trained: Path, tmp_path: Path):
+    """The run records whether its episodes were remixed, and does not go on otherwise; live episodes have no choice."""
+    assert json.loads((trained / "config.json").read_text())["data"]["remix"] is True
+    options = ("--steps", 2, "--meta-batch-size", 2, "--device", "cpu")
+    plain = run("train", archive, "--out", tmp_path / "plain", *options, "--no-remix", "--json")
+    assert plain.exit_code == 0, plain.output
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["data"]["remix"] is False
+    other = ("train", archive, "--out", trained, *options, "--no-remix", "--resume")
+    refused(run(*other), 2, "holds another run", "remix: True there, False here")
+    for option in ("--remix", "--no-remix"):
+        refused(run("train", "glyphs", "--out", tmp_path / "live", option), 2, "live episodes never repeat")
+
+
 def test_train_on_live_episodes(glyphs_root: Path, tmp_path: Path):
     """A dataset's name trains on live episodes, with the episodes that the options ask for."""
     options = ("--steps", 1, "--meta-batch-size", 2, "--eval-episodes", 4, "--n-way", 3, "--k-query", 2)

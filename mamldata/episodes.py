@@ -166,6 +166,8 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
 
 def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
     place = f"split {spec.split!r} of split scheme {spec.split_scheme!r}"
+    if not len(table):
+        raise RequestError(f"{place} has no classes. Ask for no episodes of it, or put classes into it.")
     if spec.n_way > len(table):
         raise RequestError(f"{place} has {len(table)} classes, but n_way is {spec.n_way}. Lower n_way.")
     need = spec.k_shot + spec.k_query

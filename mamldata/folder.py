@@ -40,7 +40,15 @@ def folder_manifest(folder: Path) -> Manifest:
             f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
             "named after their classes, class/image or split/class/image."
         )
-    by_split = all(home[0] in SPLITS and len(home) > 1 for home in classes)
+    tops = {home[0] for home in classes if len(home) > 1}
+    by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
+    if not by_split and tops & set(SPLITS):
+        others = sorted({home[0] for home in classes} - set(SPLITS))
+        raise RequestError(
+            f"{folder} has classes below {', '.join(sorted(tops & set(SPLITS)))}, but not all: there are also "
+            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}. Call the splits train, val and test, and put every "
+            "class below one of them."
+        )
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
     name = dataset_name(folder.name)
     return Manifest(

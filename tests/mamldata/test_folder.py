@@ -163,6 +163,27 @@ def test_no_images_at_all(tmp_path: Path):
         folder_manifest(tmp_path / "p")
 
 
+def test_splits_by_other_names(tmp_path: Path):
+    """``valid`` is no split here; rather than to take its classes for others, that is said."""
+    for split in ("train", "valid", "test"):
+        photos(tmp_path / "p" / split, {split: 2})
+    with pytest.raises(
+        RequestError, match=r"has classes below test, train, but not all: there are also valid\. Call the"
+    ):
+        folder_manifest(tmp_path / "p")
+
+
+def test_a_split_without_classes(tmp_path: Path):
+    """The other ones can be built."""
+    for split in ("train", "test"):
+        photos(tmp_path / "p" / split, {f"{split}{n}": 3 for n in range(2)})
+    manifest = load_manifest(str(tmp_path / "p"))
+    bank = make_bank(manifest, tmp_path / "root", 8)
+    with pytest.raises(RequestError, match=r"split 'val' of split scheme 'folders' has no classes"):
+        build(manifest, bank, tmp_path / "a", BuildRequest(2, 1, 2, {"train": 3, "val": 1}))
+    assert build(manifest, bank, tmp_path / "a", BuildRequest(2, 1, 2, {"train": 3, "test": 1})).digest
+
+
 def test_too_few_classes(tmp_path: Path):
     """Three are the least that can be divided."""
     with pytest.raises(RequestError, match="has images of 2 classes; train, val and test need at least one each"):

@@ -43,11 +43,10 @@ def folder_manifest(folder: Path) -> Manifest:
     tops = {home[0] for home in classes if len(home) > 1}
     by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
     if not by_split and tops & set(SPLITS):
-        others = sorted({home[0] for home in classes} - set(SPLITS))
+        inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
         raise RequestError(
-            f"{folder} has classes below {', '.join(sorted(tops & set(SPLITS)))}, but not all: there are also "
-            f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}. Call the splits train, val and test, and put every "
-            "class below one of them."
+            f"{folder} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val and test. "
+            "Call the splits so, and put every class below one of them."
         )
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
     name = dataset_name(folder.name)

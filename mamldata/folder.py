@@ -45,7 +45,7 @@ def folder_manifest(folder: Path) -> Manifest:
     if not by_split and tops & set(SPLITS):
         inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
         raise RequestError(
-            f"{folder} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val and test. "
+            f"{folder} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
             "Call the splits so, and put every class below one of them."
         )
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))

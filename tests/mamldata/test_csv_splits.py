@@ -18,6 +18,7 @@ from PIL import Image
 from mamldata import bank as banks
 from mamldata.bank import Bank, make_bank
 from mamldata.errors import DatasetError, Fault
+from mamldata.fetch import fetch
 from mamldata.manifest import ImageRecipe, Manifest, ReaderRecipe, SourceFile, SplitScheme, load_manifest
 from mamldata.readers import index_images
 from mamldata.root import DatasetFolder
@@ -385,3 +386,15 @@ def test_the_genuine_split_files(real_data: Path):
     faults = index_images(manifest.reader, files).faults
     assert {fault.kind for fault in faults} == {"missing"}
     assert len(faults) == 60_000
+
+
+@pytest.mark.real_data
+def test_the_worked_example(real_data: Path, tmp_path: Path):
+    """30,000 real photographs, a few of them grey: the golden bank, and splits of 64, 16 and 20 classes of 300."""
+    manifest = load_manifest(str(Path(__file__).parents[2] / "docs" / "examples" / "tiny-imagenet.toml"))
+    fetch(manifest, tmp_path, [str(real_data / "tiny-imagenet-fewshot")], offline=True)
+    bank = make_bank(manifest, tmp_path, workers=2)
+    assert bank.sha256 == "80e12b070d7bc43d85f3f9592a7daaef93c7c97a66740a0148a83aee5b2a732f"
+    assert bank.class_offsets == tuple(range(0, 30_001, 300))
+    division = divide(manifest.scheme(), bank.class_names, bank.name, bank.class_splits)
+    assert [len(division[split]) for split in ("train", "val", "test")] == [64, 16, 20]

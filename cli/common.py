@@ -15,6 +15,8 @@ from tqdm import tqdm
 from mamldata.archive import is_archive
 from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, builtin_names, did_you_mean
+from mamldata.places import is_remote
+from mamldata.root import data_root
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
@@ -70,12 +72,16 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def archive_folder(target: str) -> Path | None:
-    """The folder if ``target`` is an archive, None if it is a dataset: a name, a manifest, or a folder of images.
+def archive_folder(target: str) -> Path | str | None:
+    """The folder or the address if ``target`` is an archive, None if it is a dataset.
+
+    Datasets are a name, a manifest, or a folder of images.
 
     Raises:
         RequestError: it is neither.
     """
+    if is_remote(target):
+        return target
     path = Path(target)
     if is_archive(path):
         return path
@@ -90,7 +96,12 @@ def archive_folder(target: str) -> Path | None:
     )
 
 
-def refuse_with_archive(folder: Path, options: dict[str, Any]) -> None:
+def archive_cache(folder: Path | str, root: str | None) -> Path | None:
+    """Where the shards of an archive at an address are kept between commands; None for a folder."""
+    return data_root(root) / "archive-cache" if is_remote(folder) else None
+
+
+def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
     """An archive's episodes are what they are: options that would change them are wrong usage.
 
     Raises:
@@ -122,7 +133,7 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
         return live_data(target, root, episodes)
     refuse_with_archive(folder, episodes)
-    return archive_data(folder, remix=remix is not False)
+    return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
 
 
 def say(message: str) -> None:

@@ -9,16 +9,18 @@ import click
 
 from cli.common import json_option, next_command, print_json, size_text
 from mamldata.archive import Archive, read_archive
+from mamldata.places import is_remote
+from mamldata.remote import read_remote_archive
 
 
 @click.command(
     epilog="\b\nExample:\n  mamldata inspect glyphs-5w1s",
 )
-@click.argument("archive", metavar="ARCHIVE", type=click.Path(path_type=Path))
+@click.argument("archive", metavar="ARCHIVE")
 @json_option
-def command(archive: Path, as_json: bool) -> None:
+def command(archive: str, as_json: bool) -> None:
     """Show what is in an archive, and the digest to cite."""
-    content = read_archive(archive)
+    content = read_remote_archive(archive) if is_remote(archive) else read_archive(Path(archive))
     if as_json:
         print_json(describe(content, archive))
         return
@@ -26,7 +28,7 @@ def command(archive: Path, as_json: bool) -> None:
     next_command(f"mamldata verify {archive}")
 
 
-def describe(archive: Archive, folder: Path) -> dict[str, Any]:
+def describe(archive: Archive, folder: Path | str) -> dict[str, Any]:
     """An archive as plain values."""
     return {
         "archive": str(folder),
@@ -53,7 +55,7 @@ def describe(archive: Archive, folder: Path) -> dict[str, Any]:
     }
 
 
-def print_archive(archive: Archive, folder: Path) -> None:
+def print_archive(archive: Archive, folder: Path | str) -> None:
     """An archive as people read it."""
     height, width, channels = archive.image_shape
     click.echo(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cli.common import (
+    archive_cache,
     archive_folder,
     episode_options,
     json_option,
@@ -19,7 +20,7 @@ from cli.common import (
 from mamldata.manifest import SPLITS
 from mamldata.parallel import default_workers
 from mamldata.preview import contact_sheet, episode, save, title
-from mamldata.sources import ArchiveSource, Source, live
+from mamldata.sources import Source, live, open_archive
 
 
 @click.command(
@@ -48,7 +49,7 @@ def command(
         source = live(target, split, root=root, workers=default_workers(), **episodes)
     else:
         refuse_with_archive(folder, episodes)
-        source = ArchiveSource(folder, split)
+        source = open_archive(folder, split, cache_dir=archive_cache(folder, root))
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)
     if as_json:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from cli.common import archive_folder, bars, json_option, next_command, print_json, root_option
 from mamldata.archive import read_archive
 from mamldata.manifest import load_manifest
+from mamldata.remote import read_remote_archive
 from mamldata.root import data_root
 from mamldata.verify import verify_archive, verify_dataset
 
@@ -33,8 +36,12 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         for problem in problems:
             click.echo(problem)
         if not problems:
-            found = "" if folder is None else f", digest {read_archive(folder).digest}"
+            found = "" if folder is None else f", digest {_digest(folder)}"
             click.echo(f"{target} is whole{found}")
             next_command(f"mamldata build {target} --out ARCHIVE" if folder is None else f"mamldata train {target}")
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def _digest(folder: Path | str) -> str:
+    return (read_remote_archive(folder) if isinstance(folder, str) else read_archive(folder)).digest

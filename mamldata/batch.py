@@ -10,6 +10,7 @@ import torch
 from mamldata.buffers import BufferPool
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices, Order, share
+from mamldata.remote import RemoteSource
 from mamldata.sources import Source
 
 
@@ -70,6 +71,9 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.ranks = rank, ranks
+        self._shard_batches = 0
+        if isinstance(source, RemoteSource):
+            self._shard_batches = -(-max(source.shard_episodes) // order.batch_size)
         self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -84,6 +88,13 @@ class BatchReader:
     def indices(self, t: int) -> Indices:
         """The episodes of meta-batch ``t`` that are this rank's: int64, of one dimension."""
         return share(self.order.indices(t), self.rank, self.ranks)
+
+    def look_ahead(self, t: int) -> None:
+        """Tell a source that fetches shards which one is next in this epoch, once meta-batch ``t`` is read."""
+        per_epoch = self.order.batches_per_epoch
+        if isinstance(self.source, RemoteSource) and per_epoch is not None:
+            last = (t // per_epoch + 1) * per_epoch - 1
+            self.source.prefetch(int(self.order.indices(min(t + self._shard_batches, last))[-1]))
 
     def read(self, t: int) -> EpisodeBatch:
         """Meta-batch ``t`` on the CPU, in memory from the pools."""
@@ -100,6 +111,7 @@ class BatchReader:
         index = self.indices(t)
         (support, support_memory), (query, query_memory) = (pool.take() for pool in self._stored)
         self.source.read(index, support_memory, query_memory)
+        self.look_ahead(t)
         if len(index) < self.batch_size:
             support, query = support[: len(index)], query[: len(index)]
         return Stored(support, query, torch.from_numpy(index.copy()))

@@ -148,6 +148,7 @@ class _PinnedRing:
             earlier.synchronize()  # only this thread waits: until the buffer may be written to again
         index = self.reader.indices(t)
         self.reader.source.read(index, *self.memory[slot])
+        self.reader.look_ahead(t)
         pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
         pinned.index.numpy()[:] = index
         with torch.cuda.stream(self.copies):

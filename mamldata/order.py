@@ -32,6 +32,8 @@ class Order:
         shuffle: whether to permute.
         seed: of the permutations.
         remix: whether the episodes are those of a ``RemixedSource`` with the same seed.
+        shards: how many episodes each shard has, if a shuffled epoch is to go through them one after the other: the
+            shards in a new order, and the episodes of each in a new order.
     """
 
     episodes: int | None
@@ -39,6 +41,7 @@ class Order:
     shuffle: bool
     seed: int
     remix: bool = False
+    shards: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -70,6 +73,8 @@ class Order:
             return np.arange(t * self.batch_size, (t + 1) * self.batch_size, dtype=np.int64)
         epoch, step = divmod(t, self.batches_per_epoch)
         start, stop = step * self.batch_size, min((step + 1) * self.batch_size, self.episodes)
+        if self.shuffle and self.shards is not None:
+            return shard_permutation(self.seed, epoch, self.shards)[start:stop]
         if self.shuffle:
             return permutation(self.seed, epoch, self.episodes)[start:stop]
         first = epoch * self.episodes if self.remix else 0
@@ -89,11 +94,27 @@ def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> In
     """The order of an epoch: the positions of sorted random keys. int64 ``[count]``, read-only.
 
     The keys are the raw output of Philox, keyed by the first 16 bytes of the SHA-256 of (seed, epoch, order), where
-    ``order`` is ``shuffle`` for episodes and ``remix`` for ways.
+    ``order`` is ``shuffle`` for episodes, ``remix`` for ways, ``shards`` for shards and ``shard 7`` for the episodes
+    of the eighth of them.
     """
     digest = bytes.fromhex(sha256_bytes(canonical_json({"epoch": epoch, "order": order, "seed": seed})))
     key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
     raw = np.random.Philox(key=key).random_raw(count)
     positions = np.argsort(raw, kind="stable").astype(np.int64)
+    positions.flags.writeable = False
+    return positions
+
+
+@lru_cache(maxsize=4)
+def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices:
+    """The order of an epoch that goes through shards one after the other: int64 ``[episodes]``, read-only.
+
+    Args:
+        seed, epoch: of the permutations.
+        shards: how many episodes each has.
+    """
+    starts = np.cumsum([0, *shards])
+    order = permutation(seed, epoch, len(shards), "shards").tolist()
+    positions = np.concatenate([starts[s] + permutation(seed, epoch, shards[s], f"shard {s}") for s in order])
     positions.flags.writeable = False
     return positions

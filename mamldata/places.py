@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,11 @@ def is_http(source: str) -> bool:
 def is_local(source: str) -> bool:
     """Whether this source is a path on this machine."""
     return not _scheme(source)
+
+
+def is_remote(place: str | os.PathLike[str]) -> bool:
+    """Whether ``place`` is an address and no path."""
+    return isinstance(place, str) and "://" in place
 
 
 def needs_network(source: str) -> bool:

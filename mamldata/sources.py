@@ -18,6 +18,7 @@ from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, SPLITS, load_manifest
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices
+from mamldata.places import is_remote
 from mamldata.root import data_root
 from mamldata.splits import divide
 
@@ -100,15 +101,18 @@ class ArchiveSource:
         episodes: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.archive: Archive = read_archive(self.folder)
+        self._set_up(read_archive(self.folder), split, verify, episodes)
+        for shard in self._split.shards:
+            check_size(self.folder / shard.file, shard)
+
+    def _set_up(self, archive: Archive, split: str, verify: bool, episodes: int | None) -> None:
+        self.archive = archive
         self.verify = verify
         self._split = self.archive.split(split)
         self._info = archive_info(self.archive, split)
         self._episodes = self._split.episodes if episodes is None else min(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
-        for shard in self._split.shards:
-            check_size(self.folder / shard.file, shard)
 
     @property
     def info(self) -> EpisodeInfo:
@@ -184,10 +188,13 @@ class ArchiveSource:
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
         layout = self.archive.layout
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = self._shard_of(index)
         shard = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
         source = layout.view(shard, layout.source)[index - self._starts[number]]
         return [self._split.classes.label(int(way[0])) for way in source]
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
@@ -329,17 +336,53 @@ def live(
     return LiveSource(info, bank.path, bank.open_images(), EpisodeSampler(spec, table), episodes)
 
 
-def as_source(source: Source | str | os.PathLike[str], split: str | None, *, verify: bool) -> Source:
-    """A source, from itself or from the folder of an archive.
+def open_archive(
+    place: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    verify: bool = False,
+    episodes: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> ArchiveSource:
+    """A split of an archive, from its folder or its address; see ``ArchiveSource`` and ``RemoteSource``.
+
+    Raises:
+        RequestError: not an archive, or it has no such split; or a cache for a folder.
+        FetchError: what is at the address could not be had.
+        DamagedError: the archive is damaged.
+    """
+    if is_remote(place):
+        from mamldata.remote import RemoteSource  # which builds on this module
+
+        options: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        return RemoteSource(str(place), split, verify=verify, episodes=episodes, **options)
+    if cache_dir is not None or cache_bytes is not None:
+        raise RequestError("cache_dir and cache_bytes are for archives at an address; a folder is read where it is.")
+    return ArchiveSource(place, split, verify=verify, episodes=episodes)
+
+
+def as_source(
+    source: Source | str | os.PathLike[str],
+    split: str | None,
+    *,
+    verify: bool,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> Source:
+    """A source, from itself or from the folder or the address of an archive.
 
     Raises:
         RequestError: not an archive; or the split of a source was asked for that it does not give.
+        FetchError: what is at the address could not be had.
         DamagedError: the archive is damaged.
     """
     if isinstance(source, str | os.PathLike):
-        return ArchiveSource(source, split or "train", verify=verify)
+        return open_archive(source, split or "train", verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
     if split is not None and split != source.info.split:
         raise RequestError(f"The source gives the split {source.info.split!r}, not {split!r}.")
     if verify:
         raise RequestError("verify=True is for archives; live episodes have no digest to compare with.")
+    if cache_dir is not None or cache_bytes is not None:
+        raise RequestError("cache_dir and cache_bytes are for the address of an archive, not for a source.")
     return source

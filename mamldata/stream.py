@@ -15,6 +15,7 @@ from mamldata.device import DeviceStream
 from mamldata.errors import RequestError
 from mamldata.order import Order
 from mamldata.remix import RemixedSource
+from mamldata.remote import RemoteSource
 from mamldata.sources import ArchiveSource, EpisodeInfo, Source, as_source
 
 _STATE_VERSION = 1
@@ -27,7 +28,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
     ``load_state_dict`` the next ``iter()`` goes on at exactly the next meta-batch instead.
 
     Args:
-        source: the folder of an archive, or a source such as ``mamldata.live("omniglot")``.
+        source: the folder of an archive, its address (``https://…``, ``s3://…``), or a source such as
+            ``mamldata.live("omniglot")``.
         split: ``train`` (the default), ``val`` or ``test``.
         batch_size: episodes in a meta-batch.
         seed: of the order; equal seeds give equal orders everywhere.
@@ -41,9 +43,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
             channel; ``info.normalisation`` says what they are.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
+        cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
+        cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
 
     Raises:
         RequestError: the source or an argument cannot be.
+        FetchError: what is at an address could not be had.
         DamagedError: the archive is damaged; the message names the shard and the episode.
     """
 
@@ -61,6 +66,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         dtype: torch.dtype = torch.float32,
         normalise: bool = False,
         verify: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if dtype != torch.uint8 and not dtype.is_floating_point:
@@ -72,7 +79,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
                 f"rank {rank} of {ranks} cannot share a meta-batch of {batch_size}: ranks count from 0, and each must "
                 "get an episode."
             )
-        self.source = as_source(source, split, verify=verify)
+        self.source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
         if remix:
             self.source = _remixed(self.source, seed, shuffle)
             shuffle = False
@@ -80,7 +87,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
         if shuffle is None:
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
-        self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix)
+        shards = self.source.shard_episodes if shuffle and isinstance(self.source, RemoteSource) else None
+        self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.ranks = rank, ranks
         self.dtype = dtype
         self.normalise = normalise
@@ -180,6 +188,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
+        order["shards"] = self.order.shards and list(self.order.shards)  # as it comes back from JSON
         info = asdict(self.info)
         # It follows from the bank and the split scheme, which are compared.
         del info["normalisation"]
@@ -197,6 +206,10 @@ def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     if source.info.split != "train":
         raise RequestError(
             f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
+        )
+    if isinstance(source, RemoteSource) and not source.fits:
+        raise RequestError(
+            "remix=True takes ways from all shards at once. Give a cache_dir, with room for all shards of the split."
         )
     if shuffle is not None:
         raise RequestError("remix=True has an order of its own. Leave shuffle out.")

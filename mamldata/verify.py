@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -19,10 +21,12 @@ from mamldata.archive import (
 )
 from mamldata.bank import check_bank, read_description
 from mamldata.episodes import EpisodeSampler
-from mamldata.errors import DamagedError, DataMissingError, RequestError
+from mamldata.errors import DamagedError, DataMissingError, FetchError, RequestError
 from mamldata.manifest import Manifest
+from mamldata.places import is_remote
 from mamldata.progress import Progress, silent
 from mamldata.raw import check_raw
+from mamldata.remote import ShardCache, read_remote_archive, shard_url
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
 
@@ -74,11 +78,11 @@ def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress
     return problems
 
 
-def verify_archive(folder: Path, progress: Progress = silent, *, digest: str | None = None) -> list[str]:
+def verify_archive(folder: Path | str, progress: Progress = silent, *, digest: str | None = None) -> list[str]:
     """Hash all shards of an archive again, check their structure, and draw every episode again.
 
     Args:
-        folder: the archive.
+        folder: the archive, or its address; its shards are then fetched anew, one after the other, and not kept.
         progress: told of hashed bytes.
         digest: the digest that the archive should have, as cited.
 
@@ -87,24 +91,52 @@ def verify_archive(folder: Path, progress: Progress = silent, *, digest: str | N
 
     Raises:
         RequestError: the folder is no archive.
+        FetchError: ``archive.json`` could not be had from the address.
     """
+    if is_remote(folder):
+        return _verify_remote(str(folder), progress, digest)
+    folder = Path(folder)
     try:
         archive = read_archive(folder)
     except DamagedError as error:
         return [str(error)]
     problems = _check_index(folder, archive, digest)
+    problems += _check_shards(folder / INDEX, archive, progress, lambda shard: folder / shard.file)
+    return problems + _strangers(folder, archive)
+
+
+def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str]:
+    try:
+        archive = read_remote_archive(url)
+    except DamagedError as error:
+        return [str(error)]
+    largest = max(shard.bytes for split in archive.splits.values() for shard in split.shards)
+    with TemporaryDirectory(prefix="mamldata-") as place:
+        cache = ShardCache(Path(place), largest)
+        problems = _check_digest(url, archive, digest)
+        return problems + _check_shards(
+            shard_url(url, INDEX), archive, progress, lambda shard: cache.get(shard_url(url, shard.file), shard)
+        )
+
+
+def _check_shards(index: Path | str, archive: Archive, progress: Progress, find: Callable[[Shard], Path]) -> list[str]:
+    """The problems of all shards, each brought by ``find``; ``index`` is where ``archive.json`` is."""
+    problems = []
     total = sum(shard.bytes for split in archive.splits.values() for shard in split.shards)
     with progress("verify", total, "B") as advance:
         for name, split in archive.splits.items():
             try:
                 sampler = EpisodeSampler(archive.spec(name), split.classes)
             except RequestError as error:
-                problems.append(f"{folder / INDEX} was altered: {error}")
+                problems.append(f"{index} was altered: {error}")
                 continue
             for shard in split.shards:
-                problems += _check_shard(folder / shard.file, archive, shard, sampler)
+                try:
+                    problems += _check_shard(find(shard), archive, shard, sampler)
+                except FetchError as error:
+                    problems.append(str(error))
                 advance(shard.bytes)
-    return problems + _strangers(folder, archive)
+    return problems
 
 
 def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str]:
@@ -116,9 +148,13 @@ def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str
         )
     elif (folder / INDEX_SUM).read_bytes() != index_sum(archive.digest):
         problems.append(f"{folder / INDEX_SUM} does not say the sha256 of {INDEX}, which is {archive.digest}.")
-    if digest is not None and digest.removeprefix("sha256:").lower() != archive.digest:
-        problems.append(f"{folder} is another archive: its digest is {archive.digest}, expected {digest}.")
-    return problems
+    return problems + _check_digest(folder, archive, digest)
+
+
+def _check_digest(place: Path | str, archive: Archive, digest: str | None) -> list[str]:
+    if digest is None or digest.removeprefix("sha256:").lower() == archive.digest:
+        return []
+    return [f"{place} is another archive: its digest is {archive.digest}, expected {digest}."]
 
 
 def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSampler) -> list[str]:

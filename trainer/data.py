@@ -13,7 +13,7 @@ from mamldata.batch import EpisodeBatch
 from mamldata.device import DeviceStream
 from mamldata.errors import RequestError
 from mamldata.parallel import default_workers
-from mamldata.sources import ArchiveSource, Source, live
+from mamldata.sources import Source, live, open_archive
 from mamldata.stream import EpisodeStream
 
 
@@ -67,17 +67,24 @@ class EpisodeData:
         return self._open(split, None).episodes
 
 
-def archive_data(folder: str | os.PathLike[str], *, verify: bool = False, remix: bool = True) -> EpisodeData:
+def archive_data(
+    folder: str | os.PathLike[str],
+    *,
+    verify: bool = False,
+    remix: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> EpisodeData:
     """The episodes of an archive.
 
     Args:
-        folder: of the archive.
+        folder: of the archive, or its address.
         verify: hash each shard when it is opened.
         remix: train on episodes formed anew in each epoch, see ``mamldata.remix``; evaluation never does.
+        cache_dir: where the shards of an archive at an address are kept.
     """
 
     def open_source(split: str, episodes: int | None) -> Source:
-        return ArchiveSource(folder, split, verify=verify, episodes=episodes)
+        return open_archive(folder, split, verify=verify, episodes=episodes, cache_dir=cache_dir)
 
     return EpisodeData(str(folder), open_source, remix=remix)
 

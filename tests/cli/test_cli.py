@@ -256,6 +256,41 @@ def test_train_remixes_an_archive_unless_told_not_to(archive: Path, trained: Pat
         refused(run("train", "glyphs", "--out", tmp_path / "live", option), 2, "live episodes never repeat")
 
 
+def test_an_archive_at_an_address(archive: Path, tmp_path: Path):
+    """Every verb that reads archives takes an address, and fetches a shard once for all of them but verify."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in archive.iterdir():
+        if path.is_file():
+            memory.pipe(f"/cli/glyphs-5w1s/{path.name}", path.read_bytes())
+    address = "memory://cli/glyphs-5w1s"
+    root = tmp_path / "root"
+    try:
+        assert (
+            run("inspect", address, root=root).stdout.splitlines()[1:]
+            == run("inspect", archive).stdout.splitlines()[1:]
+        )
+        whole = run("verify", address, root=root)
+        assert whole.stdout.replace(address, str(archive)) == run("verify", archive).stdout
+        options = ("--steps", 2, "--meta-batch-size", 2, "--device", "cpu")
+        result = run("train", address, "--out", tmp_path / "run", *options, root=root)
+        assert result.exit_code == 0, result.output
+        result = run("preview", address, "--out", tmp_path / "p.png", root=root)
+        assert result.exit_code == 0, result.output
+        kept = {path.name for path in (root / "archive-cache").glob("*.tar")}
+        assert len(kept) == 3
+        memory.rm("/cli/glyphs-5w1s/test-00000.tar")
+        result = run("eval", tmp_path / "run", address, "--device", "cpu", root=root)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == run("eval", tmp_path / "run", archive, "--device", "cpu").stdout
+        broken = run("verify", address, root=root)
+        assert broken.exit_code == 1
+        assert "test-00000.tar could not be had" in broken.stdout
+    finally:
+        memory.rm("/cli", recursive=True)
+
+
 def test_train_on_live_episodes(glyphs_root: Path, tmp_path: Path):
     """A dataset's name trains on live episodes, with the episodes that the options ask for."""
     options = ("--steps", 1, "--meta-batch-size", 2, "--eval-episodes", 4, "--n-way", 3, "--k-query", 2)

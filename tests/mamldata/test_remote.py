@@ -1,0 +1,518 @@
+"""Archives at an address: what real servers on this machine do to them, and that nothing unverified gets through."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from mamldata import EpisodeStream
+from mamldata.archive import INDEX, INDEX_SUM, index_sum, read_archive
+from mamldata.build import BuildRequest, build
+from mamldata.digest import canonical_json, sha256_bytes
+from mamldata.download import Network
+from mamldata.errors import DamagedError, FetchError, RequestError
+from mamldata.order import Order
+from mamldata.remote import RemoteSource, ShardCache, read_remote_archive
+from mamldata.sources import ArchiveSource
+from mamldata.verify import verify_archive
+
+REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 23, "val": 7}, seed=9, episodes_per_shard=5)
+BATCH = 4
+QUICK = Network(connect_timeout=5, read_timeout=5, rounds=3, backoff=0, longest_pause=0)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder with Range. ``faults`` are taken one for each request of a tar, until there are none left.
+
+    Attributes:
+        faults: each gets the handler, the bytes and the offset, and answers in place of the server.
+        asked: the name and the Range of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.folder = folder
+        self.faults: list[Callable[[Handler, bytes, int], None]] = []
+        self.asked: list[tuple[str, str | None]] = []
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that hung up is nobody's error."""
+
+    def close(self) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, format, *args) -> None:  # noqa: A002
+        """Silent."""
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        asked = self.headers["Range"]
+        self.server.asked.append((name, asked))
+        path = self.server.folder / name
+        if not path.is_file():
+            self.send_error(404)
+            return
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        data = path.read_bytes()
+        if name.endswith(".tar") and self.server.faults:
+            self.server.faults.pop(0)(self, data, start)
+            return
+        self.head(data, start)
+        self.wfile.write(data[start:])
+
+    def head(self, data: bytes, start: int, length: int | None = None) -> None:
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start if length is None else length))
+        self.send_header("ETag", f'"{sha256_bytes(data)[:16]}"')
+        self.end_headers()
+
+
+def dies(handler: Handler, data: bytes, start: int) -> None:
+    """Breaks the connection in the middle."""
+    handler.head(data, start)
+    handler.wfile.write(data[start : start + (len(data) - start) // 2])
+    handler.close_connection = True
+
+
+def busy(handler: Handler, data: bytes, start: int) -> None:
+    handler.send_response(503)
+    handler.send_header("Retry-After", "3")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def slow(handler: Handler, data: bytes, start: int) -> None:
+    """Comes in drops, but comes."""
+    handler.head(data, start)
+    for at in range(start, len(data), 8192):
+        handler.wfile.write(data[at : at + 8192])
+        time.sleep(0.01)
+
+
+def flips(handler: Handler, data: bytes, start: int) -> None:
+    """One byte is another one."""
+    wrong = bytearray(data)
+    wrong[-5000] ^= 1
+    handler.head(data, start)
+    handler.wfile.write(wrong[start:])
+
+
+def longer(handler: Handler, data: bytes, start: int) -> None:
+    handler.head(data, start, len(data) + 512)
+    handler.wfile.write(data + bytes(512))
+
+
+def shorter(handler: Handler, data: bytes, start: int) -> None:
+    """Claims that there is less than there is."""
+    handler.head(data, start, (len(data) - start) // 2)
+    handler.wfile.write(data[start : start + (len(data) - start) // 2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
+    """A small archive; not to be written to."""
+    out = tmp_path_factory.mktemp("remote") / "archive"
+    build(glyphs_manifest, glyphs_bank, out, REQUEST)
+    return out
+
+
+@pytest.fixture
+def server(folder) -> Iterator[Server]:
+    running = Server(folder)
+    yield running
+    running.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(tmp_path, monkeypatch):
+    """No thread of ours and no temporary folder outlives a test."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    yield
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("mamldata"):
+            thread.join(10)
+    gc.collect()
+    assert not list(place.glob("mamldata-*"))
+
+
+def remote(server: Server, split: str = "train", **options) -> RemoteSource:
+    return RemoteSource(server.url, split, **{"network": QUICK, **options})
+
+
+def kept(batches) -> list[tuple[list[int], bytes]]:
+    return [(batch.index.tolist(), b"".join(tensor.cpu().numpy().tobytes() for tensor in batch)) for batch in batches]
+
+
+def by_index(batches) -> dict[int, bytes]:
+    """Each episode's images by its index."""
+    return {
+        index: batch.support_x[place].numpy().tobytes() + batch.query_x[place].numpy().tobytes()
+        for batch in batches
+        for place, index in enumerate(batch.index.tolist())
+    }
+
+
+def shards_asked(server: Server) -> list[str]:
+    return [name for name, _ in server.asked if name.endswith(".tar")]
+
+
+class TestReading:
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_a_plain_pass_is_that_of_the_folder(self, folder, server, tmp_path, device, cached):
+        """In order, an archive at an address gives what its folder gives, on every road."""
+        for split in ("train", "val"):
+            source = remote(server, split, cache_dir=tmp_path / "cache" if cached else None)
+            stream = EpisodeStream(source, batch_size=BATCH, shuffle=False)
+            expected = kept(EpisodeStream(folder, split, BATCH, shuffle=False))
+            assert kept(stream.to(device) if device else stream) == expected
+            assert source.class_labels(6) == ArchiveSource(folder, split).class_labels(6)
+
+    def test_by_its_address_alone(self, folder, server, tmp_path):
+        """EpisodeStream takes the address, with a query for access and a closing slash if need be."""
+        expected = kept(EpisodeStream(folder, "val", BATCH))
+        for address in (server.url, server.url + "/", server.url + "/?key=secret"):
+            assert kept(EpisodeStream(address, "val", BATCH, cache_dir=tmp_path / "cache")) == expected
+        assert shards_asked(server) == ["val-00000.tar", "val-00001.tar"]
+
+    def test_shuffled(self, folder, server):
+        """Every episode once but the rest, its own images, shard after shard, another order in each epoch."""
+        stored = by_index(EpisodeStream(folder, shuffle=False, dtype=torch.uint8))
+        stream = EpisodeStream(remote(server), batch_size=BATCH, seed=1, dtype=torch.uint8)
+        orders = []
+        for _ in range(3):
+            found = by_index(stream)
+            assert len(found) == 20
+            assert all(stored[index] == images for index, images in found.items())
+            orders.append(list(found))
+            runs = [shard for shard, _ in itertools.groupby(index // 5 for index in found)]
+            assert len(runs) == len(set(runs)) >= 4
+        assert orders[0] != orders[1] != orders[2]
+
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+    def test_elastic(self, server, tmp_path, ranks):
+        """All ranks together see the same meta-batches, and any of them resumes anywhere."""
+        cache = tmp_path / "cache"
+        whole = [index for index, _ in kept(EpisodeStream(remote(server, cache_dir=cache), batch_size=BATCH, seed=2))]
+        parts = []
+        for rank in range(ranks):
+            part = EpisodeStream(remote(server, cache_dir=cache), None, BATCH, 2, rank=rank, ranks=ranks)
+            state = json.loads(json.dumps(part.state_dict() | {"next_batch": 1}))
+            part.load_state_dict(state)
+            parts.append([index for index, _ in kept(part)])
+        assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole[1:]
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+    def test_in_a_data_loader(self, server, tmp_path):
+        """Workers share the cache and keep the order."""
+        alone, inside = (
+            EpisodeStream(remote(server, cache_dir=tmp_path / name), None, BATCH, 2) for name in ("one", "two")
+        )
+        loader = DataLoader(inside, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+        assert kept(loader) == kept(alone)
+        assert sorted(shards_asked(server)[5:]) == sorted(set(shards_asked(server)))
+
+    def test_remix(self, folder, server, tmp_path):
+        """With room for all shards, remixed episodes are those of the folder; without it they are refused."""
+        stream = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), None, BATCH, 3, remix=True)
+        expected = EpisodeStream(folder, None, BATCH, 3, remix=True)
+        assert [kept(stream) for _ in range(2)] == [kept(expected) for _ in range(2)]
+        with pytest.raises(RequestError, match="Give a cache_dir, with room for all shards"):
+            EpisodeStream(remote(server), remix=True)
+
+    def test_what_fsspec_reads(self, folder):
+        """Any file system of fsspec will do, and breaks are gone on from."""
+        memory = fsspec.filesystem("memory")
+        for path in folder.glob("*[!s]"):
+            if path.is_file():
+                memory.pipe(f"/bucket/archive/{path.name}", path.read_bytes())
+        try:
+            stream = EpisodeStream("memory://bucket/archive", "val", BATCH)
+            assert kept(stream) == kept(EpisodeStream(folder, "val", BATCH))
+            memory.rm("/bucket/archive/val-00001.tar")
+            with pytest.raises(FetchError, match=r"memory://bucket/archive/val-00001\.tar could not be had"):
+                kept(EpisodeStream("memory://bucket/archive", "val", BATCH))
+        finally:
+            memory.rm("/bucket", recursive=True)
+
+
+class TestOrder:
+    @given(
+        shards=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
+        batch=st.integers(1, 30),
+        seed=st.integers(0, 2**70),
+        epoch=st.integers(0, 50),
+    )
+    def test_shard_after_shard(self, shards, batch, seed, epoch):
+        """An epoch is a permutation that never comes back to a shard."""
+        episodes = sum(shards)
+        order = Order(episodes, min(batch, episodes), True, seed, shards=shards)
+        per_epoch = order.batches_per_epoch
+        found = np.concatenate([order.indices(t) for t in range(epoch * per_epoch, (epoch + 1) * per_epoch)])
+        assert len(set(found.tolist())) == len(found) == per_epoch * order.batch_size
+        of = np.searchsorted(np.cumsum(shards), found, side="right")
+        runs = [shard for shard, _ in itertools.groupby(of.tolist())]
+        assert len(runs) == len(set(runs))
+
+
+class TestFaults:
+    @pytest.mark.parametrize("fault", [dies, busy, slow, flips, shorter], ids=lambda fault: fault.__name__)
+    def test_what_passes_is_got_over(self, folder, server, fault):
+        """A server that fails now and then gives the same episodes in the end."""
+        server.faults = [fault] * 2
+        stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
+        assert kept(stream) == kept(EpisodeStream(folder, None, BATCH, shuffle=False))
+        assert not server.faults
+
+    def test_a_broken_transfer_goes_on_where_it_stopped(self, folder, server):
+        """What came is not asked for again."""
+        server.faults = [dies]
+        next(iter(EpisodeStream(remote(server), shuffle=False)))
+        size = (folder / "train-00000.tar").stat().st_size
+        ranges = [asked for name, asked in server.asked if name == "train-00000.tar"]
+        assert ranges == [None, f"bytes={size // 2}-"]
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            (dies, "could not be had: "),
+            (busy, "HTTP 503"),
+            (flips, "another file came: sha256"),
+            (longer, "it announces"),
+        ],
+        ids=lambda value: getattr(value, "__name__", ""),
+    )
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_what_does_not_pass_is_an_error(self, server, tmp_path, fault, message, device):
+        """The shard is named in bounded time, nothing of it is handed out, and none of it is kept as a shard."""
+        server.faults = [fault] * 40
+        stream = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), shuffle=False)
+        with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: .*{message.partition('d: ')[2]}"):
+            next(iter(stream.to(device) if device else stream))
+        assert not list((tmp_path / "cache").glob("*.tar"))
+
+    def test_a_server_that_dies_and_returns(self, folder):
+        """While nobody answers it is tried again; when someone does, it goes on."""
+        server = Server(folder)
+        port = server.server_address[1]
+        patient = Network(connect_timeout=1, read_timeout=5, rounds=40, backoff=0.2, longest_pause=0.2)
+        stream = EpisodeStream(remote(server, network=patient), batch_size=BATCH, shuffle=False)
+        server.close()
+        again: list[Server] = []
+        timer = threading.Timer(1, lambda: again.append(Server(folder, port)))
+        timer.start()
+        try:
+            assert kept(stream) == kept(EpisodeStream(folder, None, BATCH, shuffle=False))
+        finally:
+            timer.join()
+            again[0].close()
+
+    @pytest.mark.parametrize("name", [INDEX, INDEX_SUM])
+    @pytest.mark.parametrize("change", ["flipped", "missing"])
+    def test_a_wrong_description(self, folder, tmp_path, name, change):
+        """Damage to archive.json or its sum, or their absence, is an error before any shard is asked for."""
+        own = Path(shutil.copytree(folder, tmp_path / "own"))
+        data = bytearray((own / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (own / name).unlink()
+        if change == "flipped":
+            (own / name).write_bytes(data)
+        server = Server(own)
+        try:
+            with pytest.raises((DamagedError, FetchError), match=r"archive\.json.*(damaged|could not be had)"):
+                remote(server)
+            assert not shards_asked(server)
+        finally:
+            server.close()
+
+    @pytest.mark.parametrize("name", ["pipe:cat x", "../train-00000.tar", "/etc/passwd", "http://x/train-00000.tar"])
+    def test_a_forged_shard_name(self, folder, tmp_path, name):
+        """Shards are plain names, each the one that it must be; anything else is refused before it is used."""
+        own = Path(shutil.copytree(folder, tmp_path / "own"))
+        document = json.loads((own / INDEX).read_bytes())
+        document["splits"]["train"]["shards"][0]["file"] = name
+        data = canonical_json(document)
+        (own / INDEX).write_bytes(data)
+        (own / INDEX_SUM).write_bytes(index_sum(sha256_bytes(data)))
+        server = Server(own)
+        try:
+            with pytest.raises(DamagedError, match="not what was written"):
+                remote(server)
+        finally:
+            server.close()
+
+    @pytest.mark.parametrize(
+        ("address", "message"),
+        [
+            ("pipe:cat /etc/passwd", "is not an archive"),
+            ("pipe://cat /etc/passwd", "not an address"),
+            ("simplecache::http://127.0.0.1/a", "not an address"),
+            ("nosuch://bucket/a", "nosuch:// is not known"),
+        ],
+    )
+    def test_addresses_that_are_refused(self, address, message):
+        """No shell, no chains, no unknown kinds."""
+        with pytest.raises(RequestError, match=re.escape(message)):
+            EpisodeStream(address)
+
+
+class TestCache:
+    def test_it_is_used_again(self, server, tmp_path):
+        """A second stream asks for no shard, and a damaged one in the cache is fetched anew."""
+        first = kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False))
+        asked = len(shards_asked(server))
+        assert asked == 5
+        assert kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)) == first
+        assert len(shards_asked(server)) == asked
+        broken = sorted(tmp_path.glob("*.tar"))[0]
+        broken.write_bytes(broken.read_bytes()[:-1])
+        assert kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)) == first
+        assert len(shards_asked(server)) == asked + 1
+
+    def test_its_bound(self, folder, server, tmp_path):
+        """It never holds more than it may, and the episodes are the same."""
+        size = (folder / "train-00000.tar").stat().st_size
+        bound = 2 * size
+        stream = EpisodeStream(remote(server, cache_dir=tmp_path, cache_bytes=bound), batch_size=1, shuffle=False)
+        expected = kept(EpisodeStream(folder, batch_size=1, shuffle=False))
+        for batch, reference in zip(stream, expected, strict=True):
+            assert kept([batch]) == [reference]
+            assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= bound
+            assert stream.source._mapped_bytes() <= bound
+        with pytest.raises(RequestError, match="room for two of the archive's shards"):
+            remote(server, cache_dir=tmp_path, cache_bytes=bound - 1)
+        with pytest.raises(RequestError, match="needs a cache_dir"):
+            remote(server, cache_bytes=bound)
+        with pytest.raises(RequestError, match="a folder is read where it is"):
+            EpisodeStream(folder, cache_dir=tmp_path)
+
+    def test_the_least_recently_used_goes_first(self, folder, server, tmp_path):
+        """What was used just now is kept."""
+        shards = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 3 * shards[0].bytes, QUICK)
+        for number in (0, 1, 2, 0, 3):
+            cache.get(f"{server.url}/{shards[number].file}", shards[number])
+            time.sleep(0.02)  # the file system's clock is coarse
+        assert {path.stem for path in tmp_path.glob("*.tar")} == {shards[number].sha256 for number in (0, 2, 3)}
+
+    def test_no_room_on_the_disk(self, server, tmp_path):
+        """A full disk is an error that names the place."""
+        code = (
+            "import resource, signal, sys; from mamldata.remote import RemoteSource\n"
+            "source = RemoteSource(sys.argv[1], cache_dir=sys.argv[2])\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            "source._open_shard(0)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, server.url, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert f"WriteError: No space left to write {tmp_path}" in done.stderr
+
+    def test_two_processes_share_it(self, server, tmp_path):
+        """Each shard is fetched once, however many processes want it at the same moment."""
+        code = (
+            "import sys; from mamldata import EpisodeStream\n"
+            "stream = EpisodeStream(sys.argv[1], batch_size=4, shuffle=False, cache_dir=sys.argv[2])\n"
+            "print([batch.index.tolist() for batch in stream])\n"
+        )
+        server.faults = [slow] * 5
+        running = [
+            subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        outputs = {process.communicate(timeout=120)[0] for process in running}
+        assert outputs == {f"{[list(range(at, min(at + 4, 23))) for at in range(0, 23, 4)]}\n"}
+        assert sorted(shards_asked(server)) == [f"train-{number:05d}.tar" for number in range(5)]
+
+    def test_killed_in_mid_download(self, folder, server, tmp_path):
+        """After kill -9 the next process goes on from what came, and nobody waits for the dead one's lock."""
+
+        def hangs(handler: Handler, data: bytes, start: int) -> None:
+            handler.head(data, start)
+            handler.wfile.write(data[: len(data) // 2])
+            handler.wfile.flush()
+            time.sleep(3)
+
+        server.faults = [hangs]
+        code = (
+            "import sys; from mamldata.remote import RemoteSource\n"
+            "RemoteSource(sys.argv[1], cache_dir=sys.argv[2])._open_shard(0)\n"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)])
+        half = (folder / "train-00000.tar").stat().st_size // 2
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size >= half for path in tmp_path.glob("*.part")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        source = remote(server, cache_dir=tmp_path)
+        assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
+        assert [asked for name, asked in server.asked if name.endswith(".tar")] == [None, f"bytes={half}-"]
+        assert not list(tmp_path.glob("*.part"))
+
+
+class TestVerify:
+    def test_whole(self, folder, server):
+        """An archive at an address is fetched and checked like one in a folder, its digest included."""
+        digest = read_archive(folder).digest
+        assert read_remote_archive(server.url, QUICK).digest == digest
+        assert verify_archive(server.url, digest=digest) == []
+        (problem,) = verify_archive(server.url, digest="0" * 64)
+        assert f"its digest is {digest}" in problem
+
+    def test_damage(self, folder, tmp_path):
+        """A flipped byte on the server is found, and the shard named."""
+        own = Path(shutil.copytree(folder, tmp_path / "own"))
+        data = bytearray((own / "train-00002.tar").read_bytes())
+        data[7000] ^= 1
+        (own / "train-00002.tar").write_bytes(data)
+        server = Server(own)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("time.sleep", lambda _: None)
+                (problem,) = verify_archive(server.url)
+        finally:
+            server.close()
+        assert "train-00002.tar could not be had: another file came: sha256" in problem

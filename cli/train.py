@@ -20,9 +20,15 @@ from cli.common import (
     say,
 )
 
-ALGORITHMS = ("maml", "fomaml")
+ALGORITHMS = ("maml", "fomaml", "maml++", "anil", "meta-sgd", "reptile", "pretrain", "random")
+ORDERS = ("first", "second")
+LOSSES = ("final", "multi-step")
+RATES = ("fixed", "layer-step", "parameter")
+ADAPTS = ("all", "head")
+OPTIMIZERS = ("adam", "sgd")
 NETWORKS = ("conv4", "conv3-pool")
-BN_MODES = ("transductive", "support")
+BN_MODES = ("transductive", "per-step", "support", "frozen")
+ENGINES = ("auto", "loop", "vmap", "higher")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
 
@@ -35,12 +41,20 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]")
 @click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]")
-@click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm of query images.  [default: transductive]")
+@click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm.  [default: transductive; per-step for maml++]")
 @click.option("--steps", type=int, help="Outer steps.  [default: 4000]")
 @click.option("--inner-steps", type=int, help="Of adaptation, in training.  [default: 1]")
 @click.option("--inner-lr", type=float, help="[default: 0.4]")
 @click.option("--eval-inner-steps", type=int, help="In evaluation.  [default: 3, or --inner-steps if more]")
+@click.option("--order", type=click.Choice(ORDERS), help="Of the meta-gradient.  [default: the algorithm's]")
+@click.option("--loss", type=click.Choice(LOSSES), help="The outer loop's.  [default: the algorithm's]")
+@click.option("--rates", type=click.Choice(RATES), help="Inner rates, fixed or learned.  [default: the algorithm's]")
+@click.option("--adapts", type=click.Choice(ADAPTS), help="What the inner loop changes.  [default: the algorithm's]")
+@click.option("--msl-epochs", type=int, help="In which the multi-step loss comes down.  [default: 10]")
+@click.option("--first-order-epochs", type=int, help="Before the second order.  [default: 0]")
+@click.option("--epoch-steps", type=int, help="Outer steps in an epoch, for these.  [default: 500]")
 @click.option("--meta-lr", type=float, help="[default: 0.001]")
+@click.option("--meta-optimizer", type=click.Choice(OPTIMIZERS), help="[default: adam]")
 @click.option(
     "--meta-schedule", type=click.Choice(SCHEDULES), help="How --meta-lr goes on over --steps.  [default: cosine]"
 )
@@ -50,6 +64,7 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--eval-episodes", type=int, help="For validation.  [default: 200, or all if fewer]")
 @click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
 @click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
+@click.option("--engine", type=click.Choice(ENGINES), help="What computes meta-gradients.  [default: auto]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
 @root_option
@@ -67,10 +82,12 @@ def command(
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
     """
+    from trainer.algorithms import ALGORITHMS as POINTS
     from trainer.settings import TrainSettings
     from trainer.train import train
 
     chosen = given(**settings)
+    chosen.setdefault("bn", POINTS[chosen.get("algorithm", TrainSettings.algorithm)].bn)
     data = episode_data(target, root, episodes)
     if "eval_episodes" not in chosen:
         chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or TrainSettings.eval_episodes)

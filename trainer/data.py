@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.device import DeviceStream
@@ -58,6 +60,18 @@ class EpisodeData:
             RequestError: it has none.
         """
         return self._open(split, None).episodes
+
+    def class_count(self) -> int:
+        """How many classes the train split has, turned ones included."""
+        return len(self._train_source.table)
+
+    def classes(self, index: Tensor) -> Tensor:
+        """The classes of training episodes: int64 ``[B, n_way]``, by label."""
+        return torch.from_numpy(self._train_source.classes(index.cpu().numpy()))
+
+    @cached_property
+    def _train_source(self) -> Source:
+        return self._open("train", None)
 
 
 def archive_data(folder: str | os.PathLike[str], *, verify: bool = False) -> EpisodeData:

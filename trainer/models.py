@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,15 @@ def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPSILON)
 
 
+def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as ``batch_statistics``, in elementary operations.
+
+    For ``torch.func.vmap``, under which torch's batch norm, with scales that differ by task, gives wrong second
+    derivatives without a word (torch 2.15).
+    """
+    return _normalise(x, _statistics(x), weight, bias)
+
+
 def leading_statistics(count: int) -> Norm:
     """Batch norm by the mean and variance of the first ``count`` images only, for all images.
 
@@ -31,12 +41,47 @@ def leading_statistics(count: int) -> Norm:
     """
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x[:count], dim=(0, 2, 3), correction=0)
-        scale = weight * torch.rsqrt(variance + _EPSILON)
-        shift = bias - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return _normalise(x, _statistics(x[:count]), weight, bias)
 
     return norm
+
+
+class Statistics(NamedTuple):
+    """Of the images at one normalisation: mean and variance ``[C]``."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def noting_statistics(noted: list[Statistics]) -> Norm:
+    """Batch norm as ``batch_statistics`` that appends the statistics of each layer, in the layers' order."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        noted.append(_statistics(x))
+        return _normalise(x, noted[-1], weight, bias)
+
+    return norm
+
+
+def given_statistics(given: list[Statistics]) -> Norm:
+    """Batch norm by the statistics given for each layer, for one forward pass."""
+    layers = iter(given)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _normalise(x, next(layers), weight, bias)
+
+    return norm
+
+
+def _statistics(x: Tensor) -> Statistics:
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return Statistics(mean, variance)
+
+
+def _normalise(x: Tensor, by: Statistics, weight: Tensor, bias: Tensor) -> Tensor:
+    scale = weight * torch.rsqrt(by.variance + _EPSILON)
+    shift = bias - by.mean * scale
+    return x * scale[:, None, None] + shift[:, None, None]
 
 
 class Block(nn.Module):
@@ -108,6 +153,17 @@ def conv3_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
 
 
 NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {"conv4": conv4, "conv3-pool": conv3_pool}
+
+
+def head_names(network: nn.Module) -> list[str]:
+    """The parameters of the last layer."""
+    return [name for name, _ in network.named_parameters() if name in {"head", "head_bias"}]
+
+
+def norm_names(network: nn.Module) -> list[str]:
+    """The scales and shifts of the normalisations."""
+    names = (name for name, _ in network.named_parameters())
+    return [name for name in names if name.rpartition(".")[2] in {"scale", "shift"}]
 
 
 def build_network(name: str, image_channels: int, image_size: int, n_way: int, seed: int) -> nn.Module:

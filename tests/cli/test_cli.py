@@ -310,13 +310,17 @@ class TestBadInput:
 def test_choices_are_those_of_the_trainer():
     """The options' choices, written down so that help needs no torch, are the trainer's."""
     from cli import train
-    from trainer.algorithms import ALGORITHMS
+    from trainer.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
+    from trainer.engines import ENGINES
     from trainer.models import NETWORKS
-    from trainer.settings import BN_MODES, DEVICES, SCHEDULES
+    from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
 
     assert tuple(ALGORITHMS) == train.ALGORITHMS
     assert tuple(NETWORKS) == train.NETWORKS
     assert tuple(BN_MODES) == train.BN_MODES
+    assert (train.ORDERS, train.LOSSES, train.RATES, train.ADAPTS) == (ORDERS, LOSSES, RATES, ADAPTS)
+    assert tuple(OPTIMIZERS) == train.OPTIMIZERS
+    assert ("auto", *ENGINES) == train.ENGINES
     assert tuple(DEVICES) == train.DEVICES
     assert tuple(SCHEDULES) == train.SCHEDULES
 

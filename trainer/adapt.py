@@ -12,6 +12,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
 from trainer.algorithms import Adapts, BatchNorm, Order, Rates
 from trainer.models import (
     Norm,
@@ -23,6 +24,7 @@ from trainer.models import (
     norm_names,
     noting_statistics,
 )
+from trainer.recompute import recomputed
 
 Parameters = dict[str, Tensor]
 
@@ -48,6 +50,10 @@ class InnerLoop:
         rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
         adapts: ``all``, or the ``head`` alone.
         norm: what normalises by the batch; an engine may need its own.
+        support_batches: the support set is divided into so many batches of equal shots, of which each step takes the
+            next one; k_shot must be a multiple.
+        checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
+            gradient; at second order, with the engine loop.
     """
 
     steps: int
@@ -57,6 +63,8 @@ class InnerLoop:
     rates: Rates = "fixed"
     adapts: Adapts = "all"
     norm: Norm = batch_statistics
+    support_batches: int = 1
+    checkpoint: bool = False
 
 
 class Episode(NamedTuple):
@@ -123,8 +131,9 @@ def adapt(network: nn.Module, parameters: Parameters, episode: Episode, inner: I
     """
     theta = _start(network, parameters, episode, inner)
     path = [theta]
+    descend = _descend_recomputed if inner.checkpoint else _descend
     for i in range(inner.steps):
-        theta = _at_step(_descend(network, parameters, theta, episode, inner, i), parameters, i + 1)
+        theta = _at_step(descend(network, parameters, theta, episode, inner, i), parameters, i + 1)
         path.append(theta)
     return path
 
@@ -156,10 +165,48 @@ def _descend(
     # The first order takes its gradients at constants, so that no graph of theirs is kept.
     place = theta if inner.order == "second" else {name: value.detach() for name, value in theta.items()}
     names = adapted_names(network, inner)
+    episode = support_of_step(episode, inner, step)
     slope = grad(lambda at: support_loss(network, place | at, episode, inner.norm))(
         {name: place[name] for name in names}
     )
     return theta | {name: theta[name] - inner_rate(parameters, name, inner, step) * slope[name] for name in names}
+
+
+def _descend_recomputed(
+    network: nn.Module, parameters: Parameters, theta: Parameters, episode: Episode, inner: InnerLoop, step: int
+) -> Parameters:
+    """The same as ``_descend``, without its graph."""
+    names = adapted_names(network, inner)
+    known = theta | {name: value for name, value in parameters.items() if name.startswith(RATE)}
+
+    def descend(*values: Tensor) -> tuple[Tensor, ...]:
+        at = dict(zip(known, values, strict=True))
+        after = _descend(network, at, {name: at[name] for name in theta}, episode, inner, step)
+        return tuple(after[name] for name in names)
+
+    return theta | dict(zip(names, recomputed(descend, list(known.values())), strict=True))
+
+
+def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
+    """The episode with the support images of a step, counted from 0."""
+    if inner.support_batches == 1:
+        return episode
+    # Images of one class stand together, so that every n-th image is an equal share of each class.
+    part = slice(step % inner.support_batches, None, inner.support_batches)
+    return episode._replace(support_x=episode.support_x[part], support_y=episode.support_y[part])
+
+
+def require_shots(inner: InnerLoop, k_shot: int) -> None:
+    """Make sure that a class's support images can be divided among the batches.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if k_shot % inner.support_batches:
+        raise RequestError(
+            f"k_shot is {k_shot}, which cannot be divided into {inner.support_batches} support batches. Take episodes "
+            "with a multiple of it, or another support_batches."
+        )
 
 
 def inner_rate(parameters: Parameters, name: str, inner: InnerLoop, step: int) -> Tensor | float:

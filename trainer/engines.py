@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, Parameters, adapt, adapted_names, episodes, inner_rate
+from trainer.adapt import Episode, InnerLoop, Parameters, adapt, adapted_names, episodes, inner_rate, support_of_step
 from trainer.models import batch_statistics, written_out
 from trainer.objective import Measured, Objective, judge
 
@@ -152,7 +152,8 @@ def _higher_path(network: nn.Module, parameters: Parameters, episode: Episode, i
         rates = None
         if inner.rates != "fixed":
             rates = {"lr": [inner_rate(parameters, name, inner, step) for name in adapted]}
-        loss = F.cross_entropy(functional(episode.support_x, batch_statistics), episode.support_y)
+        part = support_of_step(episode, inner, step)
+        loss = F.cross_entropy(functional(part.support_x, batch_statistics), part.support_y)
         constant = inner.order == "first"
         descent.step(loss, override=rates, grad_callback=_detach_all if constant else None)
         path.append(dict(zip(own, functional.parameters(), strict=True)))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
+from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
 from trainer.protocol import TrainData
@@ -150,6 +150,7 @@ def evaluate_checkpoint(
     inner = TrainSettings(**checkpoint.settings).inner_loop_at_test()
     if inner_steps is not None:
         inner = replace(inner, steps=inner_steps)
+    require_shots(inner, about["k_shot"])
     keep_large_buffers()
     where = pick_device(device)
     batches = data.eval(split, episodes, checkpoint.settings["meta_batch_size"], where)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -152,7 +154,77 @@ def conv3_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
     return ConvNet(blocks, 64 * side * side, n_way, mean_over_space=False)
 
 
-NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {"conv4": conv4, "conv3-pool": conv3_pool}
+class ToldNorm(nn.Module):
+    """Stands where torchvision has a ``BatchNorm2d``, and normalises as it is told to."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.norm: Norm = batch_statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]``, normalised."""
+        return self.norm(x, self.scale, self.shift)
+
+
+class MeanOverSpace(nn.Module):
+    """What adaptive pooling to one pixel gives, but also for many tasks at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C]``."""
+        return x.mean((2, 3))
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 up to its mean over space, then a linear head."""
+
+    def __init__(self, body: nn.Module, n_way: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Parameter(torch.empty(n_way, 512))
+        self.head_bias = nn.Parameter(torch.zeros(n_way))
+
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        with self._told(norm):
+            return F.linear(self.body(x), self.head, self.head_bias)
+
+    @contextmanager
+    def _told(self, norm: Norm) -> Iterator[None]:
+        # torchvision's layers pass nothing on but x. Told for one pass: a norm may hold on to an episode's graph.
+        layers = [layer for layer in self.body.modules() if isinstance(layer, ToldNorm)]
+        try:
+            for layer in layers:
+                layer.norm = norm
+            yield
+        finally:
+            for layer in layers:
+                layer.norm = batch_statistics
+
+
+def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # noqa: ARG001  # it takes every size
+    """He, Zhang, Ren, Sun 2016, https://arxiv.org/abs/1512.03385, 18 layers, with batch statistics in every norm.
+
+    Raises:
+        RequestError: torchvision is not installed.
+    """
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ModuleNotFoundError as error:
+        raise RequestError("The network resnet18 needs torchvision: pip install 'mamldata[resnet]'.") from error
+    with torch.random.fork_rng(devices=[]):  # torchvision draws weights, which build_network draws anew
+        body = models.resnet18(norm_layer=ToldNorm)
+    body.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False, device="meta").to_empty(device="cpu")
+    body.avgpool, body.fc = MeanOverSpace(), nn.Identity()
+    return ResNet18(body, n_way)
+
+
+NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "conv4": conv4,
+    "conv3-pool": conv3_pool,
+    "resnet18": resnet18,
+}
 
 
 def head_names(network: nn.Module) -> list[str]:

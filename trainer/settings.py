@@ -59,6 +59,10 @@ class TrainSettings:
         first_order_epochs: begin with so many epochs of the first order, and only then go over to the second
             (derivative-order annealing, Antoniou et al. 2019, section 4).
         epoch_steps: outer steps in an epoch, for these two (Antoniou et al. 2019: 500).
+        support_batches: different support batches for the inner steps; see ``InnerLoop``.
+        checkpoint_inner: compute the inner loop twice, to keep only one of its steps in memory; see ``InnerLoop``.
+        meta_clip_norm: make meta-gradients longer than this so long, all parameters together.
+        meta_clip_value: bring each element of a meta-gradient into plus and minus this (Finn's MiniImagenet code: 10).
         meta_lr: the rate of the outer loop (beta), at the start.
         meta_optimizer: of the outer loop, ``adam`` or plain ``sgd``, with which ``reptile`` is its paper's algorithm.
         meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
@@ -88,6 +92,10 @@ class TrainSettings:
     msl_epochs: int | None = None
     first_order_epochs: int = 0
     epoch_steps: int = 500
+    support_batches: int = 1
+    checkpoint_inner: bool = False
+    meta_clip_norm: float | None = None
+    meta_clip_value: float | None = None
     meta_lr: float = 1e-3
     meta_optimizer: str = "adam"
     meta_schedule: str = "cosine"
@@ -127,6 +135,7 @@ class TrainSettings:
             "msl_epochs": 1,
             "first_order_epochs": 0,
             "epoch_steps": 1,
+            "support_batches": 1,
             "meta_batch_size": 1,
             "seed": 0,
             "eval_every": 1,
@@ -137,16 +146,27 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 yield f"{name} must be at least {bound}, not {value}."
-        for name in ("inner_lr", "meta_lr"):
+        for name in ("inner_lr", "meta_lr", "meta_clip_norm", "meta_clip_value"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 yield f"{name} must be a positive number, not {value}."
+        if self.meta_clip_norm is not None and self.meta_clip_value is not None:
+            yield "meta_clip_norm and meta_clip_value cannot both be given: one would undo a part of the other."
+        if self.support_batches > max(self.inner_steps, 1):
+            yield (
+                f"support_batches must be at most inner_steps, {self.inner_steps}, not {self.support_batches}: "
+                "the rest would never be used."
+            )
         if self.algorithm in ALGORITHMS:
             yield from objections(self.point, first_order_epochs=self.first_order_epochs)
             if self.msl_epochs is not None and self.point.loss == "final":
                 yield "msl_epochs is for the loss multi-step, and this one is final."
             if self.engine == "higher" and self.bn in {"per-step", "frozen"}:
                 yield f"The engine higher knows no bn {self.bn}. Take the engine loop."
+            if self.checkpoint_inner and self.point.order == "first":
+                yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
+            if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
+                yield f"checkpoint_inner is for the engine loop, not {self.engine}."
             if self.engine != "auto" and self.point.outer in {"joint", "none"}:
                 yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
 
@@ -184,7 +204,16 @@ class TrainSettings:
 
     def _inner_loop(self, steps: int, order: Order) -> InnerLoop:
         point = self.point
-        return InnerLoop(steps, self.inner_lr, order, point.bn, point.rates, point.adapts)
+        return InnerLoop(
+            steps,
+            self.inner_lr,
+            order,
+            point.bn,
+            point.rates,
+            point.adapts,
+            support_batches=self.support_batches,
+            checkpoint=self.checkpoint_inner and order == "second",
+        )
 
     def objective(self, step: int) -> Objective:
         """What the outer loop follows in an outer step, counted from 0."""

@@ -15,7 +15,7 @@ from torch import nn
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
 from trainer import metrics
-from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters
+from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.baselines import joint, joint_parameters
 from trainer.checkpoint import Checkpoint, all_weights, find_best, load_weights, save_checkpoint
@@ -79,6 +79,7 @@ def train(
     device = pick_device(settings.device)
     pick_engine(settings.engine)  # its package may not be there
     about = data.describe()
+    require_shots(settings.inner_loop(), about["k_shot"])
     network = _fresh_network(settings, about)  # before anything is written: the images may not fit it
     with alone_in(run_dir):
         return _train(settings, data, run_dir, about, network, device, resume=resume, report=report)
@@ -149,6 +150,7 @@ def _train(
             outcome = _learn(settings, network, parameters, data, batch, step - 1, every_step=logging)
             for name, parameter in parameters.items():
                 parameter.grad = outcome.gradient[name]
+            _clip(settings, parameters)
             for group in optimizer.param_groups:
                 group["lr"] = settings.meta_lr_at(step - 1)
             optimizer.step()
@@ -182,6 +184,13 @@ def _optimizer(settings: TrainSettings, parameters: Parameters) -> torch.optim.O
     if settings.meta_optimizer == "sgd":
         return torch.optim.SGD(values, lr=settings.meta_lr)
     return torch.optim.Adam(values, lr=settings.meta_lr)
+
+
+def _clip(settings: TrainSettings, parameters: Parameters) -> None:
+    if settings.meta_clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters.values(), settings.meta_clip_norm)
+    if settings.meta_clip_value is not None:
+        nn.utils.clip_grad_value_(parameters.values(), settings.meta_clip_value)
 
 
 def _learn(

@@ -16,7 +16,7 @@ from trainer import engines as module
 from trainer.adapt import InnerLoop, Parameters, meta_parameters
 from trainer.algorithms import ADAPTS, BN_MODES, ORDERS, RATES
 from trainer.engines import ENGINES, Outcome, loop, pick_engine
-from trainer.models import Block, ConvNet, Norm
+from trainer.models import Block, ConvNet, Norm, build_network
 from trainer.objective import Objective
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -91,6 +91,17 @@ def test_vmap_agrees_in_every_norm(make, bn, order) -> None:
     network, inner = make(), replace(BASE, order=order, bn=bn)
     at, objective = parameters_of(network, inner), Objective("query", (0.2, 0.3, 0.5))
     assert_same(loop(network, at, batch(), inner, objective), ENGINES["vmap"](network, at, batch(), inner, objective))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
+@pytest.mark.parametrize("bn", ["transductive", "frozen"])
+def test_engines_agree_on_resnet18(bn) -> None:
+    """Torchvision's layers can be adapted with the second order, one after the other, at once, and checkpointed."""
+    network, inner = build_network("resnet18", 1, 6, 3, seed=0).double(), replace(BASE, steps=1, lr=0.01, bn=bn)
+    at, tasks = meta_parameters(network, inner), batch(tasks=2)
+    expected = loop(network, at, tasks, inner)
+    assert_same(expected, loop(network, at, tasks, replace(inner, checkpoint=True)))
+    assert_same(expected, ENGINES["vmap"](network, at, tasks, inner))
 
 
 @needs_higher

@@ -100,7 +100,7 @@ def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -
         network.zero_grad()
         whole = torch.stack(losses).mean()
         whole.backward()
-        return 1 if float(whole) >= 0 else 0
+        return 1 if float(whole.detach()) >= 0 else 0
 
     return work
 

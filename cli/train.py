@@ -69,6 +69,7 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--log-every", type=int, help="Outer steps between progress lines.  [default: 50]")
 @click.option("--device", type=click.Choice(DEVICES), help="[default: auto]")
 @click.option("--engine", type=click.Choice(ENGINES), help="What computes meta-gradients.  [default: auto]")
+@click.option("--tensorboard", is_flag=True, default=None, help="Write metrics for TensorBoard, too.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
 @root_option

@@ -37,7 +37,7 @@ MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 
 # A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
 # cosine schedule goes on from where the longer curve is, as a run that is prolonged should.
-CHANGEABLE = frozenset({"steps", "eval_every", "log_every"})
+CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class TrainSettings:
         log_every: outer steps between lines of the log.
         device: ``auto`` takes cuda, then mps, then cpu.
         engine: one of ``ENGINES``, or ``auto``; see ``pick_engine``.
+        tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
         RequestError: every fault, all at once.
@@ -106,6 +107,7 @@ class TrainSettings:
     log_every: int = 50
     device: str = "auto"
     engine: str = "auto"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):

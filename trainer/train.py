@@ -18,11 +18,12 @@ from trainer import metrics
 from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.baselines import joint, joint_parameters
+from trainer.board import Board, require_tensorboard
 from trainer.checkpoint import Checkpoint, all_weights, find_best, load_weights, save_checkpoint
 from trainer.engines import Outcome, pick_engine
 from trainer.evaluate import Evaluation, evaluate
 from trainer.models import build_network
-from trainer.protocol import TrainData, endless
+from trainer.protocol import TrainData, TrainStream, endless
 from trainer.rates import rate_lines
 from trainer.run import alone_in, begin_run, open_run
 from trainer.settings import TrainSettings, pick_device
@@ -78,6 +79,8 @@ def train(
     run_dir = Path(run_dir)
     device = pick_device(settings.device)
     pick_engine(settings.engine)  # its package may not be there
+    if settings.tensorboard:
+        require_tensorboard()
     about = data.describe()
     require_shots(settings.inner_loop(), about["k_shot"])
     network = _fresh_network(settings, about)  # before anything is written: the images may not fit it
@@ -96,7 +99,7 @@ def _train(
     resume: bool,
     report: Callable[[str], object],
 ) -> RunResult:
-    """The loop itself, with everything at hand and nobody else in the run folder."""
+    """What is before the loop and after it, with nobody else in the run folder."""
     checkpoint = open_run(run_dir, settings, about, resume=resume)
     if checkpoint and checkpoint.step >= settings.outer_steps:
         report(f"{run_dir} is done: {checkpoint.step} of {settings.outer_steps} steps.")
@@ -104,6 +107,27 @@ def _train(
 
     stream = data.train(settings.meta_batch_size, settings.seed, device)
     begin_run(run_dir, settings, about, checkpoint)
+    board = Board(run_dir, checkpoint.step if checkpoint else 0) if settings.tensorboard else None
+    try:
+        return _loop(settings, data, run_dir, about, network, device, stream, checkpoint, board, report)
+    finally:
+        if board:
+            board.close()
+
+
+def _loop(
+    settings: TrainSettings,
+    data: TrainData,
+    run_dir: Path,
+    about: dict[str, Any],
+    network: nn.Module,
+    device: torch.device,
+    stream: TrainStream,
+    checkpoint: Checkpoint | None,
+    board: Board | None,
+    report: Callable[[str], object],
+) -> RunResult:
+    """The loop itself."""
     keep_large_buffers()
     network.to(device)
     parameters = _parameters(settings, network, data, about)
@@ -116,9 +140,14 @@ def _train(
         step, best_step, best_accuracy = checkpoint.step, checkpoint.best_step, checkpoint.best_accuracy
         report(f"Going on after step {step} of {settings.steps}.")
 
+    def note(row: dict[str, Any]) -> None:
+        metrics.append(run_dir, row)
+        if board:
+            board.add(row)
+
     def validate() -> Checkpoint:
         evaluation = _validate(network, parameters, settings, data, about, device, step)
-        metrics.append(run_dir, {"event": "val", "step": step, **evaluation.to_json()})
+        note({"event": "val", "step": step, **evaluation.to_json()})
         report(f"step {step}  val {evaluation}")
         better = evaluation.accuracy > best_accuracy
         made = Checkpoint(
@@ -159,7 +188,7 @@ def _train(
 
             if logging:
                 row = window.sum_up()
-                metrics.append(run_dir, {"event": "train", **row})
+                note({"event": "train", **row})
                 report(_progress(row, settings))
             if validating:
                 checkpoint = validate()

@@ -213,6 +213,18 @@ def test_train_on_live_episodes(glyphs_root: Path, tmp_path: Path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["n_way"] == 3
 
 
+@pytest.mark.parametrize("algorithm", ["maml++", "pretrain"])
+def test_the_family_trains_on_archives_and_live(algorithm: str, archive: Path, glyphs_root: Path, tmp_path: Path):
+    """An algorithm brings its own batch norm along; joint training finds the classes wherever episodes come from."""
+    options = ("--steps", 1, "--meta-batch-size", 2, "--eval-episodes", 2, "--algorithm", algorithm, "--device", "cpu")
+    for place in (archive, "glyphs"):
+        out = tmp_path / Path(place).name
+        result = run("train", place, "--out", out, *options, root=glyphs_root)
+        assert result.exit_code == 0, result.output
+        bn = "per-step" if algorithm == "maml++" else "transductive"
+        assert json.loads((out / "config.json").read_text())["settings"]["bn"] == bn
+
+
 def test_doctor_prints_versions(tmp_path: Path):
     """``doctor`` has what a bug report needs."""
     report = json.loads(run("doctor", "--json", root=tmp_path).stdout)

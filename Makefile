@@ -26,7 +26,7 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/mypy
 
 bench: $(READY)  ## Run every benchmark on the embedded data; each prints JSON
-	for name in preprocess build stream train; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in preprocess build stream train memory; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Remove what these commands made
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,18 +1,25 @@
-"""Outer steps a second on made-up episodes of Omniglot's shape: orders and inner steps, in turn."""
+"""Outer steps a second on made-up episodes of Omniglot's shape: engines, orders and inner steps, in turn."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from common import arguments, in_turn, report
+from torch import nn
+from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
 from trainer.adapt import InnerLoop
 from trainer.allocator import keep_large_buffers
-from trainer.engines import loop
+from trainer.engines import Engine, pick_engine
 from trainer.models import build_network
 from trainer.settings import pick_device
+
+ORDERS = {"maml": "second", "fomaml": "first"}
 
 
 def main() -> None:
@@ -21,6 +28,7 @@ def main() -> None:
     parser.add_argument("--network", default="conv4")
     parser.add_argument("--meta-batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5])
     options = parser.parse_args()
     device = pick_device(options.device)
     keep_large_buffers()
@@ -28,18 +36,20 @@ def main() -> None:
     network = build_network(options.network, 1, 28, 5, seed=0).to(device)
     parameters = dict(network.named_parameters())
 
-    def step(inner: InnerLoop) -> Callable[[], int]:
+    def step(engine: Engine, inner: InnerLoop) -> Callable[[], int]:
         def work() -> int:
-            outcome = loop(network, parameters, batch, inner)
+            outcome = engine(network, parameters, batch, inner)
             return 1 if float(outcome.loss) >= 0 else 0  # waits for the device
 
         return work
 
-    candidates = {
-        f"{name}, {steps} inner step{'s' if steps > 1 else ''}": step(InnerLoop(steps, 0.4, order, "transductive"))
-        for steps in (1, 5)
-        for name, order in (("maml", "second"), ("fomaml", "first"))
-    }
+    candidates = {}
+    for steps in options.inner_steps:
+        for algorithm, order in ORDERS.items():
+            what = f"{algorithm}, {steps} inner step{'s' if steps > 1 else ''}"
+            for name, engine in engines().items():
+                candidates[f"{what}, {name}"] = step(engine, InnerLoop(steps, 0.4, order, "transductive"))
+            candidates[f"{what}, plain example"] = plain_example(batch, steps, 0.4, second=order == "second")
     results = in_turn(candidates, options.repeats)
     report(
         "train",
@@ -47,12 +57,52 @@ def main() -> None:
             "unit": "outer steps/s",
             "episodes": "5-way 1-shot 15-query, 28x28, made up",
             "meta_batch_size": options.meta_batch_size,
-            "network": options.network,
+            "network": f"{options.network}; the plain example has conv4 as torch's own layers",
             "device": str(device),
             "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
         },
         results,
     )
+
+
+def engines() -> dict[str, Engine]:
+    """Those that are installed."""
+    found = {}
+    for name in ("loop", "vmap", "higher"):
+        try:
+            found[name] = pick_engine(name)
+        except RequestError as missing:
+            print(f"left out: {missing}", file=sys.stderr)
+    return found
+
+
+def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], int]:
+    """A step as tutorials write it: torch's layers, ``functional_call``, and one backward pass for all tasks."""
+    widths = [1, 64, 64, 64, 64]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)]
+        layers += [nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)]
+    network = nn.Sequential(*layers).to(batch.support_x.device)
+    start = dict(network.named_parameters())
+
+    def work() -> int:
+        losses = []
+        for support_x, support_y, query_x, query_y in zip(*batch[:4], strict=True):
+            fast = start
+            for _ in range(steps):
+                loss = F.cross_entropy(torch.func.functional_call(network, fast, (support_x,)), support_y)
+                slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=second)
+                fast = {name: value - lr * slope for (name, value), slope in zip(fast.items(), slopes, strict=True)}
+            losses.append(F.cross_entropy(torch.func.functional_call(network, fast, (query_x,)), query_y))
+        network.zero_grad()
+        whole = torch.stack(losses).mean()
+        whole.backward()
+        return 1 if float(whole.detach()) >= 0 else 0
+
+    return work
 
 
 def made_up(episodes: int, device: torch.device) -> EpisodeBatch:

@@ -21,9 +21,15 @@ from cli.common import (
     say,
 )
 
-ALGORITHMS = ("maml", "fomaml")
-NETWORKS = ("conv4", "conv3-pool", "conv4-pool")
-BN_MODES = ("transductive", "support")
+ALGORITHMS = ("maml", "fomaml", "maml++", "anil", "meta-sgd", "reptile", "pretrain", "random")
+ORDERS = ("first", "second")
+LOSSES = ("final", "multi-step")
+RATES = ("fixed", "layer-step", "parameter")
+ADAPTS = ("all", "head")
+OPTIMIZERS = ("adam", "sgd")
+NETWORKS = ("conv4", "conv3-pool", "conv4-pool", "resnet18")
+BN_MODES = ("transductive", "per-step", "support", "frozen")
+ENGINES = ("auto", "loop", "vmap", "higher")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
 
@@ -41,12 +47,24 @@ SCHEDULES = ("cosine", "constant")
 @click.option(
     "--normalise/--no-normalise", default=None, help="Images by the train split's mean and deviation.  [default: no]"
 )
-@click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm of query images.  [default: transductive]")
+@click.option("--bn", type=click.Choice(BN_MODES), help="Batch norm.  [default: transductive; per-step for maml++]")
 @click.option("--steps", type=int, help="Outer steps.  [default: 4000]")
 @click.option("--inner-steps", type=int, help="Of adaptation, in training.  [default: 1]")
 @click.option("--inner-lr", type=float, help="[default: 0.4]")
 @click.option("--eval-inner-steps", type=int, help="In evaluation.  [default: 3, or --inner-steps if more]")
+@click.option("--order", type=click.Choice(ORDERS), help="Of the meta-gradient.  [default: the algorithm's]")
+@click.option("--loss", type=click.Choice(LOSSES), help="The outer loop's.  [default: the algorithm's]")
+@click.option("--rates", type=click.Choice(RATES), help="Inner rates, fixed or learned.  [default: the algorithm's]")
+@click.option("--adapts", type=click.Choice(ADAPTS), help="What the inner loop changes.  [default: the algorithm's]")
+@click.option("--msl-epochs", type=int, help="In which the multi-step loss comes down.  [default: 10]")
+@click.option("--first-order-epochs", type=int, help="Before the second order.  [default: 0]")
+@click.option("--epoch-steps", type=int, help="Outer steps in an epoch, for these.  [default: 500]")
+@click.option("--support-batches", type=int, help="Of which each inner step takes the next.  [default: 1]")
+@click.option("--checkpoint-inner", is_flag=True, default=None, help="Take time in place of memory for inner steps.")
+@click.option("--meta-clip-norm", type=float, help="Longest meta-gradient.  [default: any]")
+@click.option("--meta-clip-value", type=float, help="Largest element of a meta-gradient.  [default: any]")
 @click.option("--meta-lr", type=float, help="[default: 0.001]")
+@click.option("--meta-optimizer", type=click.Choice(OPTIMIZERS), help="[default: adam]")
 @click.option(
     "--meta-schedule", type=click.Choice(SCHEDULES), help="How --meta-lr goes on over --steps.  [default: cosine]"
 )
@@ -61,6 +79,8 @@ SCHEDULES = ("cosine", "constant")
     default=None,
     help="Form an archive's episodes anew in each epoch from the ways of all.  [default: --remix]",
 )
+@click.option("--engine", type=click.Choice(ENGINES), help="What computes meta-gradients.  [default: auto]")
+@click.option("--tensorboard", is_flag=True, default=None, help="Write metrics for TensorBoard, too.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
 @root_option
@@ -80,6 +100,7 @@ def command(
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
     """
+    from trainer.algorithms import ALGORITHMS as POINTS
     from trainer.settings import TrainSettings
     from trainer.train import train
 
@@ -91,6 +112,7 @@ def command(
         chosen = {**plan.settings, **chosen}
         if archive_folder(target) is None:
             episodes = {**plan.episodes, **episodes}
+    chosen.setdefault("bn", POINTS[chosen.get("algorithm", TrainSettings.algorithm)].bn)
     data = episode_data(target, root, episodes, remix=remix)
     if recipe is not None:
         for difference in plan.differences(data.describe()):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mamldata.episodes import ClassTable
 from mamldata.errors import DamagedError
 from mamldata.order import Indices, permutation
 from mamldata.sources import EpisodeInfo, Images, Source
@@ -30,10 +31,6 @@ class WaySource(Source, Protocol):
 
     def way_classes(self) -> Classes:
         """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``."""
-        ...
-
-    def way_labels(self, ways: Indices) -> list[str]:
-        """The names of the classes of some ways."""
         ...
 
     def read_ways(self, ways: Indices, support: Images, query: Images) -> None:
@@ -78,16 +75,28 @@ class RemixedSource:
         """Copy episodes into the caller's memory, see ``Source.read``."""
         self.source.read_ways(self.ways(index), support, query)
 
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self.source.table
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        return self._stored_classes().reshape(-1)[self.ways(index)].astype(np.int64)
+
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
-        return self.source.way_labels(self.ways(np.array([index]))[0])
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
+
+    def _stored_classes(self) -> Classes:
+        if self._classes is None:
+            self._classes = self.source.way_classes()
+        return self._classes
 
     def _epoch(self, epoch: int) -> Indices:
         if (known := self._epochs.get(epoch)) is not None:
             return known
-        if self._classes is None:
-            self._classes = self.source.way_classes()
-        mixed = remix(self._classes, self.seed, epoch)
+        mixed = remix(self._stored_classes(), self.seed, epoch)
         while len(self._epochs) >= _KEPT:
             self._epochs.pop(next(iter(self._epochs)), None)
         self._epochs[epoch] = mixed

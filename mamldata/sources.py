@@ -80,6 +80,15 @@ class Source(Protocol):
         """The names of an episode's classes, one for each way."""
         ...
 
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        ...
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        ...
+
 
 class ArchiveSource:
     """A split of an archive in a local folder, memory-mapped; at most its first ``episodes``.
@@ -180,18 +189,24 @@ class ArchiveSource:
             found[shard.first_episode :][: shard.episodes] = layout.view(mapped, layout.source)[..., 0]
         return found[: self._episodes]
 
-    def way_labels(self, ways: Indices) -> list[str]:
-        """The names of the classes of some ways, int64 ``[n]``."""
-        n_way = self._info.n_way
-        return [self.class_labels(way // n_way)[way % n_way] for way in ways.tolist()]
-
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self._split.classes
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
         layout = self.archive.layout
-        number = self._shard_of(index)
-        shard = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
-        source = layout.view(shard, layout.source)[index - self._starts[number]]
-        return [self._split.classes.label(int(way[0])) for way in source]
+        rows = np.empty((len(index), self._info.n_way), dtype=np.int64)
+        for row, episode in zip(rows, index.tolist(), strict=True):
+            number = self._shard_of(episode)
+            shard = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            row[:] = layout.view(shard, layout.source)[episode - self._starts[number], :, 0]
+        return rows
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -249,10 +264,7 @@ class LiveSource:
 
     def read(self, index: Indices, support: Images, query: Images) -> None:
         """Draw episodes and copy their images out of the bank."""
-        breaks = np.flatnonzero(np.diff(index) != 1) + 1
-        source = np.concatenate(
-            [self.sampler.sample(int(run[0]), len(run)) for run in np.split(index, breaks) if len(run)]
-        )
+        source = self._draw(index)
         info = self.info
         shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
         parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
@@ -261,6 +273,16 @@ class LiveSource:
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
         return [self.table.label(int(way[0])) for way in self.sampler.sample(index, 1)[0]]
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        return self._draw(index)[..., 0].astype(np.int64)
+
+    def _draw(self, index: Indices) -> npt.NDArray[np.int32]:
+        breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        return np.concatenate(
+            [self.sampler.sample(int(run[0]), len(run)) for run in np.split(index, breaks) if len(run)]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "images": self.images.shape}

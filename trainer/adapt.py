@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,26 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import Order
-from trainer.models import Norm, batch_statistics, leading_statistics
+from mamldata.errors import RequestError
+from trainer.algorithms import Adapts, BatchNorm, Order, Rates
+from trainer.models import (
+    Norm,
+    Statistics,
+    batch_statistics,
+    given_statistics,
+    head_names,
+    leading_statistics,
+    norm_names,
+    noting_statistics,
+)
+from trainer.recompute import recomputed
 
 Parameters = dict[str, Tensor]
-BatchNorm = Literal["transductive", "support"]
+
+# What is learned beside the network's own parameters stands in the same dict, under their names with these in front.
+RATE, STEP_NORM = "inner_lr:", "per_step:"
+# And so do, for the time of an episode, the statistics that ``frozen`` keeps.
+_STATISTICS = "statistics:"
 
 
 @dataclass(frozen=True)
@@ -25,16 +40,31 @@ class InnerLoop:
 
     Attributes:
         steps: of gradient descent on the support set.
-        lr: the inner learning rate, alpha in Finn et al. 2017.
+        lr: the inner learning rate, alpha in Finn et al. 2017; where rates are learned, what they start from.
         order: ``first`` takes the inner gradients for constants.
         bn: where the batch norm of the query images comes from: ``transductive``, all query images of the
-            episode together; ``support``, the support images alone, so that each query image stands for itself.
+            episode together; ``support``, the support images alone, so that each query image stands for itself;
+            ``frozen``, the support images before the first step, whose statistics are then kept for the inner steps,
+            too; ``per-step``, as transductive, but each step has a scale and a shift of its own, which the outer loop
+            learns and the inner loop leaves alone (Antoniou et al. 2019, section 4).
+        rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
+        adapts: ``all``, or the ``head`` alone.
+        norm: what normalises by the batch; an engine may need its own.
+        support_batches: the support set is divided into so many batches of equal shots, of which each step takes the
+            next one; k_shot must be a multiple.
+        checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
+            gradient; at second order, with the engine loop.
     """
 
     steps: int
     lr: float
     order: Order
     bn: BatchNorm
+    rates: Rates = "fixed"
+    adapts: Adapts = "all"
+    norm: Norm = batch_statistics
+    support_batches: int = 1
+    checkpoint: bool = False
 
 
 class Episode(NamedTuple):
@@ -52,34 +82,153 @@ def episodes(batch: EpisodeBatch) -> Iterator[Episode]:
         yield Episode(*parts)
 
 
+def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
+    """The parameters that the inner loop changes."""
+    names = head_names(network) if inner.adapts == "head" else [name for name, _ in network.named_parameters()]
+    untouched = set(norm_names(network)) if inner.bn == "per-step" else set()
+    return [name for name in names if name not in untouched]
+
+
+def meta_parameters(network: nn.Module, inner: InnerLoop) -> Parameters:
+    """All that an outer loop learns: the network's own parameters, and fresh rates and per-step norms.
+
+    Returns:
+        The network's parameters themselves under their names, less those that per-step norms take the place of;
+        ``inner_lr:NAME``, ``[steps]`` or of the parameter's shape, all ``inner.lr``; and ``per_step:NAME``
+        ``[steps + 1, C]``: row i is for the support images of step i and for query images after i steps.
+    """
+    own = dict(network.named_parameters())
+    learned: Parameters = {}
+    if inner.rates != "fixed":
+        for name in adapted_names(network, inner):
+            # With the parameter's own memory layout, or each product with it would be slow.
+            like = own[name].detach() if inner.rates == "parameter" else own[name].new_empty(inner.steps)
+            learned[RATE + name] = torch.full_like(like, inner.lr)
+    if inner.bn == "per-step":
+        for name in norm_names(network):
+            learned[STEP_NORM + name] = own.pop(name).detach().repeat(inner.steps + 1, 1)
+    return own | {name: value.requires_grad_() for name, value in learned.items()}
+
+
 def adapt(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> list[Parameters]:
     """Gradient descent on the support set: equation 1 of Finn et al. 2017, ``inner.steps`` times.
+
+    With learned rates it is the update of Antoniou et al. 2019 (section 4, a rate for each layer and step) or
+    equation 3 of Li et al. 2017 (a rate for each parameter). After more steps than were trained, the last trained
+    step's rates and norms serve again.
 
     A pure function. The results are differentiable with respect to ``parameters``, unless it is called under
     ``torch.no_grad``, which then keeps no graph at all.
 
+    Args:
+        network: with a ``forward(x, norm)``.
+        parameters: those of ``meta_parameters``.
+        episode: to adapt to.
+        inner: how.
+
     Returns:
-        ``inner.steps + 1`` sets of parameters: those given, and those after each step.
+        ``inner.steps + 1`` sets of parameters, fit for ``query_logits``: those given, and those after each step.
     """
-    path = [parameters]
-    for _ in range(inner.steps):
-        theta = path[-1]
-        # The first order takes its gradients at constants, so that no graph of theirs is kept.
-        place = theta if inner.order == "second" else {name: value.detach() for name, value in theta.items()}
-        slope = grad(lambda at: support_loss(network, at, episode))(place)
-        path.append({name: value - inner.lr * slope[name] for name, value in theta.items()})
+    theta = _start(network, parameters, episode, inner)
+    path = [theta]
+    descend = _descend_recomputed if inner.checkpoint else _descend
+    for i in range(inner.steps):
+        theta = _at_step(descend(network, parameters, theta, episode, inner, i), parameters, i + 1)
+        path.append(theta)
     return path
 
 
-def support_loss(network: nn.Module, parameters: Parameters, episode: Episode) -> Tensor:
+def _start(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> Parameters:
+    own = {name: value for name, value in parameters.items() if not name.startswith((RATE, STEP_NORM))}
+    theta = _at_step(own, parameters, 0)
+    if inner.bn == "frozen":
+        noted: list[Statistics] = []
+        _forward(network, theta, episode.support_x, noting_statistics(noted))
+        for layer, statistics in enumerate(noted):
+            for kind, value in zip(("mean", "variance"), statistics, strict=True):
+                # They are a function of the initial weights, and a constant to first order like the slopes.
+                theta[f"{_STATISTICS}{layer}.{kind}"] = value if inner.order == "second" else value.detach()
+    return theta
+
+
+def _at_step(theta: Parameters, parameters: Parameters, step: int) -> Parameters:
+    """With the scales and shifts of a step, if steps have their own."""
+    start = len(STEP_NORM)
+    rows = {name[start:]: rows for name, rows in parameters.items() if name.startswith(STEP_NORM)}
+    return theta | {name: value[min(step, len(value) - 1)] for name, value in rows.items()}
+
+
+def _descend(
+    network: nn.Module, parameters: Parameters, theta: Parameters, episode: Episode, inner: InnerLoop, step: int
+) -> Parameters:
+    """One inner step, counted from 0."""
+    # The first order takes its gradients at constants, so that no graph of theirs is kept.
+    place = theta if inner.order == "second" else {name: value.detach() for name, value in theta.items()}
+    names = adapted_names(network, inner)
+    episode = support_of_step(episode, inner, step)
+    slope = grad(lambda at: support_loss(network, place | at, episode, inner.norm))(
+        {name: place[name] for name in names}
+    )
+    return theta | {name: theta[name] - inner_rate(parameters, name, inner, step) * slope[name] for name in names}
+
+
+def _descend_recomputed(
+    network: nn.Module, parameters: Parameters, theta: Parameters, episode: Episode, inner: InnerLoop, step: int
+) -> Parameters:
+    """The same as ``_descend``, without its graph."""
+    names = adapted_names(network, inner)
+    known = theta | {name: value for name, value in parameters.items() if name.startswith(RATE)}
+
+    def descend(*values: Tensor) -> tuple[Tensor, ...]:
+        at = dict(zip(known, values, strict=True))
+        after = _descend(network, at, {name: at[name] for name in theta}, episode, inner, step)
+        return tuple(after[name] for name in names)
+
+    return theta | dict(zip(names, recomputed(descend, list(known.values())), strict=True))
+
+
+def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
+    """The episode with the support images of a step, counted from 0."""
+    if inner.support_batches == 1:
+        return episode
+    # Images of one class stand together, so that every n-th image is an equal share of each class.
+    part = slice(step % inner.support_batches, None, inner.support_batches)
+    return episode._replace(support_x=episode.support_x[part], support_y=episode.support_y[part])
+
+
+def require_shots(inner: InnerLoop, k_shot: int) -> None:
+    """Make sure that a class's support images can be divided among the batches.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if k_shot % inner.support_batches:
+        raise RequestError(
+            f"k_shot is {k_shot}, which cannot be divided into {inner.support_batches} support batches. Take episodes "
+            "with a multiple of it, or another support_batches."
+        )
+
+
+def inner_rate(parameters: Parameters, name: str, inner: InnerLoop, step: int) -> Tensor | float:
+    """The rate of a parameter in a step, counted from 0."""
+    if inner.rates == "fixed":
+        return inner.lr
+    rate = parameters[RATE + name]
+    return rate if inner.rates == "parameter" else rate[min(step, len(rate) - 1)]
+
+
+def support_loss(network: nn.Module, parameters: Parameters, episode: Episode, norm: Norm = batch_statistics) -> Tensor:
     """Mean cross-entropy of the support set (equation 3 of Finn et al. 2017), a scalar in nats."""
-    return F.cross_entropy(_forward(network, parameters, episode.support_x, batch_statistics), episode.support_y)
+    logits = _forward(network, parameters, episode.support_x, _frozen(parameters) or norm)
+    return F.cross_entropy(logits, episode.support_y)
 
 
-def query_logits(network: nn.Module, parameters: Parameters, episode: Episode, bn: BatchNorm) -> Tensor:
-    """Logits ``[n_way * k_query, n_way]`` of the query set."""
-    if bn == "transductive":
-        return _forward(network, parameters, episode.query_x, batch_statistics)
+def query_logits(
+    network: nn.Module, parameters: Parameters, episode: Episode, bn: BatchNorm, norm: Norm = batch_statistics
+) -> Tensor:
+    """Logits ``[n_way * k_query, n_way]`` of the query set, by parameters from ``adapt``."""
+    if bn != "support":
+        return _forward(network, parameters, episode.query_x, _frozen(parameters) or norm)
     support = len(episode.support_x)
     together = torch.cat([episode.support_x, episode.query_x])
     return _forward(network, parameters, together, leading_statistics(support))[support:]
@@ -90,6 +239,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
 
 
+def _frozen(parameters: Parameters) -> Norm | None:
+    values = [value for name, value in parameters.items() if name.startswith(_STATISTICS)]
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return given_statistics([Statistics(*pair) for pair in pairs]) if values else None
+
+
 def _forward(network: nn.Module, parameters: Parameters, x: Tensor, norm: Norm) -> Tensor:
-    logits: Tensor = functional_call(network, parameters, (x, norm))
+    own = {name: value for name, value in parameters.items() if not name.startswith(_STATISTICS)}
+    logits: Tensor = functional_call(network, own, (x, norm))
     return logits

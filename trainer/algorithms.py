@@ -6,6 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 Order = Literal["first", "second"]
+BatchNorm = Literal["transductive", "per-step", "support", "frozen"]
+Loss = Literal["final", "multi-step"]
+Rates = Literal["fixed", "layer-step", "parameter"]
+Adapts = Literal["all", "head"]
+Outer = Literal["query", "reptile", "joint", "none"]
+
+ORDERS: tuple[Order, ...] = ("first", "second")
+BN_MODES: tuple[BatchNorm, ...] = ("transductive", "per-step", "support", "frozen")
+LOSSES: tuple[Loss, ...] = ("final", "multi-step")
+RATES: tuple[Rates, ...] = ("fixed", "layer-step", "parameter")
+ADAPTS: tuple[Adapts, ...] = ("all", "head")
 
 
 @dataclass(frozen=True)
@@ -15,10 +26,23 @@ class Algorithm:
     Attributes:
         name: as the user writes it, and as checkpoints are called.
         order: ``second`` differentiates through the inner loop; ``first`` takes its gradients for constants.
+        outer: what the outer loop follows: ``query``, the gradient of the query loss; ``reptile``, the way from the
+            adapted weights back to the initial ones; ``joint``, the gradient of a plain classifier over all training
+            classes; ``none``, nothing, so that the weights stay as they were drawn.
+        loss: of which steps' weights the query loss is taken: the ``final`` ones, or ``multi-step``, a weighted sum.
+        rates: inner learning rates: ``fixed``; learned, one for each ``layer-step`` (tensor of the network and inner
+            step); or learned, one for each ``parameter`` (single number of the network), for all steps.
+        adapts: what the inner loop changes: ``all``, or the ``head`` alone.
+        bn: the batch norm that goes with it, unless another one is asked for; see ``trainer.adapt.InnerLoop``.
     """
 
     name: str
     order: Order
+    outer: Outer = "query"
+    loss: Loss = "final"
+    rates: Rates = "fixed"
+    adapts: Adapts = "all"
+    bn: BatchNorm = "transductive"
 
 
 _ALL = (
@@ -26,6 +50,46 @@ _ALL = (
     # https://arxiv.org/abs/1703.03400, algorithm 2; FOMAML is the approximation of its section 5.2.
     Algorithm("maml", order="second"),
     Algorithm("fomaml", order="first"),
+    # Antoniou, Edwards, Storkey, "How to train your MAML", 2019, https://arxiv.org/abs/1810.09502.
+    Algorithm("maml++", order="second", loss="multi-step", rates="layer-step", bn="per-step"),
+    # Raghu, Raghu, Bengio, Vinyals, "Rapid Learning or Feature Reuse?", 2020, https://arxiv.org/abs/1909.09157.
+    Algorithm("anil", order="second", adapts="head"),
+    # Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017,
+    # https://arxiv.org/abs/1707.09835, algorithm 1.
+    Algorithm("meta-sgd", order="second", rates="parameter"),
+    # Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, https://arxiv.org/abs/1803.02999,
+    # algorithm 2.
+    Algorithm("reptile", order="first", outer="reptile"),
+    # Baselines: what is left of an accuracy without meta-learning, and without any learning beforehand.
+    Algorithm("pretrain", order="first", outer="joint", adapts="head"),
+    Algorithm("random", order="first", outer="none"),
 )
 
 ALGORITHMS = {algorithm.name: algorithm for algorithm in _ALL}
+
+
+def objections(algorithm: Algorithm, *, first_order_epochs: int) -> list[str]:
+    """Why a point of the space makes no sense; empty if it does.
+
+    Args:
+        algorithm: with the settings that replace parts of it.
+        first_order_epochs: for which the order is ``first`` before it is ``second``.
+    """
+    found = []
+    learns = algorithm.outer == "query"
+    if not learns and algorithm.order == "second":
+        found.append(f"order cannot be second with {algorithm.name}: it takes no gradient through the inner loop.")
+    if not learns and algorithm.loss == "multi-step":
+        found.append(f"loss cannot be multi-step with {algorithm.name}: it follows no query loss.")
+    if not learns and algorithm.rates != "fixed":
+        found.append(f"rates cannot be {algorithm.rates} with {algorithm.name}: nothing would teach them.")
+    if not learns and algorithm.bn == "per-step":
+        found.append(f"bn cannot be per-step with {algorithm.name}: nothing would teach each step's scale and shift.")
+    if learns and (algorithm.bn, algorithm.order, algorithm.loss) == ("per-step", "first", "final"):
+        found.append(
+            "bn cannot be per-step with order first and loss final: only the last step's scale and shift would learn. "
+            "Take order second, or loss multi-step."
+        )
+    if algorithm.order == "first" and first_order_epochs:
+        found.append("first_order_epochs must be 0 with order first: there is no second order to change to.")
+    return found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
+from trainer.adapt import RATE, STEP_NORM, Parameters
 from trainer.models import build_network
 
 _FORMAT = "mamldata-checkpoint/1"
@@ -32,7 +33,7 @@ class Checkpoint:
         best_step, best_accuracy: the best validation so far; the earliest among equals.
         settings: the fields of ``TrainSettings``.
         data: the description of the data.
-        weights: the network's parameters.
+        weights: all that was learned: the network's parameters and what ``meta_parameters`` puts beside them.
         optimizer: its state.
         stream: where the training data stood.
     """
@@ -57,8 +58,27 @@ class Checkpoint:
         height, _, channels = self.data["image_shape"]
         settings = self.settings
         network = build_network(settings["network"], channels, height, self.data["n_way"], settings["seed"])
-        network.load_state_dict(self.weights)
+        load_weights(network, {}, self.weights)
         return network
+
+    def learned(self) -> Parameters:
+        """What an evaluation needs beside the network: learned rates and per-step norms, on the CPU."""
+        return {name: value for name, value in self.weights.items() if name.startswith((RATE, STEP_NORM))}
+
+
+def all_weights(network: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
+    """The network's parameters, and those learned beside them; no copies."""
+    beside = {name: value.detach() for name, value in parameters.items() if ":" in name}
+    return {**network.state_dict(), **beside}
+
+
+def load_weights(network: nn.Module, parameters: Parameters, weights: dict[str, Tensor]) -> None:
+    """Put back what ``all_weights`` gave."""
+    network.load_state_dict({name: value for name, value in weights.items() if ":" not in name})
+    with torch.no_grad():
+        for name, value in parameters.items():
+            if ":" in name:
+                value.copy_(weights[name])
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:

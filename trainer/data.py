@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.device import DeviceStream
@@ -30,11 +31,13 @@ class EpisodeData:
         self.place = place
         self.remix = remix
         self._open = open_source
+        self._trained_on: Source | None = None
 
     def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> DeviceStream:
         """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
         source = self._open("train", None)
         stream = EpisodeStream(source, batch_size=batch_size, seed=seed, remix=self.remix, normalise=normalise)
+        self._trained_on = stream.source
         return stream.to(device)
 
     def eval(
@@ -65,6 +68,15 @@ class EpisodeData:
             RequestError: it has none.
         """
         return self._open(split, None).episodes
+
+    def class_count(self) -> int:
+        """How many classes the train split has, turned ones included."""
+        return len((self._trained_on or self._open("train", None)).table)
+
+    def classes(self, index: Tensor) -> Tensor:
+        """The classes of the episodes that ``train`` gives: int64 ``[B, n_way]``, by label."""
+        assert self._trained_on is not None, "which episodes an index means is known once training has begun"
+        return torch.from_numpy(self._trained_on.classes(index.cpu().numpy()))
 
 
 def archive_data(

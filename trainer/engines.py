@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
+from mamldata.errors import RequestError
+from trainer.adapt import Episode, InnerLoop, Parameters, adapt, adapted_names, episodes, inner_rate, support_of_step
+from trainer.models import batch_statistics, written_out
+from trainer.objective import Measured, Objective, judge
+
+FINAL = Objective()
 
 
 class Outcome(NamedTuple):
@@ -28,7 +36,13 @@ class Outcome(NamedTuple):
 
 
 def loop(
-    network: nn.Module, parameters: Parameters, batch: EpisodeBatch, inner: InnerLoop, *, every_step: bool = False
+    network: nn.Module,
+    parameters: Parameters,
+    batch: EpisodeBatch,
+    inner: InnerLoop,
+    objective: Objective = FINAL,
+    *,
+    every_step: bool = False,
 ) -> Outcome:
     """One task after the other, so that memory holds the graph of one task only.
 
@@ -37,23 +51,157 @@ def loop(
 
     Args:
         network: with a ``forward(x, norm)``.
-        parameters: which take part, all requiring gradients; they are not changed.
+        parameters: those of ``meta_parameters``, all requiring gradients; they are not changed.
         batch: B episodes.
         inner: how to adapt.
+        objective: what the gradient is of.
         every_step: report the accuracy before and after each inner step, at the price of as many forward passes.
     """
+    return _one_by_one(
+        lambda one: adapt(network, parameters, one, inner), network, parameters, batch, inner, objective, every_step
+    )
+
+
+def _one_by_one(
+    adapting: Callable[[Episode], list[Parameters]],
+    network: nn.Module,
+    parameters: Parameters,
+    batch: EpisodeBatch,
+    inner: InnerLoop,
+    objective: Objective,
+    every_step: bool,
+) -> Outcome:
     share = 1 / len(batch.index)
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    losses, accuracies = [], []
+    rows = []
     for episode in episodes(batch):
-        path = adapt(network, parameters, episode, inner)
-        logits = query_logits(network, path[-1], episode, inner.bn)
-        loss = F.cross_entropy(logits, episode.query_y)
-        slopes = torch.autograd.grad(loss, list(parameters.values()))
+        goal, measured = judge(network, adapting(episode), episode, inner, objective, every_step=every_step)
+        # To first order not everything has a part in the loss, such as the norms of a step: its gradient is zero.
+        slopes = torch.autograd.grad(goal, list(parameters.values()), materialize_grads=True)
         for whole, slope in zip(total.values(), slopes, strict=True):
             whole.add_(slope, alpha=share)
-        with torch.no_grad():
-            on_the_way = [query_logits(network, at, episode, inner.bn) for at in path[:-1]] if every_step else []
-            losses.append(loss.detach())
-            accuracies.append(torch.stack([accuracy(step, episode.query_y) for step in (*on_the_way, logits)]))
+        rows.append(measured)
+    losses, accuracies = zip(*rows, strict=True)
     return Outcome(total, torch.stack(losses).mean(), torch.stack(accuracies).mean(0))
+
+
+def vmap(
+    network: nn.Module,
+    parameters: Parameters,
+    batch: EpisodeBatch,
+    inner: InnerLoop,
+    objective: Objective = FINAL,
+    *,
+    every_step: bool = False,
+) -> Outcome:
+    """All tasks at once, by ``torch.func.vmap``; memory holds the graphs of all of them.
+
+    Arguments and outcome are those of ``loop``.
+    """
+    inner = replace(inner, norm=written_out)
+
+    def mean(at: Parameters) -> tuple[Tensor, Measured]:
+        def one(*parts: Tensor) -> tuple[Tensor, Measured]:
+            episode = Episode(*parts)
+            return judge(network, adapt(network, at, episode, inner), episode, inner, objective, every_step=every_step)
+
+        goals, measured = torch.func.vmap(one)(*batch[:4])
+        return goals.mean(), measured
+
+    # Constants, or autograd would keep a second graph beside the one of torch.func.
+    at = {name: value.detach() for name, value in parameters.items()}
+    gradient, measured = torch.func.grad(mean, has_aux=True)(at)
+    return Outcome(gradient, measured.loss.mean(), measured.accuracy.mean(0))
+
+
+def higher(
+    network: nn.Module,
+    parameters: Parameters,
+    batch: EpisodeBatch,
+    inner: InnerLoop,
+    objective: Objective = FINAL,
+    *,
+    every_step: bool = False,
+) -> Outcome:
+    """The reference: the inner loop of the package ``higher``, with its own networks and optimizer.
+
+    Arguments and outcome are those of ``loop``; ``TrainSettings`` refuses what it does not do.
+    """
+    return _one_by_one(
+        lambda one: _higher_path(network, parameters, one, inner),
+        network,
+        parameters,
+        batch,
+        inner,
+        objective,
+        every_step,
+    )
+
+
+def _higher_path(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> list[Parameters]:
+    """What ``adapt`` gives, by Grefenstette et al. 2019, https://arxiv.org/abs/1910.01727."""
+    package = _import_higher()
+    own = dict(network.named_parameters())
+    adapted = adapted_names(network, inner)
+    # A group for each parameter, so that each can have a rate of its own.
+    optimizer = torch.optim.SGD([{"params": [own[name]]} for name in adapted], lr=inner.lr)
+    functional = package.monkeypatch(network, copy_initial_weights=False)
+    descent = package.get_diff_optim(optimizer, network.parameters(), fmodel=functional)
+    path = [{name: parameters[name] for name in own}]
+    for step in range(inner.steps):
+        rates = None
+        if inner.rates != "fixed":
+            rates = {"lr": [inner_rate(parameters, name, inner, step) for name in adapted]}
+        part = support_of_step(episode, inner, step)
+        loss = F.cross_entropy(functional(part.support_x, batch_statistics), part.support_y)
+        constant = inner.order == "first"
+        descent.step(loss, override=rates, grad_callback=_detach_all if constant else None)
+        path.append(dict(zip(own, functional.parameters(), strict=True)))
+    return path
+
+
+def _detach_all(slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if slope is None else slope.detach() for slope in slopes]
+
+
+def _import_higher() -> Any:
+    try:
+        return importlib.import_module("higher")
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            "The engine higher needs the package of that name: pip install 'mamldata[higher]'."
+        ) from error
+
+
+class Engine(Protocol):
+    """The signature of the engines."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        parameters: Parameters,
+        batch: EpisodeBatch,
+        inner: InnerLoop,
+        objective: Objective = FINAL,
+        *,
+        every_step: bool = False,
+    ) -> Outcome:
+        """See ``loop``."""
+        ...
+
+
+ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "higher": higher}
+
+
+def pick_engine(name: str) -> Engine:
+    """The engine called ``name``.
+
+    ``auto`` is ``loop``, which ``benchmarks/train.py`` found the faster one on a CPU, and whose memory does not grow
+    with the meta-batch.
+
+    Raises:
+        RequestError: its package is not installed.
+    """
+    if name == "higher":
+        _import_higher()
+    return ENGINES["loop" if name == "auto" else name]

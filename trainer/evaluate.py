@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
+from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
 from trainer.protocol import TrainData
@@ -31,7 +31,7 @@ class Evaluation:
         loss: query loss after the last inner step, mean over the episodes, in nats.
         accuracy_by_step: before adaptation and after each inner step.
         episodes: how many.
-        bn, inner_steps, inner_lr: how the network adapted; see ``InnerLoop``.
+        bn, inner_steps, inner_lr, rates: how the network adapted; see ``InnerLoop``.
         dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
     """
 
@@ -43,6 +43,7 @@ class Evaluation:
     bn: str
     inner_steps: int
     inner_lr: float
+    rates: str
     dataset: str
     split_scheme: str
     split: str
@@ -63,7 +64,12 @@ class Evaluation:
 
 
 def evaluate(
-    network: nn.Module, batches: Iterable[EpisodeBatch], inner: InnerLoop, data: dict[str, Any], split: str
+    network: nn.Module,
+    batches: Iterable[EpisodeBatch],
+    inner: InnerLoop,
+    data: dict[str, Any],
+    split: str,
+    learned: Parameters | None = None,
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
 
@@ -75,11 +81,12 @@ def evaluate(
         inner: how to adapt; its order makes no difference here.
         data: what the episodes are, see ``TrainData.describe``.
         split: the episodes' split.
+        learned: rates and per-step norms that ``inner`` asks for; see ``meta_parameters``.
 
     Raises:
         RequestError: fewer than two episodes, which give no interval.
     """
-    parameters: Parameters = dict(network.named_parameters())
+    parameters: Parameters = {**dict(network.named_parameters()), **(learned or {})}
     with torch.no_grad():
         rows = [measure(network, parameters, one, inner) for batch in batches for one in episodes(batch)]
     if len(rows) < 2:
@@ -95,6 +102,7 @@ def evaluate(
         bn=inner.bn,
         inner_steps=inner.steps,
         inner_lr=inner.lr,
+        rates=inner.rates,
         split=split,
         **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
     )
@@ -143,7 +151,9 @@ def evaluate_checkpoint(
     inner = settings.inner_loop_at_test()
     if inner_steps is not None:
         inner = replace(inner, steps=inner_steps)
+    require_shots(inner, about["k_shot"])
     keep_large_buffers()
     where = pick_device(device)
     batches = data.eval(split, episodes, settings.meta_batch_size, where, normalise=settings.normalise)
-    return evaluate(checkpoint.network().to(where), batches, inner, about, split)
+    learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
+    return evaluate(checkpoint.network().to(where), batches, inner, about, split, learned)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,15 @@ def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPSILON)
 
 
+def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as ``batch_statistics``, in elementary operations.
+
+    For ``torch.func.vmap``, under which torch's batch norm, with scales that differ by task, gives wrong second
+    derivatives without a word (torch 2.15).
+    """
+    return _normalise(x, _statistics(x), weight, bias)
+
+
 def leading_statistics(count: int) -> Norm:
     """Batch norm by the mean and variance of the first ``count`` images only, for all images.
 
@@ -31,12 +43,47 @@ def leading_statistics(count: int) -> Norm:
     """
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x[:count], dim=(0, 2, 3), correction=0)
-        scale = weight * torch.rsqrt(variance + _EPSILON)
-        shift = bias - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return _normalise(x, _statistics(x[:count]), weight, bias)
 
     return norm
+
+
+class Statistics(NamedTuple):
+    """Of the images at one normalisation: mean and variance ``[C]``."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def noting_statistics(noted: list[Statistics]) -> Norm:
+    """Batch norm as ``batch_statistics`` that appends the statistics of each layer, in the layers' order."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        noted.append(_statistics(x))
+        return _normalise(x, noted[-1], weight, bias)
+
+    return norm
+
+
+def given_statistics(given: list[Statistics]) -> Norm:
+    """Batch norm by the statistics given for each layer, for one forward pass."""
+    layers = iter(given)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _normalise(x, next(layers), weight, bias)
+
+    return norm
+
+
+def _statistics(x: Tensor) -> Statistics:
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return Statistics(mean, variance)
+
+
+def _normalise(x: Tensor, by: Statistics, weight: Tensor, bias: Tensor) -> Tensor:
+    scale = weight * torch.rsqrt(by.variance + _EPSILON)
+    shift = bias - by.mean * scale
+    return x * scale[:, None, None] + shift[:, None, None]
 
 
 class Block(nn.Module):
@@ -126,11 +173,89 @@ def conv4_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
     return ConvNet(blocks, 32 * side * side, n_way, mean_over_space=False)
 
 
+class ToldNorm(nn.Module):
+    """Stands where torchvision has a ``BatchNorm2d``, and normalises as it is told to."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.norm: Norm = batch_statistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]``, normalised."""
+        return self.norm(x, self.scale, self.shift)
+
+
+class MeanOverSpace(nn.Module):
+    """What adaptive pooling to one pixel gives, but also for many tasks at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C]``."""
+        return x.mean((2, 3))
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 up to its mean over space, then a linear head."""
+
+    def __init__(self, body: nn.Module, n_way: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Parameter(torch.empty(n_way, 512))
+        self.head_bias = nn.Parameter(torch.zeros(n_way))
+
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
+        """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        with self._told(norm):
+            return F.linear(self.body(x), self.head, self.head_bias)
+
+    @contextmanager
+    def _told(self, norm: Norm) -> Iterator[None]:
+        # torchvision's layers pass nothing on but x. Told for one pass: a norm may hold on to an episode's graph.
+        layers = [layer for layer in self.body.modules() if isinstance(layer, ToldNorm)]
+        try:
+            for layer in layers:
+                layer.norm = norm
+            yield
+        finally:
+            for layer in layers:
+                layer.norm = batch_statistics
+
+
+def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # noqa: ARG001  # it takes every size
+    """He, Zhang, Ren, Sun 2016, https://arxiv.org/abs/1512.03385, 18 layers, with batch statistics in every norm.
+
+    Raises:
+        RequestError: torchvision is not installed.
+    """
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ModuleNotFoundError as error:
+        raise RequestError("The network resnet18 needs torchvision: pip install 'mamldata[resnet]'.") from error
+    with torch.random.fork_rng(devices=[]):  # torchvision draws weights, which build_network draws anew
+        body = models.resnet18(norm_layer=ToldNorm)
+    body.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False, device="meta").to_empty(device="cpu")
+    body.avgpool, body.fc = MeanOverSpace(), nn.Identity()
+    return ResNet18(body, n_way)
+
+
 NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "conv4": conv4,
     "conv3-pool": conv3_pool,
     "conv4-pool": conv4_pool,
+    "resnet18": resnet18,
 }
+
+
+def head_names(network: nn.Module) -> list[str]:
+    """The parameters of the last layer."""
+    return [name for name, _ in network.named_parameters() if name in {"head", "head_bias"}]
+
+
+def norm_names(network: nn.Module) -> list[str]:
+    """The scales and shifts of the normalisations."""
+    names = (name for name, _ in network.named_parameters())
+    return [name for name in names if name.rpartition(".")[2] in {"scale", "shift"}]
 
 
 def build_network(name: str, image_channels: int, image_size: int, n_way: int, seed: int) -> nn.Module:

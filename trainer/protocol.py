@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
@@ -49,6 +50,18 @@ class TrainData(Protocol):
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
         ``digest`` and ``source``. A run goes on only with data whose description is the same, ``source`` (the place)
         aside.
+        """
+        ...
+
+    def class_count(self) -> int:
+        """How many classes the train split has; only joint training asks for it."""
+        ...
+
+    def classes(self, index: Tensor) -> Tensor:
+        """The classes of training episodes: int64 ``[B, n_way]``, by label, in ``range(class_count())``.
+
+        Args:
+            index: int64 ``[B]``, see ``EpisodeBatch``.
         """
         ...
 

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mamldata.errors import RequestError
-from trainer.adapt import BatchNorm, InnerLoop
-from trainer.algorithms import ALGORITHMS
+from trainer.adapt import InnerLoop
+from trainer.algorithms import (
+    ADAPTS,
+    ALGORITHMS,
+    BN_MODES,
+    LOSSES,
+    ORDERS,
+    RATES,
+    Adapts,
+    Algorithm,
+    BatchNorm,
+    Loss,
+    Order,
+    Rates,
+    objections,
+)
+from trainer.engines import ENGINES
 from trainer.models import NETWORKS
+from trainer.objective import Objective, step_weights
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
-BN_MODES: tuple[BatchNorm, ...] = ("transductive", "support")
+OPTIMIZERS = ("adam", "sgd")
+MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 
 # A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
 # cosine schedule goes on from where the longer curve is, as a run that is prolonged should.
-CHANGEABLE = frozenset({"steps", "eval_every", "log_every"})
+CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
 
 
 @dataclass(frozen=True)
@@ -31,13 +48,24 @@ class TrainSettings:
         algorithm: one of ``ALGORITHMS``.
         network: one of ``NETWORKS``.
         normalise: images by the train split's mean and deviation, in place of [0, 1].
-        bn: batch norm of query images, ``transductive`` or ``support``; see ``InnerLoop``.
+        bn: batch norm of query images, one of ``BN_MODES``; see ``InnerLoop``. The one that goes with an algorithm
+            is ``ALGORITHMS[algorithm].bn``, which the command line takes; for maml++ it is ``per-step``.
         steps: outer steps (the paper: 60,000).
         inner_steps: adaptation steps while training.
         inner_lr: alpha.
         eval_inner_steps: adaptation steps while evaluating. None: three, as in the paper's 5-way experiments, or
-            ``inner_steps`` if that is more.
-        meta_lr: Adam's rate for the outer loop (beta), at the start.
+            ``inner_steps`` if that is more; with learned rates or norms ``inner_steps``, for which they were learned.
+        order, loss, rates, adapts: in place of the algorithm's own; see ``Algorithm``.
+        msl_epochs: epochs in which a multi-step loss comes down to its last step, see ``step_weights``. None: 10.
+        first_order_epochs: begin with so many epochs of the first order, and only then go over to the second
+            (derivative-order annealing, Antoniou et al. 2019, section 4).
+        epoch_steps: outer steps in an epoch, for these two (Antoniou et al. 2019: 500).
+        support_batches: different support batches for the inner steps; see ``InnerLoop``.
+        checkpoint_inner: compute the inner loop twice, to keep only one of its steps in memory; see ``InnerLoop``.
+        meta_clip_norm: make meta-gradients longer than this so long, all parameters together.
+        meta_clip_value: bring each element of a meta-gradient into plus and minus this (Finn's MiniImagenet code: 10).
+        meta_lr: the rate of the outer loop (beta), at the start.
+        meta_optimizer: of the outer loop, ``adam`` or plain ``sgd``, with which ``reptile`` is its paper's algorithm.
         meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
         meta_batch_size: episodes per outer step.
         seed: of the initial weights and of the order of the episodes.
@@ -45,6 +73,8 @@ class TrainSettings:
         eval_episodes: of the val split, at each validation.
         log_every: outer steps between lines of the log.
         device: ``auto`` takes cuda, then mps, then cpu.
+        engine: one of ``ENGINES``, or ``auto``; see ``pick_engine``.
+        tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
         RequestError: every fault, all at once.
@@ -58,7 +88,19 @@ class TrainSettings:
     inner_steps: int = 1
     inner_lr: float = 0.4
     eval_inner_steps: int | None = None
+    order: Order | None = None
+    loss: Loss | None = None
+    rates: Rates | None = None
+    adapts: Adapts | None = None
+    msl_epochs: int | None = None
+    first_order_epochs: int = 0
+    epoch_steps: int = 500
+    support_batches: int = 1
+    checkpoint_inner: bool = False
+    meta_clip_norm: float | None = None
+    meta_clip_value: float | None = None
     meta_lr: float = 1e-3
+    meta_optimizer: str = "adam"
     meta_schedule: str = "cosine"
     meta_batch_size: int = 16
     seed: int = 0
@@ -66,6 +108,8 @@ class TrainSettings:
     eval_episodes: int = 200
     log_every: int = 50
     device: str = "auto"
+    engine: str = "auto"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if faults := list(self._faults()):
@@ -76,16 +120,26 @@ class TrainSettings:
             "algorithm": ALGORITHMS,
             "network": NETWORKS,
             "bn": BN_MODES,
+            "order": ORDERS,
+            "loss": LOSSES,
+            "rates": RATES,
+            "adapts": ADAPTS,
+            "meta_optimizer": OPTIMIZERS,
             "meta_schedule": SCHEDULES,
             "device": DEVICES,
+            "engine": ("auto", *ENGINES),
         }
         for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
+            if (value := getattr(self, name)) is not None and value not in known:
                 yield f"{name} must be one of {', '.join(known)}, not {value!r}."
         least = {
             "steps": 1,
             "inner_steps": 1,
             "eval_inner_steps": 1,
+            "msl_epochs": 1,
+            "first_order_epochs": 0,
+            "epoch_steps": 1,
+            "support_batches": 1,
             "meta_batch_size": 1,
             "seed": 0,
             "eval_every": 1,
@@ -96,10 +150,40 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 yield f"{name} must be at least {bound}, not {value}."
-        for name in ("inner_lr", "meta_lr"):
+        for name in ("inner_lr", "meta_lr", "meta_clip_norm", "meta_clip_value"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 yield f"{name} must be a positive number, not {value}."
+        if self.meta_clip_norm is not None and self.meta_clip_value is not None:
+            yield "meta_clip_norm and meta_clip_value cannot both be given: one would undo a part of the other."
+        if self.support_batches > max(self.inner_steps, 1):
+            yield (
+                f"support_batches must be at most inner_steps, {self.inner_steps}, not {self.support_batches}: "
+                "the rest would never be used."
+            )
+        if self.algorithm in ALGORITHMS:
+            yield from objections(self.point, first_order_epochs=self.first_order_epochs)
+            if self.msl_epochs is not None and self.point.loss == "final":
+                yield "msl_epochs is for the loss multi-step, and this one is final."
+            if self.engine == "higher" and self.bn in {"per-step", "frozen"}:
+                yield f"The engine higher knows no bn {self.bn}. Take the engine loop."
+            if self.checkpoint_inner and self.point.order == "first":
+                yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
+            if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
+                yield f"checkpoint_inner is for the engine loop, not {self.engine}."
+            if self.engine != "auto" and self.point.outer in {"joint", "none"}:
+                yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
+
+    @property
+    def point(self) -> Algorithm:
+        """The algorithm with what the settings put in place of its own."""
+        given = {name: getattr(self, name) for name in ("order", "loss", "rates", "adapts", "bn")}
+        return replace(ALGORITHMS[self.algorithm], **{name: value for name, value in given.items() if value})
+
+    @property
+    def outer_steps(self) -> int:
+        """Steps that the outer loop takes: none for an algorithm that learns nothing."""
+        return 0 if self.point.outer == "none" else self.steps
 
     def meta_lr_at(self, step: int) -> float:
         """The outer learning rate of a step, counted from 0; a function of the step, so that resuming needs no state.
@@ -111,14 +195,36 @@ class TrainSettings:
         lowest = self.meta_lr / 100
         return lowest + (self.meta_lr - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def inner_loop(self) -> InnerLoop:
-        """How the network adapts while it is trained."""
-        return InnerLoop(self.inner_steps, self.inner_lr, ALGORITHMS[self.algorithm].order, self.bn)
+    def inner_loop(self, step: int = 0) -> InnerLoop:
+        """How the network adapts in an outer step, counted from 0."""
+        early = step < self.first_order_epochs * self.epoch_steps
+        return self._inner_loop(self.inner_steps, "first" if early else self.point.order)
 
     def inner_loop_at_test(self) -> InnerLoop:
         """How the network adapts while it is evaluated."""
-        steps = self.eval_inner_steps or max(3, self.inner_steps)
-        return InnerLoop(steps, self.inner_lr, "first", self.bn)
+        learned = self.point.rates != "fixed" or self.point.bn == "per-step"
+        least = self.inner_steps if learned else max(3, self.inner_steps)
+        return self._inner_loop(self.eval_inner_steps or least, "first")
+
+    def _inner_loop(self, steps: int, order: Order) -> InnerLoop:
+        point = self.point
+        return InnerLoop(
+            steps,
+            self.inner_lr,
+            order,
+            point.bn,
+            point.rates,
+            point.adapts,
+            support_batches=self.support_batches,
+            checkpoint=self.checkpoint_inner and order == "second",
+        )
+
+    def objective(self, step: int) -> Objective:
+        """What the outer loop follows in an outer step, counted from 0."""
+        if self.point.loss == "final":
+            return Objective(self.point.outer)
+        weights = step_weights(self.inner_steps, step // self.epoch_steps, self.msl_epochs or MSL_EPOCHS)
+        return Objective(self.point.outer, weights)
 
 
 def pick_device(name: str) -> torch.device:

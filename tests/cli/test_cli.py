@@ -331,6 +331,18 @@ def test_normalised_training_is_evaluated_normalised(archive: Path, tmp_path: Pa
     assert evaluated["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("algorithm", ["maml++", "pretrain"])
+def test_the_family_trains_on_archives_and_live(algorithm: str, archive: Path, glyphs_root: Path, tmp_path: Path):
+    """An algorithm brings its own batch norm along; joint training finds the classes wherever episodes come from."""
+    options = ("--steps", 1, "--meta-batch-size", 2, "--eval-episodes", 2, "--algorithm", algorithm, "--device", "cpu")
+    for place in (archive, "glyphs"):
+        out = tmp_path / Path(place).name
+        result = run("train", place, "--out", out, *options, root=glyphs_root)
+        assert result.exit_code == 0, result.output
+        bn = "per-step" if algorithm == "maml++" else "transductive"
+        assert json.loads((out / "config.json").read_text())["settings"]["bn"] == bn
+
+
 def test_doctor_prints_versions(tmp_path: Path):
     """``doctor`` has what a bug report needs."""
     report = json.loads(run("doctor", "--json", root=tmp_path).stdout)
@@ -429,13 +441,17 @@ class TestBadInput:
 def test_choices_are_those_of_the_trainer():
     """The options' choices, written down so that help needs no torch, are the trainer's."""
     from cli import train
-    from trainer.algorithms import ALGORITHMS
+    from trainer.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
+    from trainer.engines import ENGINES
     from trainer.models import NETWORKS
-    from trainer.settings import BN_MODES, DEVICES, SCHEDULES
+    from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
 
     assert tuple(ALGORITHMS) == train.ALGORITHMS
     assert tuple(NETWORKS) == train.NETWORKS
     assert tuple(BN_MODES) == train.BN_MODES
+    assert (train.ORDERS, train.LOSSES, train.RATES, train.ADAPTS) == (ORDERS, LOSSES, RATES, ADAPTS)
+    assert tuple(OPTIMIZERS) == train.OPTIMIZERS
+    assert ("auto", *ENGINES) == train.ENGINES
     assert tuple(DEVICES) == train.DEVICES
     assert tuple(SCHEDULES) == train.SCHEDULES
 

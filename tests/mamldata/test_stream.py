@@ -186,6 +186,10 @@ class TestBatches:
             assert same(drawn, stored)
             archive = ArchiveSource(folder, split)
             assert [source.class_labels(i) for i in range(7)] == [archive.class_labels(i) for i in range(7)]
+            some = np.array([5, 0, 6, 6])
+            assert source.classes(some).tolist() == archive.classes(some).tolist()
+            names = [[source.table.label(way) for way in row] for row in source.classes(some).tolist()]
+            assert names == [archive.class_labels(i) for i in some.tolist()]
 
     def test_live_episodes_in_any_order(self, folder, glyphs_root):
         """A shuffled live stream gives what the shuffled archive gives."""

@@ -35,12 +35,21 @@ class Synthetic:
     def episode(self, split: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Support and query images ``[n_way * k, 1, size, size]``, a pure function of its arguments."""
         chance = generator(FIRST_CLASS[split], index)
-        labels = torch.randperm(CLASSES, generator=chance)[: self.n_way] + FIRST_CLASS[split]
+        labels = self.labels(chance) + FIRST_CLASS[split]
         parts = []
         for k in (self.k_shot, self.k_query):
             clean = torch.stack([pattern(int(label), self.size) for label in labels for _ in range(k)])
             parts.append(clean + self.noise * torch.randn(clean.shape, generator=chance))
         return parts[0], parts[1]
+
+    def labels(self, chance: torch.Generator) -> torch.Tensor:
+        return torch.randperm(CLASSES, generator=chance)[: self.n_way]
+
+    def class_count(self) -> int:
+        return CLASSES
+
+    def classes(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.labels(generator(FIRST_CLASS["train"], i)) for i in index.tolist()])
 
     def batch(self, split: str, indices: list[int]) -> EpisodeBatch:
         support, query = zip(*(self.episode(split, index) for index in indices), strict=True)

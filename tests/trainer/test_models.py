@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,13 +10,16 @@ from torch import Tensor
 from mamldata.errors import RequestError
 from trainer.models import NETWORKS, batch_statistics, build_network, leading_statistics
 
+needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
+EVERY = [pytest.param(name, marks=needs_torchvision) if name == "resnet18" else name for name in NETWORKS]
+
 
 def images(count: int, size: int = 28, channels: int = 1) -> Tensor:
     shape = (count, size, size, channels)
     return torch.rand(shape, generator=torch.Generator().manual_seed(count)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize(("channels", "size", "n_way"), [(1, 28, 5), (3, 32, 20)])
 def test_logits_have_one_column_per_class(name: str, channels: int, size: int, n_way: int) -> None:
     """Every network takes images of the size it was built for, and gives n_way logits each."""
@@ -47,10 +53,11 @@ def test_the_mini_imagenet_network() -> None:
     assert network(torch.rand(2, 3, 84, 84)).shape == (2, 5)
 
 
-def test_initialisation_is_a_function_of_the_seed() -> None:
+@pytest.mark.parametrize("name", EVERY)
+def test_initialisation_is_a_function_of_the_seed(name: str) -> None:
     """Equal seeds give equal parameters, others others, and no global generator is touched."""
     before = torch.get_rng_state()
-    first, again, other = (build_network("conv4", 1, 28, 5, seed).state_dict() for seed in (3, 3, 4))
+    first, again, other = (build_network(name, 1, 28, 5, seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head"], other["head"])
@@ -67,7 +74,7 @@ def test_initialisation_follows_glorot() -> None:
     assert torch.equal(state["blocks.1.shift"], torch.zeros(64))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EVERY)
 def test_networks_keep_nothing(name: str) -> None:
     """There are no buffers, and one forward pass does not change the next."""
     network = build_network(name, 1, 28, 5, seed=0)
@@ -109,3 +116,30 @@ def test_normalisation_works_under_vmap() -> None:
         together = torch.func.vmap(norm)(x, weight, bias)
         one_by_one = torch.stack([norm(*parts) for parts in zip(x, weight, bias, strict=True)])
         torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+@needs_torchvision
+def test_resnet18_is_torchvisions() -> None:
+    """With torchvision's weights it gives what torchvision's network gives in training mode, and adapts like it."""
+    from torchvision.models import resnet18
+
+    network, theirs = build_network("resnet18", 3, 40, 7, seed=0), resnet18(num_classes=7)
+    ours = dict(network.named_parameters())
+    names = {"fc.weight": "head", "fc.bias": "head_bias"}
+    assert len(ours) == len(list(theirs.parameters()))
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            layer = name.rpartition(".")[0]
+            if isinstance(theirs.get_submodule(layer), torch.nn.BatchNorm2d):
+                name = f"{layer}.{'scale' if name.endswith('weight') else 'shift'}"
+            value.copy_(ours[names.get(name, f"body.{name}")])
+    x = images(4, 40, 3)
+    torch.testing.assert_close(network(x), theirs(x), rtol=1e-3, atol=1e-3)
+    assert (network(x, leading_statistics(2)) - network(x)).abs().max() > 0.01
+
+
+def test_resnet18_without_torchvision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install."""
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(RequestError, match=r"resnet18 needs torchvision: pip install 'mamldata\[resnet\]'"):
+        build_network("resnet18", 3, 40, 7, seed=0)

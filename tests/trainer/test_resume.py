@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from synthetic import Synthetic
 
 from trainer import checkpoint as checkpoint_module
+from trainer.algorithms import ALGORITHMS
 from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -32,15 +34,23 @@ sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]
 import torch
 torch.set_num_threads(1)
 from test_resume import SETTINGS, go_on
-go_on(sys.argv[1], slow_writes=len(sys.argv) > 2)
+go_on(*sys.argv[1:])
 """
 
 
-def go_on(run_dir: str, *, slow_writes: bool) -> None:
-    """In the process that gets killed: train, telling of each step; with slow writes, mostly write checkpoints."""
-    if slow_writes:
+def go_on(run_dir: str, pace: str = "", algorithm: str = "") -> None:
+    """In the process that gets killed: train, telling of each step; slowly, mostly write checkpoints."""
+    if pace == "slow":
         checkpoint_module.write_atomic = crawl
-    train(SETTINGS, Synthetic(size=8), run_dir, resume=True, report=lambda line: print(line, flush=True))
+    settings = settings_of(algorithm) if algorithm else SETTINGS
+    train(settings, Synthetic(size=8), run_dir, resume=True, report=lambda line: print(line, flush=True))
+
+
+def settings_of(algorithm: str) -> TrainSettings:
+    """With everything that changes in the course of a run: learned rates and norms, both annealings, clipping."""
+    annealed = {"first_order_epochs": 1, "epoch_steps": 4, "msl_epochs": 2} if algorithm == "maml++" else {}
+    bn = ALGORITHMS[algorithm].bn
+    return replace(SETTINGS, algorithm=algorithm, bn=bn, steps=14, inner_steps=2, meta_clip_norm=1.0, **annealed)
 
 
 def crawl(path: Path, data: bytes) -> None:
@@ -90,6 +100,21 @@ def test_killed_at_any_moment_a_run_ends_the_same(tmp_path: Path, undisturbed: P
         if name.endswith(".pt"):
             assert plain(load_checkpoint(tmp_path / name)) == plain(load_checkpoint(undisturbed / name))
     assert strip_times(tmp_path) == strip_times(undisturbed)
+
+
+@pytest.mark.parametrize("algorithm", [name for name, point in ALGORITHMS.items() if point.outer != "none"])
+def test_every_algorithm_killed_ends_the_same(tmp_path: Path, algorithm: str) -> None:
+    """SIGKILL amid a run of each, then to the end: all that was learned is equal to the bit."""
+    process = start(tmp_path / "killed", "slow", algorithm)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    at_once = train(settings_of(algorithm), Synthetic(size=8), tmp_path / "undisturbed")
+    later = train(settings_of(algorithm), Synthetic(size=8), tmp_path / "killed", resume=True)
+    assert later.step == settings_of(algorithm).steps
+    for one, other in ((at_once.last, later.last), (at_once.best, later.best)):
+        assert plain(load_checkpoint(one)) == plain(load_checkpoint(other))
+    assert strip_times(at_once.run_dir) == strip_times(later.run_dir)
 
 
 def plain(thing: Any) -> Any:

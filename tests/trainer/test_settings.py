@@ -42,9 +42,9 @@ def test_every_fault_is_reported_at_once() -> None:
         )
     assert str(caught.value).splitlines() == [
         "The training settings cannot be:",
-        "  algorithm must be one of maml, fomaml, not 'mampl'.",
-        "  network must be one of conv4, conv3-pool, conv4-pool, not 'resnet'.",
-        "  bn must be one of transductive, support, not 'magic'.",
+        "  algorithm must be one of maml, fomaml, maml++, anil, meta-sgd, reptile, pretrain, random, not 'mampl'.",
+        "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
+        "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
         "  device must be one of auto, cpu, cuda, mps, not 'tpu'.",
         "  steps must be at least 1, not 0.",
         "  inner_steps must be at least 1, not -1.",

@@ -1,0 +1,180 @@
+"""All engines give the same gradient, to float64 rounding, for each algorithm that they share."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import batch, fill, perceptron, small_convnet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mamldata.errors import RequestError
+from trainer import engines as module
+from trainer.adapt import InnerLoop, Parameters, meta_parameters
+from trainer.algorithms import ADAPTS, BN_MODES, ORDERS, RATES
+from trainer.engines import ENGINES, Outcome, loop, pick_engine
+from trainer.models import Block, ConvNet, Norm, build_network
+from trainer.objective import Objective
+from trainer.settings import TrainSettings
+from trainer.train import train
+
+needs_higher = pytest.mark.skipif(importlib.util.find_spec("higher") is None, reason="needs the package higher")
+OTHERS = ["vmap", pytest.param("higher", marks=needs_higher)]
+BASE = InnerLoop(steps=3, lr=0.1, order="second", bn="transductive")
+
+
+class NormedLinear(nn.Module):
+    """Two linear layers with batch norm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(7, 36))
+        self.scale = nn.Parameter(torch.empty(7))
+        self.shift = nn.Parameter(torch.empty(7))
+        self.head = nn.Parameter(torch.empty(3, 7))
+        self.head_bias = nn.Parameter(torch.empty(3))
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        x = F.linear(x.flatten(1), self.first)[:, :, None, None]
+        return F.linear(torch.tanh(norm(x, self.scale, self.shift)).flatten(1), self.head, self.head_bias)
+
+
+def normed_linear() -> nn.Module:
+    return fill(NormedLinear())
+
+
+def pooled() -> nn.Module:
+    """With max-pooling and all of space."""
+    return fill(ConvNet([Block(1, 4, stride=1, padding=0, pool=True)], 16, 3, mean_over_space=False))
+
+
+def parameters_of(network: nn.Module, inner: InnerLoop) -> Parameters:
+    parameters = meta_parameters(network, inner)
+    with torch.no_grad():
+        for i, (name, value) in enumerate(parameters.items()):
+            if ":" in name:
+                value.mul_(torch.linspace(0.7, 1.3 + 0.1 * i, value.numel(), dtype=value.dtype).view_as(value))
+    return parameters
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """To 1e-9 of the largest number of each tensor."""
+    for name in one.gradient:
+        scale = max(one.gradient[name].abs().max().item(), 1e-6)
+        torch.testing.assert_close(other.gradient[name], one.gradient[name], rtol=0, atol=1e-9 * scale, msg=name)
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-9, atol=0)
+    assert torch.equal(one.accuracy, other.accuracy)
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("objective", [Objective(), Objective("query", (0.2, 0.3, 0.5))], ids=["final", "multi-step"])
+@pytest.mark.parametrize("adapts", ADAPTS)
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("make", [small_convnet, normed_linear])
+def test_engines_agree_on_the_algorithms(make, order, rates, adapts, objective, engine) -> None:
+    """Orders, learned rates, heads and losses, on a convolutional and a linear network with batch norm."""
+    network, inner = make(), replace(BASE, order=order, rates=rates, adapts=adapts)
+    at = parameters_of(network, inner)
+    expected = loop(network, at, batch(), inner, objective, every_step=True)
+    assert_same(expected, ENGINES[engine](network, at, batch(), inner, objective, every_step=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bn", BN_MODES)
+@pytest.mark.parametrize("make", [small_convnet, normed_linear, pooled])
+def test_vmap_agrees_in_every_norm(make, bn, order) -> None:
+    """The batch-norm modes, per-step and frozen ones included, and max-pooling."""
+    network, inner = make(), replace(BASE, order=order, bn=bn)
+    at, objective = parameters_of(network, inner), Objective("query", (0.2, 0.3, 0.5))
+    assert_same(loop(network, at, batch(), inner, objective), ENGINES["vmap"](network, at, batch(), inner, objective))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
+@pytest.mark.parametrize("bn", ["transductive", "frozen"])
+def test_engines_agree_on_resnet18(bn) -> None:
+    """Torchvision's layers can be adapted with the second order, one after the other, at once, and checkpointed."""
+    network, inner = build_network("resnet18", 1, 6, 3, seed=0).double(), replace(BASE, steps=1, lr=0.01, bn=bn)
+    at, tasks = meta_parameters(network, inner), batch(tasks=2)
+    expected = loop(network, at, tasks, inner)
+    assert_same(expected, loop(network, at, tasks, replace(inner, checkpoint=True)))
+    assert_same(expected, ENGINES["vmap"](network, at, tasks, inner))
+
+
+@needs_higher
+@pytest.mark.parametrize("order", ORDERS)
+def test_higher_agrees_in_support_mode(order) -> None:
+    """The query set's normalisation is the same beside the inner loop of higher."""
+    network, inner = small_convnet(), replace(BASE, order=order, bn="support")
+    at = parameters_of(network, inner)
+    assert_same(loop(network, at, batch(), inner), ENGINES["higher"](network, at, batch(), inner))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("make", [small_convnet, normed_linear, perceptron])
+def test_engines_agree_on_reptile(make, engine) -> None:
+    """The way to the adapted weights is the same."""
+    network, inner = make(), replace(BASE, order="first")
+    at = parameters_of(network, inner)
+    expected = loop(network, at, batch(), inner, Objective("reptile"))
+    assert_same(expected, ENGINES[engine](network, at, batch(), inner, Objective("reptile")))
+
+
+@pytest.mark.parametrize("engine", ["loop", *OTHERS])
+@pytest.mark.parametrize("make", [small_convnet, normed_linear])
+def test_first_and_second_order_differ_in_every_engine(make, engine) -> None:
+    """No engine drops the second order in silence."""
+    network = make()
+    at = parameters_of(network, BASE)
+    both = [ENGINES[engine](network, at, batch(), replace(BASE, order=order)).gradient for order in ORDERS]
+    first, second = (torch.cat([value.flatten() for value in gradient.values()]) for gradient in both)
+    assert F.cosine_similarity(first, second, dim=0) < 0.999
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_engines_change_nothing(engine) -> None:
+    """Parameters and their gradients are as they were, and outcomes hold no graph."""
+    network = small_convnet()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    outcome = ENGINES[engine](network, parameters_of(network, BASE), batch(), BASE, every_step=True)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(value.requires_grad and value.grad is None for value in network.parameters())
+    assert not any(part.requires_grad for part in (outcome.loss, outcome.accuracy, *outcome.gradient.values()))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_a_run_takes_its_engine(tmp_path, engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting chooses the engine, and a run with another one ends at nearly the same weights."""
+    from synthetic import Synthetic
+
+    from trainer.checkpoint import load_checkpoint
+
+    settings = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
+    settings = replace(settings, meta_optimizer="sgd")
+    expected = load_checkpoint(train(settings, Synthetic(), tmp_path / "loop").last).weights
+    calls = []
+
+    def watched(*args, **more) -> Outcome:
+        calls.append(engine)
+        return watching(*args, **more)
+
+    watching = ENGINES[engine]
+    monkeypatch.setitem(module.ENGINES, engine, watched)
+    weights = load_checkpoint(train(replace(settings, engine=engine), Synthetic(), tmp_path / engine).last).weights
+    assert calls == [engine] * 2
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_an_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that higher does not know, engines where none is used, and a package that is not there."""
+    with pytest.raises(RequestError, match=r"The engine higher knows no bn per-step. Take the engine loop"):
+        TrainSettings(algorithm="maml++", bn="per-step", engine="higher")
+    with pytest.raises(RequestError, match="engine is of no use with pretrain"):
+        TrainSettings(algorithm="pretrain", engine="vmap")
+    monkeypatch.setitem(__import__("sys").modules, "higher", None)
+    with pytest.raises(RequestError, match=r"needs the package of that name: pip install 'mamldata\[higher\]'"):
+        pick_engine("higher")

@@ -1,0 +1,48 @@
+"""The pretrained baseline: the same network as a plain classifier of all training classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from mamldata.batch import EpisodeBatch
+from trainer.adapt import Parameters, accuracy
+from trainer.engines import Outcome
+from trainer.models import batch_statistics, head_names
+
+WIDE = "joint:"
+
+
+def joint_parameters(network: nn.Module, wide: nn.Module) -> Parameters:
+    """The network's parameters, but for its head, which stays as it was drawn, until an episode adapts it.
+
+    Args:
+        network: with a head for the classes of an episode.
+        wide: the same one with a head for all classes; only that is taken, under ``joint:NAME``.
+    """
+    heads = head_names(network)
+    own = {name: value for name, value in network.named_parameters() if name not in heads}
+    device = next(iter(own.values())).device
+    values = {name: value.detach().to(device) for name, value in wide.named_parameters() if name in heads}
+    return own | {WIDE + name: value.requires_grad_() for name, value in values.items()}
+
+
+def joint(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, classes: Tensor) -> Outcome:
+    """The gradient of one step of plain classification, with the signature and the outcome of an engine.
+
+    Args:
+        network: with a ``forward(x, norm)``.
+        parameters: those of ``joint_parameters``.
+        batch: B episodes, all of whose images are one batch.
+        classes: int64 ``[B, n_way]``, which of all training classes each label of an episode stands for.
+    """
+    x = torch.cat([batch.support_x.flatten(0, 1), batch.query_x.flatten(0, 1)])
+    labels = [classes.to(part.device).gather(1, part).flatten() for part in (batch.support_y, batch.query_y)]
+    y = torch.cat(labels)
+    weights = {name.removeprefix(WIDE): value for name, value in parameters.items()}
+    logits = functional_call(network, weights, (x, batch_statistics))
+    loss = F.cross_entropy(logits, y)
+    slopes = torch.autograd.grad(loss, list(parameters.values()))
+    return Outcome(dict(zip(parameters, slopes, strict=True)), loss.detach(), accuracy(logits.detach(), y)[None])

@@ -1,0 +1,105 @@
+"""What the outer loop follows: a loss of one adapted episode, the same for every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, query_logits
+from trainer.algorithms import Outer
+
+_FLOOR = 0.03  # of 1 / steps; Antoniou's released code
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of a network after it has adapted.
+
+    Attributes:
+        outer: ``query`` or ``reptile``; see ``Algorithm``.
+        weights: of the query losses after each inner step, ``steps`` numbers; empty for the last step's alone.
+    """
+
+    outer: Outer = "query"
+    weights: tuple[float, ...] = ()
+
+
+class Measured(NamedTuple):
+    """What one episode showed.
+
+    Attributes:
+        loss: query loss after adaptation, in nats.
+        accuracy: query accuracy in [0, 1], after adaptation ``[1]``, or before and after each inner step
+            ``[inner.steps + 1]``.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
+    """The multi-step loss: its weights in an epoch, counted from 0.
+
+    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to
+    ``0.03 / steps``, and the last step takes the rest, so that the sum is always one. Antoniou et al. 2019, section
+    4, "Multi-Step Loss Optimization", with the numbers of their released code.
+    """
+    share = max(1 / steps - epoch / (steps * epochs), _FLOOR / steps)
+    return (*[share] * (steps - 1), 1 - share * (steps - 1))
+
+
+def judge(
+    network: nn.Module,
+    path: list[Parameters],
+    episode: Episode,
+    inner: InnerLoop,
+    objective: Objective,
+    *,
+    every_step: bool,
+) -> tuple[Tensor, Measured]:
+    """How well a network has adapted to an episode; pure, and differentiable with respect to ``path``.
+
+    Args:
+        network: with a ``forward(x, norm)``.
+        path: from ``adapt``.
+        episode: that it adapted to.
+        inner: how.
+        objective: what the outer loop follows.
+        every_step: measure the accuracy before and after each inner step, not only after the last one.
+
+    Returns:
+        The scalar whose gradient the outer loop follows; and what to report, without a graph.
+    """
+    weights = objective.weights or (0,) * (inner.steps - 1) + (1,)
+    logits = {
+        step: query_logits(network, path[step], episode, inner.bn, inner.norm)
+        for step, weight in enumerate(weights, 1)
+        if (weight and objective.outer == "query") or step == inner.steps
+    }
+    losses = {step: F.cross_entropy(logits[step], episode.query_y) for step in logits}
+    if objective.outer == "reptile":
+        goal = _distance(path)
+    else:
+        goal = losses[inner.steps] * weights[-1]
+        for step in sorted(losses.keys() - {inner.steps}):
+            goal = goal + weights[step - 1] * losses[step]
+    with torch.no_grad():
+        asked = range(inner.steps + 1) if every_step else [inner.steps]
+        shown = [
+            logits[i] if i in logits else query_logits(network, path[i], episode, inner.bn, inner.norm) for i in asked
+        ]
+        rates = torch.stack([accuracy(one.detach(), episode.query_y) for one in shown])
+    return goal, Measured(losses[inner.steps].detach(), rates)
+
+
+def _distance(path: list[Parameters]) -> Tensor:
+    """Half the squared distance between initial and adapted weights, these taken for constants.
+
+    Its gradient is the way back, initial less adapted: what Nichol et al. 2018 (section 2) give to an optimizer.
+    """
+    squares = [(value - path[-1][name].detach()).square().sum() for name, value in path[0].items()]
+    return torch.stack(squares).sum() / 2

@@ -130,7 +130,8 @@ class TrainSettings:
             "engine": ("auto", *ENGINES),
         }
         for name, known in choices.items():
-            if (value := getattr(self, name)) is not None and value not in known:
+            value = getattr(self, name)
+            if value not in known and not (value is None and name in {"order", "loss", "rates", "adapts"}):
                 yield f"{name} must be one of {', '.join(known)}, not {value!r}."
         least = {
             "steps": 1,

@@ -59,6 +59,14 @@ def test_every_fault_is_reported_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["algorithm", "network", "bn", "engine"])
+def test_a_choice_that_must_be_made_is_not_none(name: str) -> None:
+    """None stands for the algorithm's own, and only where an algorithm has one."""
+    with pytest.raises(RequestError, match=f"{name} must be one of .*, not None"):
+        TrainSettings(**{name: None})  # type: ignore[arg-type]
+    TrainSettings(order=None, loss=None, rates=None, adapts=None)
+
+
 def test_settings_are_frozen() -> None:
     """Nothing changes its settings on the way."""
     with pytest.raises(FrozenInstanceError):

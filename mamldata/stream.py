@@ -188,7 +188,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
-        order["shards"] = self.order.shards and list(self.order.shards)  # as it comes back from JSON
+        order["shards"] = list(self.order.shards or ())  # as it comes back from JSON
         info = asdict(self.info)
         # It follows from the bank and the split scheme, which are compared.
         del info["normalisation"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
@@ -279,6 +279,8 @@ def decode_image(
                 small = turned.convert("L" if channels == 1 else "RGB").resize(
                     (size, size), Image.Resampling[resampling.upper()]
                 )
+    except UnidentifiedImageError as error:
+        raise ValueError("no image in a format that can be read") from error  # Pillow's words name an address in memory
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     pixels = np.asarray(small).reshape(size, size, channels)

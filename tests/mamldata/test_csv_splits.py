@@ -212,9 +212,9 @@ FAULTS = [
     (image("dog2.png", None), ["train.csv, line 7: there is no image dog2.png"]),
     (
         image("dog2.png", b"<html>not found</html>"),
-        ["train.csv, line 7: images.zip, images/dog2.png: cannot identify image file"],
+        ["train.csv, line 7: images.zip, images/dog2.png: no image in a format that can be read"],
     ),
-    (image("dog2.png", b""), ["train.csv, line 7: images.zip, images/dog2.png: cannot identify image file"]),
+    (image("dog2.png", b""), ["train.csv, line 7: images.zip, images/dog2.png: no image in a format that can be read"]),
     (
         image("dog2.png", encoded(np.full((64, 64, 3), 7, dtype=np.uint8))[:60]),
         ["train.csv, line 7: images.zip, images/dog2.png: "],

@@ -195,8 +195,8 @@ def test_damaged_images_are_all_named(tmp_path: Path):
         (folder / name).write_bytes(b"<html>")
     with pytest.raises(DatasetError, match="p has 2 faults") as caught:
         make_bank(load_manifest(str(folder)), tmp_path / "root", 8)
-    assert "kind a/0.jpg: cannot identify image file" in str(caught.value)
-    assert "kind c/2.jpg: cannot identify image file" in str(caught.value)
+    assert "kind a/0.jpg: no image in a format that can be read" in str(caught.value)
+    assert "kind c/2.jpg: no image in a format that can be read" in str(caught.value)
     assert "Mend or remove these files" in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, UnidentifiedImageError
 
 from mamldata.collect import Collected, digest_images
-from mamldata.containers import ARCHIVE_SUFFIXES, Member, list_members, read_members
+from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
@@ -93,7 +93,7 @@ def _collected(draft: Manifest, folder: Path, progress: Progress) -> Collected:
 
 def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _Layout:
     images = [(box, member) for box in archives or [folder] for member in list_members(box)]
-    images = [(box, member) for box, member in images if is_image(PurePosixPath(member.name))]
+    images = [(box, member) for box, member in images if is_image(member.name)]
     if not images:
         raise RequestError(f"There are no images in {folder}, nor in archives there: nothing to write a manifest for.")
     if tables and len(tables) < len(_TABLES):
@@ -113,7 +113,7 @@ def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _
 
 
 def _first(image: tuple[Path, Member]) -> bytes:
-    ((_, data),) = read_members(image[0], [image[1]], 64 << 20)
+    ((_, data),) = read_members(image[0], [image[1]], MOST_IMAGE_BYTES)
     return data if isinstance(data, bytes) else b""
 
 

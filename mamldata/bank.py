@@ -132,7 +132,7 @@ def _make(
     shape = (len(index.images), side, side, manifest.image.channels)
     damage = _preprocess(index, manifest.image, path, shape, identity, workers, progress)
     faults = [*index.faults, *(index.images[row].fault(why) for row, why in sorted(damage.items()))]
-    if fatal := [fault for fault in faults if not (_may_leave_out(fault) and manifest.reader.damaged == "leave-out")]:
+    if fatal := manifest.reader.fatal(faults):
         temporary(path).unlink(missing_ok=True)
         raise DatasetError(manifest.name, fatal, _advice(manifest, fatal))
     kept = ImageIndex(tuple(image for row, image in enumerate(index.images) if row not in damage))
@@ -157,14 +157,10 @@ def _make(
     _finish(folder, side, description)
 
 
-def _may_leave_out(fault: Fault) -> bool:
-    return fault.kind in {"missing", "image"}
-
-
 def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
         return "Mend or remove these files, and run the same command again."
-    if all(map(_may_leave_out, faults)):
+    if all(fault.of_one_image for fault in faults):
         return (
             'Get these images anew; or put damaged = "leave-out" under [reader] in a manifest of your own, and the '
             "bank lists what it lacks."

@@ -6,7 +6,6 @@ nowhere. The tar has them under the dataset's own names, with their bytes as the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -18,19 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mamldata.containers import (
-    list_members,
-    read_members,
-)
+from mamldata.containers import MOST_IMAGE_BYTES, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
-from mamldata.digest import canonical_json
-from mamldata.errors import DatasetError, Fault, WriteError
+from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes
+from mamldata.errors import DatasetError, Fault, Report, WriteError
 from mamldata.files import temporary, write_atomic, writing
 from mamldata.forms import Found, Item, list_images
-from mamldata.manifest import SPLITS, Manifest
+from mamldata.manifest import PIN, SPLITS, Manifest
 from mamldata.progress import Progress, silent
-
-_MOST_IMAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Collected:
 
 def pin_file(raw: Path) -> Path:
     """Where what was collected first is noted."""
-    return raw / "images.json"
+    return raw / PIN
 
 
 def read_pin(raw: Path) -> Collected | None:
@@ -85,27 +79,22 @@ def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: P
         WriteError: they do not fit on the disk, or the place cannot be written to.
     """
     faults: list[Fault] = []
-    rows = wanted_rows(manifest, raw, faults.append)
-    items = list_images(found, rows, faults.append)
+    items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
     _require_space(items, path)
-    lines = []
     with (
         writing(path),
         tarfile.open(temporary(path), "w", format=tarfile.PAX_FORMAT) as tar,
         progress("collect", len(items), "images") as advance,
     ):
-        for name, data in _read(items):
-            if isinstance(data, str):
-                faults.append(Fault("image", f"{name} in {found.path}: {data}"))
-            else:
-                header = tarfile.TarInfo(name)
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                lines.append(_line(name, data))
-            advance(1)
-    _refuse(manifest, found.path, faults)
-    return Collected(len(lines), _digest(lines))
+
+        def add(name: str, data: bytes) -> None:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+
+        digests = _hash(_read(items), found.path, faults.append, advance, add)
+    return _accept(manifest, found.path, faults, digests)
 
 
 def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progress = silent) -> Collected:
@@ -116,18 +105,10 @@ def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progres
         DamagedError: a file that cannot be read as a whole.
     """
     faults: list[Fault] = []
-    rows = wanted_rows(manifest, raw, faults.append)
-    items = list_images(found, rows, faults.append)
-    lines = []
+    items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
     with progress("hash", len(items), "images") as advance:
-        for name, data in _read(items):
-            if isinstance(data, str):
-                faults.append(Fault("image", f"{name} in {found.path}: {data}"))
-            else:
-                lines.append(_line(name, data))
-            advance(1)
-    _refuse(manifest, found.path, faults)
-    return Collected(len(lines), _digest(lines))
+        digests = _hash(_read(items), found.path, faults.append, advance)
+    return _accept(manifest, found.path, faults, digests)
 
 
 def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progress = silent) -> Collected:
@@ -142,19 +123,43 @@ def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progres
     members = list_members(path)
     there = {member.name for member in members}
     faults += [row.missing() for row in rows or () if row.filename not in there]
-    lines = []
+    images = ((member.name, data) for member, data in read_members(path, members, MOST_IMAGE_BYTES))
     with progress("check", len(members), "images") as advance:
-        for member, data in read_members(path, members, _MOST_IMAGE_BYTES):
-            if isinstance(data, str):
-                faults.append(Fault("image", f"{member.name} in {path}: {data}"))
-            else:
-                lines.append(_line(member.name, data))
-            advance(1)
-    _refuse(manifest, path, faults)
-    return Collected(len(lines), _digest(lines))
+        digests = _hash(images, path, faults.append, advance)
+    return _accept(manifest, path, faults, digests)
 
 
-def wanted_rows(manifest: Manifest, raw: Path, report: Callable[[Fault], object]) -> list[Row] | None:
+def _hash(
+    images: Iterable[tuple[str, bytes | str]],
+    place: Path,
+    report: Report,
+    advance: Callable[[int], object],
+    keep: Callable[[str, bytes], object] = lambda _name, _data: None,
+) -> list[tuple[str, str]]:
+    """Each image's name and SHA-256; those that cannot be read are reported, the others kept."""
+    digests = []
+    for name, data in images:
+        if isinstance(data, str):
+            report(Fault("image", f"{name} in {place}: {data}"))
+        else:
+            keep(name, data)
+            digests.append((name, sha256_bytes(data)))
+        advance(1)
+    return digests
+
+
+def _accept(manifest: Manifest, place: Path, faults: Sequence[Fault], digests: Sequence[tuple[str, str]]) -> Collected:
+    if fatal := manifest.reader.fatal(faults):
+        raise DatasetError(
+            manifest.name,
+            fatal,
+            f"{place} does not have what {manifest.name} needs. Get these images anew, or give another place with "
+            "--from.",
+        )
+    return Collected(len(digests), digest_of_contents(digests))
+
+
+def wanted_rows(manifest: Manifest, raw: Path, report: Report) -> list[Row] | None:
     """The images that the split files name; None for datasets without such, whose images are all there are."""
     if manifest.reader.type != "csv-splits":
         return None
@@ -165,25 +170,6 @@ def wanted_rows(manifest: Manifest, raw: Path, report: Callable[[Fault], object]
             rows += read_rows(table, split, report)
     check_classes(rows, report)
     return rows
-
-
-def _refuse(manifest: Manifest, place: Path, faults: Sequence[Fault]) -> None:
-    lenient = manifest.reader.damaged == "leave-out"
-    if fatal := [fault for fault in faults if not (lenient and fault.kind in {"missing", "image"})]:
-        raise DatasetError(
-            manifest.name,
-            fatal,
-            f"{place} does not have what {manifest.name} needs. Get these images anew, or give another place with "
-            "--from.",
-        )
-
-
-def _line(name: str, data: bytes) -> bytes:
-    return name.encode() + b"\0" + hashlib.sha256(data).hexdigest().encode() + b"\n"
-
-
-def _digest(lines: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
 
 
 def _require_space(items: Sequence[Item], path: Path) -> None:
@@ -200,7 +186,7 @@ def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
     for file, group in groupby(sorted(items, key=lambda item: str(item.file)), key=lambda item: item.file):
         run = list(group)
         members = {item.member: item.name for item in run if item.member}
-        for member, data in read_members(file, members, _MOST_IMAGE_BYTES):
+        for member, data in read_members(file, members, MOST_IMAGE_BYTES):
             yield members[member], data
         with file.open("rb") if file.is_file() else io.BytesIO() as stream:
             for item in run:

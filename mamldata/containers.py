@@ -18,6 +18,7 @@ from typing import IO, Any, Self
 
 from mamldata.errors import DamagedError
 
+MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -76,14 +77,14 @@ _ENCRYPTED = 1
 _LOCAL_HEADER = 30  # bytes
 
 
-def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False, start: int = 0) -> Iterator[Member]:
-    """The plain files of an open tar; ``start`` is where the tar begins in the file that offsets refer to."""
+def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> Iterator[Member]:
+    """The plain files of an open tar; offsets are those in the file that it is read from."""
     for info in tar:
         if info.isfile():
             yield Member(
                 safe_member_name(info.name, container),
                 info.size,
-                offset=None if compressed else start + info.offset_data,
+                offset=None if compressed else info.offset_data,
             )
         tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mamldata.containers import is_inside
-from mamldata.errors import Fault
+from mamldata.errors import Fault, Report
 
 HEADER = ["filename", "label"]
-
-Report = Callable[[Fault], object]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,8 +63,13 @@ def content_sha256(path: Path, limit: int) -> str:
         DamagedError: neither a zip nor a tar, a damaged member, an unsafe name, or more than ``limit`` bytes.
     """
     with reading_container(path):
-        lines = sorted(name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in _member_digests(path, limit))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+        return digest_of_contents(_member_digests(path, limit))
+
+
+def digest_of_contents(files: Iterable[tuple[str, str]]) -> str:
+    """The content digest of files, in any order: each is its name, and the SHA-256 of its bytes in hex."""
+    lines = sorted(name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in files)
+    return sha256_bytes(b"".join(lines))
 
 
 def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:

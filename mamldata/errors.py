@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -60,6 +60,14 @@ class Fault:
 
     kind: str
     text: str
+
+    @property
+    def of_one_image(self) -> bool:
+        """Whether it concerns a single image, which a manifest may say to leave out."""
+        return self.kind in {"missing", "image"}
+
+
+Report = Callable[[Fault], object]
 
 
 class DatasetError(DamagedError):

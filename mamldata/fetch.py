@@ -167,9 +167,8 @@ def _collection(manifest: Manifest, folder: DatasetFolder, places: Sequence[str]
     path = folder.raw / COLLECTED
     file = SourceFile(COLLECTED, 0, None, how=manifest.images.how)
     if path.is_file():
-        pinned = read_receipt(folder, COLLECTED) and (pin := read_pin(folder.raw))
-        wanted = manifest.images.content_sha256
-        kept = pinned and pin and wanted in {None, pin.content_sha256}
+        pin, wanted = read_pin(folder.raw), manifest.images.content_sha256
+        kept = read_receipt(folder, COLLECTED) and pin and wanted in {None, pin.content_sha256}
         return Action(file, "have" if kept else "check", path, (), 0)
     for place in places:
         if (local := local_path(place)) is not None and (found := find_images(manifest.images.forms, local)):

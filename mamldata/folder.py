@@ -33,7 +33,7 @@ def folder_manifest(folder: Path) -> Manifest:
         RequestError: no images in folders of classes, or fewer than three classes.
     """
     folder = folder.resolve()
-    homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(PurePosixPath(m.name))}
+    homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(m.name)}
     classes = sorted(home for home in homes if home)
     if not classes:
         raise RequestError(

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mamldata.containers import ARCHIVE_SUFFIXES, Member, list_members, open_tar, reading_container, tar_members
-from mamldata.csv_splits import Report, Row
-from mamldata.errors import DamagedError, Fault, RequestError
+from mamldata.csv_splits import Row
+from mamldata.errors import DamagedError, Fault, Report, RequestError
 from mamldata.manifest import ImageForm
 from mamldata.pickles import StoredArray, load_values
 from mamldata.readers import is_image
@@ -95,7 +95,7 @@ def _name_places(place: Path) -> Iterator[Path]:
 def _has_images(place: Path) -> bool:
     """Whether there is an image in a folder, or in what lies at most three levels below: split, class, and one more."""
     for here, folders, files in os.walk(place, followlinks=True):
-        if any(is_image(PurePosixPath(name)) for name in files):
+        if any(is_image(name) for name in files):
             return True
         if len(Path(here).relative_to(place).parts) >= 3:
             folders.clear()
@@ -134,7 +134,7 @@ def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
     seen: set[str] = set()
     for file in _name_places(place):
         for member in _members_or_none(file):
-            if is_image(PurePosixPath(member.name)) and member.name not in seen:
+            if is_image(member.name) and member.name not in seen:
                 seen.add(member.name)
                 yield file, member
         if seen:
@@ -211,7 +211,7 @@ def _class_lists(path: Path, labels: Sequence[str]) -> Mapping[str, list[tuple[P
 def _class_members(root: Path, label: str) -> list[tuple[Path, Member]]:
     for container in (root / label, root / f"{label}.tar"):
         if container.exists():
-            return [(container, m) for m in list_members(container) if _is_image(m)]
+            return [(container, m) for m in list_members(container) if is_image(m.name)]
     return []
 
 
@@ -228,12 +228,8 @@ def _nested(path: Path, labels: set[str]) -> dict[str, list[tuple[Path, Member]]
             with open_tar(path, stream) as tar:
                 inner = [m for m in tar_members(tar, f"{path}, {member.name}") if m.offset is not None]
             label = PurePosixPath(member.name).stem
-            found[label] = [(path, m) for m in inner if (m.offset or 0) + m.size <= end and _is_image(m)]
+            found[label] = [(path, m) for m in inner if (m.offset or 0) + m.size <= end and is_image(m.name)]
     return found
-
-
-def _is_image(member: Member) -> bool:
-    return is_image(PurePosixPath(member.name))
 
 
 def _numbered(name: str) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -18,11 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mamldata.digest import sha256_bytes
-from mamldata.errors import ManifestError, RequestError
+from mamldata.errors import Fault, ManifestError, RequestError
 from mamldata.root import DatasetFolder
 
 FORMAT = "mamldata-manifest/1"
 COLLECTED = "images.tar"  # what an ImageCollection becomes under raw/
+PIN = "images.json"  # what was collected first
 SPLITS = ("train", "val", "test")
 ROTATIONS = ("all", "train", "none")
 RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -120,6 +121,10 @@ class ReaderRecipe:
     depth: int = 1
     splits: bool = False
     damaged: str = "fail"
+
+    def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
+        """Those that cannot be passed over by leaving images out."""
+        return [fault for fault in faults if not (fault.of_one_image and self.damaged == "leave-out")]
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,11 @@ def did_you_mean(word: str, known: Any) -> str:
 
 def builtin_names() -> list[str]:
     """The names of the datasets that come with the package, sorted."""
-    folder = resources.files("manifests")
+    return toml_names(resources.files("manifests"))
+
+
+def toml_names(folder: Traversable) -> list[str]:
+    """The TOML files of a folder, sorted and without their suffix."""
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -244,11 +253,11 @@ def load_manifest(name_or_path: str) -> Manifest:
             raise RequestError(f"There is no manifest file {path}.")
         return parse_manifest(path.read_bytes(), str(path), path.parent, name_or_path)
     names = builtin_names()
-    if name_or_path not in names and Path(name_or_path).is_dir():
-        from mamldata.folder import folder_manifest  # which needs this module
-
-        return folder_manifest(Path(name_or_path))
     if name_or_path not in names:
+        if Path(name_or_path).is_dir():
+            from mamldata.folder import folder_manifest  # which needs this module
+
+            return folder_manifest(Path(name_or_path))
         raise RequestError(
             f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} Built in are "
             f"{', '.join(names)}; your own dataset is given by the path of its .toml file or its folder of images."
@@ -270,15 +279,24 @@ def parse_manifest(data: bytes, source: str, folder: Traversable, reference: str
     Raises:
         ManifestError: with every fault and its place.
     """
-    try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(source, [f"not valid TOML: {error}"]) from error
+    document = read_toml(data, source)
     faults: list[str] = []
     manifest = _manifest(_Table(document, "", faults), folder, reference or source)
     if faults:
         raise ManifestError(source, faults)
     return manifest
+
+
+def read_toml(data: bytes, source: str) -> dict[str, Any]:
+    """What a TOML file says; ``source`` is its name.
+
+    Raises:
+        ManifestError: it is none.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(source, [f"not valid TOML: {error}"]) from error
 
 
 class _Table:
@@ -384,7 +402,7 @@ def _md5(text: str) -> str | None:
 
 
 def _plain_name(name: str) -> str | None:
-    ours = name.endswith((".part", ".sha256")) or name in {COLLECTED, "images.json"}
+    ours = name.endswith((".part", ".sha256")) or name in {COLLECTED, PIN}
     good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and not ours
     return None if good else f"{name!r} must be a plain file name"
 

@@ -26,8 +26,13 @@ def find(place: str, name: str) -> str | None:
         file = local / name if local.is_dir() else local
         return str(file) if file.name == name and file.is_file() else None
     _require_readable(place)
+    return join(place, name)
+
+
+def join(url: str, name: str) -> str:
+    """The address of a file in the folder at ``url``."""
     # Before a query, because addresses may carry an access key in it.
-    base, mark, query = place.partition("?") if is_http(place) else (place, "", "")
+    base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
@@ -89,18 +94,30 @@ def _require_readable(place: str) -> None:
         if not _host(place):
             raise RequestError(f"--from {place}: an address with no host.")
         return
+    instead = "Give a folder, an http(s) address, or a URL that fsspec reads, such as s3://bucket/folder."
+    for protocol in _scheme(place).split("::"):
+        require_protocol(protocol, f"--from {place}", instead)
+
+
+def require_protocol(protocol: str, asked: str, instead: str) -> None:
+    """Check that fsspec reads a protocol here.
+
+    Args:
+        protocol: such as ``s3``.
+        asked: what the user gave, for the message.
+        instead: what would be right.
+
+    Raises:
+        RequestError: it does not know it, or lacks a package for it.
+    """
     import fsspec
 
-    for protocol in _scheme(place).split("::"):
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except ImportError as error:
-            raise RequestError(f"--from {place}: reading {protocol}:// needs one more package. {error}") from error
-        except ValueError as error:
-            raise RequestError(
-                f"--from {place}: {protocol}:// is not known. Give a folder, an http(s) address, or a URL that "
-                "fsspec reads, such as s3://bucket/folder."
-            ) from error
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise RequestError(f"{asked}: reading {protocol}:// needs one more package. {error}") from error
+    except ValueError as error:
+        raise RequestError(f"{asked}: {protocol}:// is not known. {instead}") from error
 
 
 def _host(place: str) -> str | None:

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.containers import Member, Window, list_members, read_members
+from mamldata.containers import MOST_IMAGE_BYTES, Member, Window, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
-from mamldata.errors import DamagedError, Fault
+from mamldata.errors import DamagedError, Fault, Report
 from mamldata.manifest import SPLITS, ReaderRecipe
 from mamldata.pickles import StoredArray, load_values
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
-_MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
 _MOST_ARRAY_BYTES = 4 << 30
 _CIFAR_SHAPE = (3, 32, 32)
 
@@ -102,9 +101,6 @@ def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
     return PurePosixPath(image.class_name).parts, image.name
 
 
-Report = Callable[[Fault], object]
-
-
 def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
     """Images in folders named after their class: ``[split/]class/image``.
 
@@ -116,7 +112,7 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
         for member in list_members(file):
             path = PurePosixPath(member.name)
             split, class_name = _folders(recipe, path.parts[:-1])
-            if not is_image(path) or not class_name:
+            if not is_image(member.name) or not class_name:
                 continue
             if recipe.splits and split not in SPLITS:
                 report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
@@ -143,8 +139,9 @@ def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
     return folders[start - 1] if recipe.splits else "", "/".join(folders[start:])
 
 
-def is_image(path: PurePosixPath) -> bool:
+def is_image(name: str) -> bool:
     """Whether a file is an image by its name, and not one that a file manager left behind."""
+    path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden
 
@@ -254,7 +251,7 @@ def read_images(images: Sequence[ImageRef]) -> Iterator[tuple[int, bytes | Pixel
         places: dict[Member, list[int]] = {}
         for position, image in run:
             places.setdefault(image.member, []).append(position)
-        for member, data in read_members(file, places, _MOST_IMAGE_BYTES):
+        for member, data in read_members(file, places, MOST_IMAGE_BYTES):
             for position in places[member]:
                 yield position, data
 

@@ -25,7 +25,7 @@ from mamldata.digest import chunks, sha256_bytes, sha256_file
 from mamldata.download import Network, Part, SourceError, UnusableRangeError, open_session, transfer, without_password
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.files import commit, locked, make_folder, writing
-from mamldata.places import is_http
+from mamldata.places import is_http, join, require_protocol
 from mamldata.sources import ArchiveSource
 
 _MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
@@ -42,12 +42,12 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
         DamagedError: ``archive.json`` is not what was written.
     """
     _require_readable(url)
-    shown = without_password(shard_url(url, INDEX))
+    shown = without_password(join(url, INDEX))
     with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
         found = []
         for name, bound in ((INDEX, _MOST_INDEX), (INDEX_SUM, 1 << 10)):
             path = Path(place) / name
-            _obtain(shard_url(url, name), path, bound, lambda _: None, network or Network())
+            _obtain(join(url, name), path, bound, lambda _: None, network or Network())
             found.append(path.read_bytes())
     data, digest = found
     if digest != index_sum(sha256_bytes(data)):
@@ -176,13 +176,13 @@ class RemoteSource(ArchiveSource):
             return
         self._asked = number
         shard = self._split.shards[number]
-        arguments = (self.cache, shard_url(self.url, shard.file), shard)
+        arguments = (self.cache, join(self.url, shard.file), shard)
         self._ahead[:] = [threading.Thread(target=_try_to_get, args=arguments, name="mamldata-fetch", daemon=True)]
         self._ahead[0].start()
 
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
-        url = shard_url(self.url, shard.file)
+        url = join(self.url, shard.file)
         path = self.cache.get(url, shard)
         try:
             mapped = open_shard(path, shard, self.archive.layout, verify=self.verify)
@@ -306,13 +306,6 @@ def _require_digest(path: Path, shard: Shard) -> None:
         raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}")
 
 
-def shard_url(url: str, name: str) -> str:
-    """The address of a file of the archive at ``url``."""
-    # Before a query, because addresses may carry an access key in it.
-    base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
-    return f"{base.rstrip('/')}/{name}{mark}{query}"
-
-
 def _require_readable(url: str) -> None:
     """Refuse what is no plain address: nothing that starts a program, and no chains of file systems.
 
@@ -326,11 +319,4 @@ def _require_readable(url: str) -> None:
         raise RequestError(
             f"{url}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
         )
-    import fsspec
-
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        raise RequestError(f"{url}: reading {scheme}:// needs one more package. {error}") from error
-    except ValueError as error:
-        raise RequestError(f"{url}: {scheme}:// is not known. Give https://…, or one that fsspec reads.") from error
+    require_protocol(scheme, url, "Give https://…, or one that fsspec reads.")

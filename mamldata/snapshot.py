@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mamldata.containers import list_members
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
+from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError
 from mamldata.files import write_atomic
 from mamldata.progress import Progress, silent
@@ -29,18 +28,18 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
         DamagedError: a file that cannot be read.
         WriteError: the note cannot be written.
     """
-    names = [member.name for member in list_members(folder) if is_image(PurePosixPath(member.name))]
+    names = [member.name for member in list_members(folder) if is_image(member.name)]
     listing = _listing(folder, names)
     if note and (noted := _noted(note, listing)):
         return noted
-    lines = []
+    digests = []
     try:
         with progress("hash", sum((folder / name).stat().st_size for name in names), "B") as advance:
             for name in names:
-                lines.append(name.encode() + b"\0" + sha256_file(folder / name, advance).encode() + b"\n")
+                digests.append((name, sha256_file(folder / name, advance)))
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Mend or remove it.") from error
-    content = hashlib.sha256(b"".join(sorted(lines))).hexdigest()
+    content = digest_of_contents(digests)
     if note:
         # Of what was there before the hashing: what changes meanwhile is noticed the next time.
         write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))

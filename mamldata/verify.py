@@ -23,10 +23,10 @@ from mamldata.bank import check_bank, read_description
 from mamldata.episodes import EpisodeSampler
 from mamldata.errors import DamagedError, DataMissingError, FetchError, RequestError
 from mamldata.manifest import Manifest
-from mamldata.places import is_remote
+from mamldata.places import is_remote, join
 from mamldata.progress import Progress, silent
 from mamldata.raw import check_raw
-from mamldata.remote import ShardCache, read_remote_archive, shard_url
+from mamldata.remote import ShardCache, read_remote_archive
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
 
@@ -115,7 +115,7 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
         cache = ShardCache(Path(place), largest)
         problems = _check_digest(url, archive, digest)
         return problems + _check_shards(
-            shard_url(url, INDEX), archive, progress, lambda shard: cache.get(shard_url(url, shard.file), shard)
+            join(url, INDEX), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.errors import ManifestError, RequestError
-from mamldata.manifest import did_you_mean
+from mamldata.manifest import did_you_mean, read_toml, toml_names
 
 _TEXTS = ("title", "dataset", "source", "published")
 _EPISODES = ("n_way", "k_shot", "k_query")
@@ -47,8 +46,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package, sorted."""
-    folder = resources.files("trainer") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return toml_names(resources.files("trainer") / "recipes")
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -76,10 +74,7 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def _parse(name: str, data: bytes, source: str) -> Recipe:
-    try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(source, [f"not valid TOML: {error}"]) from error
+    document = read_toml(data, source)
     if faults := list(_faults(document)):
         raise ManifestError(source, faults)
     texts = {key: " ".join(document[key].split()) for key in _TEXTS}

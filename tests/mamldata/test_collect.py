@@ -514,11 +514,11 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "reading":
-    line, left = collect._line, [7]
+    hash_, left = collect.sha256_bytes, [7]
     def counted(*arguments):
         left[0] -= 1
-        return line(*arguments) if left[0] else die()
-    collect._line = counted
+        return hash_(*arguments) if left[0] else die()
+    collect.sha256_bytes = counted
 if moment == "pin":
     fetch.write_pin = die
 if moment == "receipt":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -52,16 +52,27 @@ def episode_options(*, seed: bool = True) -> Callable[[Callable[..., Any]], Call
     Args:
         seed: whether ``--seed`` is one of them.
     """
-    names = [name for name in _EPISODE_OPTIONS if seed or name != "seed"]
+    return options_as("episodes", {name: one for name, one in _EPISODE_OPTIONS.items() if seed or name != "seed"})
+
+
+def options_as(
+    argument: str, options: Mapping[str, Callable[..., Any]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add options to a command, which gets those that were given as one argument, a dict.
+
+    Args:
+        argument: its name.
+        options: click's decorators, by the names of their parameters.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def collect(**arguments: Any) -> Any:
-            episodes = given(**{name: arguments.pop(name) for name in names})
-            return command(episodes=episodes, **arguments)
+            chosen = given(**{name: arguments.pop(name) for name in options})
+            return command(**{argument: chosen}, **arguments)
 
-        for name in reversed(names):
-            collect = _EPISODE_OPTIONS[name](collect)
+        for option in reversed(list(options.values())):
+            collect = option(collect)
         return collect
 
     return decorate

@@ -21,6 +21,7 @@ VERBS = {
     "recipes": ("cli.recipes", "List the settings of published experiments."),
     "train": ("cli.train", "Train on an archive or on live episodes."),
     "eval": ("cli.eval", "Evaluate a checkpoint."),
+    "compare": ("cli.compare", "Train with several algorithms on the same episodes."),
     "manifest": ("cli.manifest", "Write a manifest for files of your own."),
     "doctor": ("cli.doctor", "Print what a bug report needs."),
 }

@@ -49,6 +49,10 @@ class WriteError(MamldataError):
     """A place that cannot be written to (permissions, a full disk, something else in the way)."""
 
 
+class DivergedError(MamldataError):
+    """Training whose loss is no number any more."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with a dataset's raw files.

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep large buffers."""
+"""The C library's allocator, told to keep large buffers, or to give them back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,20 @@ def keep_large_buffers() -> bool:
     Returns:
         Whether the allocator took the settings.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
     # Before 2.35 glibc refuses thresholds above 32 MiB.
-    mapped = mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-    return bool(mapped and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    return (_set(_M_MMAP_THRESHOLD, 1 << 30) or _set(_M_MMAP_THRESHOLD, 1 << 25)) and _set(
+        _M_TRIM_THRESHOLD, (1 << 31) - 1
+    )
+
+
+def return_large_buffers() -> bool:
+    """The opposite, so that a process's memory is what its tensors take: for measuring it; glibc on Linux only.
+
+    Returns:
+        Whether the allocator took the settings.
+    """
+    return _set(_M_MMAP_THRESHOLD, 1 << 16) and _set(_M_TRIM_THRESHOLD, 1 << 16)
+
+
+def _set(what: int, value: int) -> bool:
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(what, value))

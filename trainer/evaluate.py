@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Evaluation:
         episodes: how many.
         bn, inner_steps, inner_lr, rates: how the network adapted; see ``InnerLoop``.
         dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
+        accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
+            episodes can be compared pair by pair; not in ``to_json``.
     """
 
     accuracy: float
@@ -50,10 +53,18 @@ class Evaluation:
     n_way: int
     k_shot: int
     k_query: int
+    accuracy_by_episode: tuple[float, ...] = field(repr=False)
+
+    @property
+    def deviation(self) -> float:
+        """The sample standard deviation of the accuracy over episodes."""
+        return statistics.stdev(self.accuracy_by_episode)
 
     def to_json(self) -> dict[str, Any]:
         """As a dict of plain values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["accuracy_by_episode"]
+        return values
 
     def __str__(self) -> str:
         return (
@@ -104,6 +115,7 @@ def evaluate(
         inner_lr=inner.lr,
         rates=inner.rates,
         split=split,
+        accuracy_by_episode=tuple(accuracies[:, -1].tolist()),
         **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
-from mamldata.errors import MamldataError
+from mamldata.errors import DivergedError
 from mamldata.files import write_atomic, writing
 from trainer.engines import Outcome
 
@@ -39,6 +39,12 @@ def rewind(run_dir: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomic(path, "".join(line for line in lines if _step(line) <= step).encode())
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none if it has not begun."""
+    path = run_dir / NAME
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _step(line: str) -> float:
@@ -73,7 +79,7 @@ class Window:
         """Means over the window, and the last step's accuracy before and after each inner step.
 
         Raises:
-            MamldataError: a loss was not finite; the message names the first such step.
+            DivergedError: a loss was not finite; the message names the first such step.
         """
         losses = torch.stack(self._losses).tolist()  # the CPU waits for the device here
         seconds = time.perf_counter() - self._started
@@ -95,10 +101,10 @@ def require_finite(loss: float, what: str) -> None:
     """Stop a run that has diverged, instead of training on nothing.
 
     Raises:
-        MamldataError: ``loss`` is infinite or not a number.
+        DivergedError: ``loss`` is infinite or not a number.
     """
     if not -float("inf") < loss < float("inf"):
-        raise MamldataError(
+        raise DivergedError(
             f"{what} is {loss}: training has diverged. Lower inner_lr or meta_lr, or take fewer inner steps, and "
             "start again in another run folder. The last checkpoint is from before."
         )

@@ -28,7 +28,23 @@ class TrainStream(Protocol):
         ...
 
 
-class TrainData(Protocol):
+class ClassData(Protocol):
+    """Which classes training episodes show; only joint training asks."""
+
+    def class_count(self) -> int:
+        """How many classes the train split has."""
+        ...
+
+    def classes(self, index: Tensor) -> Tensor:
+        """The classes of training episodes: int64 ``[B, n_way]``, by label, in ``range(class_count())``.
+
+        Args:
+            index: int64 ``[B]``, see ``EpisodeBatch``.
+        """
+        ...
+
+
+class TrainData(ClassData, Protocol):
     """Episodes to train and to evaluate on."""
 
     def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool) -> TrainStream:
@@ -50,18 +66,6 @@ class TrainData(Protocol):
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
         ``digest`` and ``source``. A run goes on only with data whose description is the same, ``source`` (the place)
         aside.
-        """
-        ...
-
-    def class_count(self) -> int:
-        """How many classes the train split has; only joint training asks for it."""
-        ...
-
-    def classes(self, index: Tensor) -> Tensor:
-        """The classes of training episodes: int64 ``[B, n_way]``, by label, in ``range(class_count())``.
-
-        Args:
-            index: int64 ``[B]``, see ``EpisodeBatch``.
         """
         ...
 

@@ -107,5 +107,3 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
         TrainSettings(**{key: value for key, value in settings.items() if key in types})
     except RequestError as error:
         yield f"settings: {error}"
-    except TypeError as error:
-        yield f"settings: a value of the wrong type ({error})"

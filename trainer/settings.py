@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -112,8 +112,18 @@ class TrainSettings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if faults := list(self._faults()):
+        # A value of a wrong type cannot be judged any further.
+        if faults := list(self._wrong_types()) or list(self._faults()):
             raise RequestError("The training settings cannot be:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+    def _wrong_types(self) -> Iterator[str]:
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        for field in fields(self):
+            kind, value = str(field.type).partition(" ")[0], getattr(self, field.name)
+            if kind not in words or (value is None and field.default is None):
+                continue  # choices are compared with what there is
+            if type(value).__name__ not in {kind, "int" if kind == "float" else kind}:
+                yield f"{field.name} must be {words[kind]}, not {value!r}."
 
     def _faults(self) -> Iterator[str]:
         choices: dict[str, Any] = {

@@ -23,7 +23,7 @@ from trainer.checkpoint import Checkpoint, all_weights, find_best, load_weights,
 from trainer.engines import Outcome, pick_engine
 from trainer.evaluate import Evaluation, evaluate
 from trainer.models import build_network
-from trainer.protocol import TrainData, TrainStream, endless
+from trainer.protocol import ClassData, TrainData, TrainStream, endless
 from trainer.rates import rate_lines
 from trainer.run import alone_in, begin_run, open_run
 from trainer.settings import TrainSettings, pick_device
@@ -72,7 +72,7 @@ def train(
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
-        MamldataError: training has diverged.
+        DivergedError: training has diverged.
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
     """
@@ -83,7 +83,7 @@ def train(
         require_tensorboard()
     about = data.describe()
     require_shots(settings.inner_loop(), about["k_shot"])
-    network = _fresh_network(settings, about)  # before anything is written: the images may not fit it
+    network = fresh_network(settings, about)  # before anything is written: the images may not fit it
     with alone_in(run_dir):
         return _train(settings, data, run_dir, about, network, device, resume=resume, report=report)
 
@@ -130,8 +130,8 @@ def _loop(
     """The loop itself."""
     keep_large_buffers()
     network.to(device)
-    parameters = _parameters(settings, network, data, about)
-    optimizer = _optimizer(settings, parameters)
+    parameters = outer_parameters(settings, network, data, about)
+    optimizer = make_optimizer(settings, parameters)
     step, best_step, best_accuracy = 0, 0, -1.0
     if checkpoint:
         load_weights(network, parameters, checkpoint.weights)
@@ -176,13 +176,8 @@ def _loop(
             step += 1
             validating = step % settings.eval_every == 0 or step == settings.steps
             logging = step % settings.log_every == 0 or validating
-            outcome = _learn(settings, network, parameters, data, batch, step - 1, every_step=logging)
-            for name, parameter in parameters.items():
-                parameter.grad = outcome.gradient[name]
-            _clip(settings, parameters)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.meta_lr_at(step - 1)
-            optimizer.step()
+            outcome = learn(settings, network, parameters, data, batch, step - 1, every_step=logging)
+            descend(settings, parameters, optimizer, outcome, step - 1)
             window.add(batch, outcome, waited)
             del batch  # its memory can be used again while the next one is read
 
@@ -201,32 +196,45 @@ def _loop(
     return _result(run_dir, checkpoint)
 
 
-def _parameters(settings: TrainSettings, network: nn.Module, data: TrainData, about: dict[str, Any]) -> Parameters:
+def outer_parameters(settings: TrainSettings, network: nn.Module, data: ClassData, about: dict[str, Any]) -> Parameters:
     """All that the outer loop learns."""
     if settings.point.outer == "joint":
-        return joint_parameters(network, _fresh_network(settings, {**about, "n_way": data.class_count()}))
+        return joint_parameters(network, fresh_network(settings, {**about, "n_way": data.class_count()}))
     return meta_parameters(network, settings.inner_loop())
 
 
-def _optimizer(settings: TrainSettings, parameters: Parameters) -> torch.optim.Optimizer:
+def make_optimizer(settings: TrainSettings, parameters: Parameters) -> torch.optim.Optimizer:
+    """Of the outer loop."""
     values = list(parameters.values())
     if settings.meta_optimizer == "sgd":
         return torch.optim.SGD(values, lr=settings.meta_lr)
     return torch.optim.Adam(values, lr=settings.meta_lr)
 
 
-def _clip(settings: TrainSettings, parameters: Parameters) -> None:
+def descend(
+    settings: TrainSettings,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    outcome: Outcome,
+    step: int,
+) -> None:
+    """Change the parameters by what one outer step, counted from 0, has taught."""
+    for name, parameter in parameters.items():
+        parameter.grad = outcome.gradient[name]
     if settings.meta_clip_norm is not None:
         nn.utils.clip_grad_norm_(parameters.values(), settings.meta_clip_norm)
     if settings.meta_clip_value is not None:
         nn.utils.clip_grad_value_(parameters.values(), settings.meta_clip_value)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.meta_lr_at(step)
+    optimizer.step()
 
 
-def _learn(
+def learn(
     settings: TrainSettings,
     network: nn.Module,
     parameters: Parameters,
-    data: TrainData,
+    data: ClassData,
     batch: EpisodeBatch,
     step: int,
     *,
@@ -240,7 +248,12 @@ def _learn(
     return engine(network, parameters, batch, inner, objective, every_step=every_step)
 
 
-def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
+def fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
+    """The network as the seed draws it, for what ``TrainData.describe`` says.
+
+    Raises:
+        RequestError: it does not take such images.
+    """
     height, width, channels = about["image_shape"]
     if height != width:
         raise RequestError(f"The networks take square images, and these have {height}x{width} pixels.")

@@ -129,7 +129,9 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 arguments += ["--steps", "2", "--meta-batch-size", "2", "--eval-episodes", "4"]
             if rest[:1] == ["glyphs"] and verb == "train":
                 arguments += ["--out", "live-run"]
-            if verb == "eval":
+            if verb == "compare":
+                arguments += ["--steps", "2", "--meta-batch-size", "2", "--eval-episodes", "4"]
+            if verb in {"eval", "compare"}:
                 arguments += ["--episodes", "4"]
             result = run(*arguments, root=tmp_path / "root")
             assert result.exit_code == 0, f"{example}: {result.output}"
@@ -229,7 +231,7 @@ def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
 
 def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
     """A run leaves its files; its folder and its checkpoint evaluate alike; the result says what it is."""
-    assert {"config.json", "metrics.jsonl"} < {path.name for path in trained.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curves.png"} < {path.name for path in trained.iterdir()}
     by_folder = run("eval", trained, archive, "--device", "cpu")
     assert by_folder.exit_code == 0, by_folder.output
     checkpoint = next(trained.glob("maml_step2_acc*.pt"))
@@ -343,6 +345,50 @@ def test_the_family_trains_on_archives_and_live(algorithm: str, archive: Path, g
         assert json.loads((out / "config.json").read_text())["settings"]["bn"] == bn
 
 
+def test_compare(archive: Path, tmp_path: Path):
+    """The table on stdout, everything in the folder; the same command is done at once, another one is refused."""
+    quick = ("--steps", 2, "--meta-batch-size", 2, "--eval-episodes", 4, "--episodes", 4, "--device", "cpu")
+    asked = ("compare", archive, "--algorithms", "maml, fomaml,maml++,random", "--set", "maml++.inner-lr=0.1", *quick)
+    done = run(*asked, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[4:]] == [
+        "| maml",
+        "| fomaml",
+        "| maml++",
+        "| random",
+    ]
+    files = {"compare.json", "compare.md", "learning.png", "accuracy.png", "inner-steps.png", "costs.png"}
+    assert files | {"maml", "fomaml", "maml++", "random"} == {path.name for path in (tmp_path / "out").iterdir()}
+    settings = {
+        entry["name"]: entry["settings"]
+        for entry in json.loads(run(*asked, "--out", tmp_path / "out", "--json").stdout)["entries"]
+    }
+    assert [settings[name]["inner_lr"] for name in ("maml", "maml++")] == [0.4, 0.1]
+    assert settings["maml++"]["bn"] == "per-step"
+    refused(run(*asked, "--seed", 1, "--out", tmp_path / "out"), 2, "holds another run", "seed: 0 there, 1 here")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--algorithms", "maml,fomamel"], "there is no algorithm 'fomamel'. Did you mean 'fomaml'?"),
+        (["--algorithms", "maml"], "at least two"),
+        (["--set", "maml.inner_lr"], "is not of the form ALGORITHM.SETTING=VALUE"),
+        (["--set", "anil.inner_lr=1"], "'anil' is not among those compared: maml, fomaml"),
+        (["--set", "maml.inner_rl=1"], "there is no setting 'inner_rl'. Did you mean 'inner_lr'?"),
+        (["--set", "maml.inner_lr=fast"], "maml: The training settings cannot be:\n  inner_lr must be a number"),
+        (["--set", "fomaml.checkpoint_inner=true"], "fomaml: The training settings cannot be"),
+        (["--set", "maml.steps=7"], "steps must be the same for all that are compared, not 7 for maml, 4000"),
+        (["--episodes", "7"], "6 test episodes, but 7 are asked for"),
+    ],
+)
+def test_compare_refuses(options: list[str], text: str, archive: Path, tmp_path: Path):
+    """Wrong usage is named before anything is trained."""
+    algorithms = [] if "--algorithms" in options else ["--algorithms", "maml,fomaml"]
+    refused(run("compare", archive, *algorithms, *options, "--out", tmp_path / "out"), 2, text)
+    assert not (tmp_path / "out").exists()
+
+
 def test_doctor_prints_versions(tmp_path: Path):
     """``doctor`` has what a bug report needs."""
     report = json.loads(run("doctor", "--json", root=tmp_path).stdout)
@@ -440,20 +486,20 @@ class TestBadInput:
 
 def test_choices_are_those_of_the_trainer():
     """The options' choices, written down so that help needs no torch, are the trainer's."""
-    from cli import train
+    from cli import settings
     from trainer.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
     from trainer.engines import ENGINES
     from trainer.models import NETWORKS
     from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
 
-    assert tuple(ALGORITHMS) == train.ALGORITHMS
-    assert tuple(NETWORKS) == train.NETWORKS
-    assert tuple(BN_MODES) == train.BN_MODES
-    assert (train.ORDERS, train.LOSSES, train.RATES, train.ADAPTS) == (ORDERS, LOSSES, RATES, ADAPTS)
-    assert tuple(OPTIMIZERS) == train.OPTIMIZERS
-    assert ("auto", *ENGINES) == train.ENGINES
-    assert tuple(DEVICES) == train.DEVICES
-    assert tuple(SCHEDULES) == train.SCHEDULES
+    assert tuple(ALGORITHMS) == settings.ALGORITHMS
+    assert tuple(NETWORKS) == settings.NETWORKS
+    assert tuple(BN_MODES) == settings.BN_MODES
+    assert (settings.ORDERS, settings.LOSSES, settings.RATES, settings.ADAPTS) == (ORDERS, LOSSES, RATES, ADAPTS)
+    assert tuple(OPTIMIZERS) == settings.OPTIMIZERS
+    assert ("auto", *ENGINES) == settings.ENGINES
+    assert tuple(DEVICES) == settings.DEVICES
+    assert tuple(SCHEDULES) == settings.SCHEDULES
 
 
 def test_defaults_in_help_are_the_settings():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -65,6 +66,24 @@ def test_a_choice_that_must_be_made_is_not_none(name: str) -> None:
     with pytest.raises(RequestError, match=f"{name} must be one of .*, not None"):
         TrainSettings(**{name: None})  # type: ignore[arg-type]
     TrainSettings(order=None, loss=None, rates=None, adapts=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("steps", "many", "a whole number"),
+        ("steps", None, "a whole number"),
+        ("seed", True, "a whole number"),
+        ("inner_lr", "0.4", "a number"),
+        ("meta_clip_norm", [1], "a number"),
+        ("normalise", 1, "true or false"),
+    ],
+)
+def test_a_value_of_another_type(name: str, value: object, kind: str) -> None:
+    """It is a fault in words, wherever the value came from."""
+    with pytest.raises(RequestError, match=rf"{name} must be {kind}, not {re.escape(repr(value))}\."):
+        TrainSettings(**{name: value})  # type: ignore[arg-type]
+    TrainSettings(inner_lr=1, eval_inner_steps=None, meta_clip_norm=None)
 
 
 def test_settings_are_frozen() -> None:

@@ -1,0 +1,136 @@
+"""``mamldata compare``."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.common import episode_options, json_option, next_command, print_json, root_option, say
+from cli.settings import ALGORITHMS, begin, make_settings, setting_options
+from mamldata.errors import RequestError
+from mamldata.manifest import SPLITS, did_you_mean
+
+_DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
+# These make one algorithm another one, or go with some only: for one at a time, by --set.
+_OF_ONE = (
+    "algorithm",
+    "order",
+    "loss",
+    "rates",
+    "adapts",
+    "msl_epochs",
+    "first_order_epochs",
+    "epoch_steps",
+    "checkpoint_inner",
+)
+LIVE_EPISODES = 600
+
+
+@click.command(
+    epilog="\b\nExamples:\n  mamldata compare glyphs-5w1s --algorithms maml,fomaml,random --steps 40 --out compared\n"
+    "  mamldata compare glyphs-5w1s --algorithms maml,reptile --set reptile.inner_lr=0.1 --steps 40 --out other",
+)
+@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder of all runs.")
+@click.option("--algorithms", default=_DEFAULT, show_default=True, help="Separated by commas.")
+@click.option(
+    "--set", "own", multiple=True, metavar="ALGORITHM.SETTING=VALUE", help="A setting of one algorithm.  [repeatable]"
+)
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="To evaluate on.")
+@click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
+@setting_options(leave_out=_OF_ONE)
+@episode_options(seed=False)
+@root_option
+@json_option
+def command(
+    target: str,
+    out: Path,
+    algorithms: str,
+    own: tuple[str, ...],
+    split: str,
+    count: int | None,
+    chosen: dict[str, Any],
+    episodes: dict[str, Any],
+    root: str | None,
+    as_json: bool,
+) -> None:
+    """Train with several algorithms on the same episodes, and say what each reaches and what it costs.
+
+    Writes a run's folder for each, compare.json, the table compare.md, and pictures. Interrupted, the same command
+    goes on.
+    """
+    from trainer.compare import RESULT, compare, table
+    from trainer.plots import have_matplotlib, plot_comparison
+
+    names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
+    for name in names:
+        if name not in ALGORITHMS:
+            raise click.BadParameter(
+                f"there is no algorithm {name!r}.{did_you_mean(name, ALGORITHMS)} There are {', '.join(ALGORITHMS)}.",
+                param_hint="--algorithms",
+            )
+    changes = _changes(own, names)
+    data, values = begin(target, root, episodes, chosen)
+    plans = {}
+    for name in names:
+        try:
+            plans[name] = make_settings({**values, "algorithm": name, **changes[name]})
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from error
+    start = time.monotonic()
+    number = count or data.available(split) or LIVE_EPISODES
+    result = compare(plans, data, out, split=split, episodes=number, report=say)
+    if have_matplotlib():
+        for picture in plot_comparison(result, out):
+            say(f"Drawn: {picture}")
+    else:
+        say("For pictures install matplotlib (pip install 'mamldata[plots]') and run the same command again.")
+    if as_json:
+        print_json(result.to_json())
+        return
+    click.echo(table(result))
+    say(f"Done in {(time.monotonic() - start) / 60:.1f} min. The numbers are in {out / RESULT}.")
+    next_command(f"mamldata eval {result.entries[0].run.best} {target}")
+
+
+def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """What ``--set`` says, by algorithm.
+
+    Raises:
+        click.BadParameter: it is not of the form, or names what is not there.
+    """
+    from dataclasses import fields
+
+    from trainer.settings import TrainSettings
+
+    known = [field.name for field in fields(TrainSettings)]
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in own:
+        place, equals, value = text.partition("=")
+        algorithm, dot, setting = place.strip().rpartition(".")
+        if not (equals and dot):
+            raise click.BadParameter(f"{text!r} is not of the form ALGORITHM.SETTING=VALUE.", param_hint="--set")
+        if algorithm not in changes:
+            raise click.BadParameter(
+                f"{text!r}: {algorithm!r} is not among those compared: {', '.join(names)}.", param_hint="--set"
+            )
+        setting = setting.replace("-", "_")
+        if setting not in known or setting == "algorithm":
+            raise click.BadParameter(
+                f"{text!r}: there is no setting {setting!r}.{did_you_mean(setting, known)}", param_hint="--set"
+            )
+        changes[algorithm][setting] = _value(value.strip())
+    return changes
+
+
+def _value(text: str) -> Any:
+    """As TOML has it: numbers, true and false; what is none of these is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,181 @@
+"""Several algorithms on the same episodes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic import Synthetic
+
+from mamldata.errors import DivergedError, RequestError
+from trainer import metrics
+from trainer.compare import compare, paired_difference, table
+from trainer.evaluate import Evaluation
+from trainer.plots import plot_comparison, plot_run
+from trainer.settings import TrainSettings
+from trainer.train import train
+
+BASE = TrainSettings(steps=4, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=4, log_every=1, device="cpu")
+PLANS = {
+    "fomaml": replace(BASE, algorithm="fomaml"),
+    "maml": BASE,
+    "pretrain": replace(BASE, algorithm="pretrain"),
+    "random": replace(BASE, algorithm="random"),
+}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["weights"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("compared")
+    return compare(PLANS, Synthetic(), out, episodes=12), out
+
+
+def test_each_run_is_the_one_that_train_makes(compared, tmp_path: Path) -> None:
+    """The same weights, and the accuracy of the best checkpoint on the same episodes."""
+    result, _ = compared
+    entry = result.entries[0]
+    alone = train(PLANS["fomaml"], Synthetic(), tmp_path / "alone")
+    mine, other = weights(entry.run.last), weights(alone.last)
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert len(entry.evaluation.accuracy_by_episode) == 12
+    assert entry.evaluation.accuracy == pytest.approx(statistics.fmean(entry.evaluation.accuracy_by_episode))
+    assert entry.evaluation.deviation == pytest.approx(entry.evaluation.interval * math.sqrt(12) / 1.96)
+
+
+def test_the_table(compared) -> None:
+    """A line for each in the order asked for, with ratios to MAML; what trains nothing has no costs."""
+    result, out = compared
+    text = table(result)
+    assert (out / "compare.md").read_text() == text + "\n"
+    assert result.reference == "maml"
+    heading, _, head, rule, *rows = text.splitlines()
+    assert heading.startswith(
+        "synthetic, split scheme made-up, 5-way 1-shot 5-query; 4 outer steps of 2 episodes; 12 test"
+    )
+    assert len({line.count("|") for line in (head, rule, *rows)}) == 1
+    cells = {row.split(" | ")[0].strip("| "): [cell.strip() for cell in row.split("|")[1:-1]] for row in rows}
+    assert list(cells) == list(PLANS)
+    assert cells["maml"][2] == ""
+    assert cells["maml"][8] == cells["maml"][10] == "1.00"
+    assert cells["fomaml"][2].startswith(("+", "-"))
+    assert cells["random"][7:] == ["", "", "", ""]
+
+
+def test_the_document(compared) -> None:
+    """All that the table says and more, for programs."""
+    result, out = compared
+    document = json.loads((out / "compare.json").read_text())
+    assert document == json.loads(json.dumps(result.to_json()))
+    assert [entry["name"] for entry in document["entries"]] == list(PLANS)
+    for entry in document["entries"]:
+        assert entry["settings"]["steps"] == 4
+        assert len(entry["accuracy_by_episode"]) == 12
+        assert Path(entry["run"]["best"]).is_file()
+
+
+def test_pairs_tell_more_than_two_intervals() -> None:
+    """Where hard episodes are hard for both, the interval of the difference is the narrower one."""
+    one, other = (0.9, 0.5, 0.7, 0.3), (0.8, 0.4, 0.6, 0.3)
+    ahead, interval = paired_difference(evaluation(one), evaluation(other))
+    assert ahead == pytest.approx(0.075)
+    assert interval == pytest.approx(1.96 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2)
+
+
+def evaluation(accuracies: tuple[float, ...]) -> Evaluation:
+    names = ("accuracy", "interval", "loss", "accuracy_by_step", "episodes", "bn", "inner_steps", "inner_lr", "rates")
+    rest = ("dataset", "split_scheme", "split", "n_way", "k_shot", "k_query")
+    return Evaluation(**dict.fromkeys((*names, *rest)), accuracy_by_episode=accuracies)  # type: ignore[arg-type]
+
+
+def test_pictures(compared) -> None:
+    """Each is a picture with more in it than paper, and the same result draws the same one."""
+    result, out = compared
+    paths = plot_comparison(result, out)
+    assert [path.name for path in paths] == ["learning.png", "accuracy.png", "inner-steps.png", "costs.png"]
+    paths.append(plot_run(result.entries[0].run.run_dir))
+    first = [path.read_bytes() for path in paths]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.width > 600
+            assert len(np.unique(np.asarray(picture.convert("L").reduce(4)))) > 10
+    assert [path.read_bytes() for path in plot_comparison(result, out)] == first[:4]
+
+
+def test_what_differs_must_be_the_algorithm(tmp_path: Path) -> None:
+    """Other steps, seeds or networks would make the table say something else."""
+    with pytest.raises(
+        RequestError, match=r"steps must be the same for all that are compared, not 4 for maml, 5 for f"
+    ):
+        compare({"maml": BASE, "f": replace(BASE, steps=5)}, Synthetic(), tmp_path / "a")
+    with pytest.raises(RequestError, match="at least two"):
+        compare({"maml": BASE}, Synthetic(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_another_comparison_is_not_mixed_in(compared) -> None:
+    """A folder with other runs is refused, and stays as it is."""
+    _, out = compared
+    before = (out / "compare.json").read_bytes()
+    plans = {name: replace(settings, seed=1) for name, settings in PLANS.items()}
+    with pytest.raises(RequestError, match="holds another run:\n  seed: 0 there, 1 here"):
+        compare(plans, Synthetic(), out, episodes=12)
+    assert (out / "compare.json").read_bytes() == before
+
+
+def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
+    """One of many has failed: the message says which."""
+    plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml", inner_lr=1e30)}
+    with pytest.raises(DivergedError, match=r"^wild: The training loss at step 1"):
+        compare(plans, Synthetic(), tmp_path, episodes=4)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from synthetic import Synthetic
+from test_compare import PLANS
+from trainer.compare import compare
+if __name__ == "__main__":
+    compare(PLANS, Synthetic(), sys.argv[2], episodes=12)
+"""
+
+
+def test_killed_it_goes_on(compared, tmp_path: Path) -> None:
+    """After kill -9 in the midst of the second run, the same call ends with the same weights and accuracies."""
+    expected, _ = compared
+    script, out = tmp_path / "killed.py", tmp_path / "out"
+    script.write_text(KILLED)
+    process = subprocess.Popen([sys.executable, script, Path(__file__).parent, out])
+    deadline = time.monotonic() + 120
+    while not metrics.read(out / "maml") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "compare.json").exists()
+    done = (out / "fomaml" / "metrics.jsonl").stat().st_mtime_ns
+    result = compare(PLANS, Synthetic(), out, episodes=12)
+    assert (out / "fomaml" / "metrics.jsonl").stat().st_mtime_ns == done
+    for entry, reference in zip(result.entries, expected.entries, strict=True):
+        assert entry.evaluation == reference.evaluation
+        mine, other = weights(entry.run.last), weights(reference.run.last)
+        assert all(torch.equal(mine[name], other[name]) for name in other)

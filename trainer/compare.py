@@ -1,0 +1,221 @@
+"""Several algorithms on the same episodes: what each reaches, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamldata.errors import DivergedError, RequestError
+from mamldata.files import make_folder, write_atomic
+from trainer.costs import Costs, measure_costs
+from trainer.evaluate import Evaluation, evaluate_checkpoint
+from trainer.protocol import TrainData
+from trainer.settings import TrainSettings
+from trainer.train import RunResult, train
+
+RESULT, TABLE = "compare.json", "compare.md"
+_FORMAT = "mamldata-compare/1"
+# What must be equal, so that only the algorithms differ.
+_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "device")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What came of one algorithm.
+
+    Attributes:
+        name: as it was called in the comparison.
+        settings: of its run.
+        run: where that ended.
+        evaluation: of its best checkpoint.
+        ahead, ahead_interval: its mean accuracy less that of the reference, episode by episode, and half the width
+            of the 95 % confidence interval of that difference: narrower than two intervals side by side, because
+            the episodes are the same.
+        costs: of an outer step; None if it makes none.
+    """
+
+    name: str
+    settings: TrainSettings
+    run: RunResult
+    evaluation: Evaluation
+    ahead: float
+    ahead_interval: float
+    costs: Costs | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of all of them.
+
+    Attributes:
+        reference: the name of the entry that the others are compared with.
+        data: what the episodes are, see ``TrainData.describe``.
+        entries: in the order in which they were asked for.
+    """
+
+    reference: str
+    data: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict of plain values."""
+        return {
+            "format": _FORMAT,
+            "reference": self.reference,
+            "data": self.data,
+            "entries": [_entry_json(entry) for entry in self.entries],
+        }
+
+
+def compare(
+    plans: Mapping[str, TrainSettings],
+    data: TrainData,
+    out: Path | str,
+    *,
+    split: str = "test",
+    episodes: int = 600,
+    report: Callable[[str], object] = lambda _: None,
+) -> Comparison:
+    """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
+
+    The run of each is a folder of its own in ``out``, beside ``compare.json`` and the table ``compare.md``. Called
+    again after an interruption, it goes on; what is done is not done again.
+
+    Args:
+        plans: settings by name; the first one called ``maml``, else the first, is the reference.
+        data: the episodes.
+        out: made if need be.
+        split, episodes: to evaluate on.
+        report: told of the progress, a line at a time.
+
+    Raises:
+        RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
+        DivergedError: training has diverged; the message names the algorithm.
+        WriteError: ``out`` cannot be written to.
+    """
+    out = Path(out)
+    _require_comparable(plans)
+    for settings in plans.values():  # refused now rather than after hours of training
+        for what, count in (("val", settings.eval_episodes), (split, episodes)):
+            data.eval(what, count, 1, torch.device("cpu"), normalise=settings.normalise)
+    make_folder(out)
+    report(f"Measuring an outer step of {', '.join(plans)}, in turn.")
+    costs = measure_costs(plans, data)
+    minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
+    report(f"Training will take about {minutes:.0f} min, and evaluation some more.")
+    runs, evaluations = {}, {}
+    for name, settings in plans.items():
+        say = _prefixed(report, name)
+        try:
+            runs[name] = train(settings, data, out / name, resume=True, report=say)
+        except DivergedError as error:
+            raise DivergedError(f"{name}: {error}") from error
+        evaluations[name] = evaluate_checkpoint(
+            runs[name].best, data, split=split, episodes=episodes, device=settings.device
+        )
+        say(str(evaluations[name]))
+    reference = "maml" if "maml" in plans else next(iter(plans))
+    entries = []
+    for name, settings in plans.items():
+        ahead, interval = paired_difference(evaluations[name], evaluations[reference])
+        entries.append(Entry(name, settings, runs[name], evaluations[name], ahead, interval, costs.get(name)))
+    result = Comparison(reference, data.describe(), tuple(entries))
+    write_atomic(out / RESULT, json.dumps(result.to_json(), indent=2).encode() + b"\n")
+    write_atomic(out / TABLE, (table(result) + "\n").encode())
+    return result
+
+
+def _prefixed(report: Callable[[str], object], name: str) -> Callable[[str], object]:
+    return lambda line: report(f"{name}  {line}")
+
+
+def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
+    if len(plans) < 2:
+        raise RequestError("A comparison takes at least two algorithms.")
+    for key in _EQUAL:
+        values = {name: getattr(settings, key) for name, settings in plans.items()}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{value!r} for {name}" for name, value in values.items())
+            raise RequestError(f"{key} must be the same for all that are compared, not {shown}.")
+
+
+def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]:
+    """The mean difference in accuracy on the same episodes, and half the width of its 95 % confidence interval."""
+    gaps = [a - b for a, b in zip(one.accuracy_by_episode, other.accuracy_by_episode, strict=True)]
+    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
+def table(result: Comparison) -> str:
+    """The result in Markdown: what was compared, then a line for each algorithm."""
+    settings, of = result.entries[0].settings, result.entries[0].evaluation
+    heading = (
+        f"{of.dataset}, split scheme {of.split_scheme}, {of.n_way}-way {of.k_shot}-shot {of.k_query}-query; "
+        f"{settings.steps} outer steps of {settings.meta_batch_size} episodes; {of.episodes} {of.split} episodes, "
+        "the same for all, with 95 % intervals; single models."
+    )
+    head, *rows = _rows(result)
+    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, rows)])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rows(result: Comparison) -> Iterator[list[str]]:
+    reference = next(entry for entry in result.entries if entry.name == result.reference)
+    yield [
+        "algorithm",
+        "accuracy",
+        f"ahead of {result.reference}",
+        "σ over episodes",
+        "before → after",
+        "inner steps",
+        "batch norm",
+        "ms a step",
+        "ratio",
+        "peak MiB",
+        "ratio",
+    ]
+    for entry in result.entries:
+        evaluation = entry.evaluation
+        by_step = evaluation.accuracy_by_step
+        cells = [
+            entry.name,
+            f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
+            "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
+            f"{100 * evaluation.deviation:.1f}",
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
+            f"{entry.settings.inner_steps}, {evaluation.inner_steps} in evaluation"
+            if entry.costs
+            else str(evaluation.inner_steps),
+            evaluation.bn,
+        ]
+        yield cells + list(_cost_cells(entry.costs, reference.costs))
+
+
+def _cost_cells(costs: Costs | None, reference: Costs | None) -> Iterator[str]:
+    for key, digits in (("milliseconds", 0), ("peak_mib", 1)):
+        value = getattr(costs, key, None)
+        base = getattr(reference, key, None)
+        yield "" if value is None else f"{value:.{digits}f}"
+        yield f"{value / base:.2f}" if value is not None and base else ""
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    run = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(entry.run).items()}
+    return {
+        "name": entry.name,
+        "settings": asdict(entry.settings),
+        "run": run,
+        "evaluation": {**entry.evaluation.to_json(), "deviation": entry.evaluation.deviation},
+        "accuracy_by_episode": list(entry.evaluation.accuracy_by_episode),
+        "ahead": entry.ahead,
+        "ahead_interval": entry.ahead_interval,
+        "costs": asdict(entry.costs) if entry.costs else None,
+    }

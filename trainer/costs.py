@@ -1,0 +1,153 @@
+"""What an outer step costs: its time, side by side with other settings, and its peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamldata.batch import EpisodeBatch
+from trainer.allocator import keep_large_buffers, return_large_buffers
+from trainer.protocol import TrainData
+from trainer.settings import TrainSettings, pick_device
+from trainer.train import descend, fresh_network, learn, make_optimizer, outer_parameters
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one outer step on one meta-batch that is there already.
+
+    Attributes:
+        milliseconds: median over the rounds.
+        fastest, slowest: the extremes.
+        peak_mib: the most memory in the step above that of a process with the network and its data, in MiB: of the
+            whole process on a CPU, of tensors on a GPU.
+    """
+
+    milliseconds: float
+    fastest: float
+    slowest: float
+    peak_mib: float
+
+
+def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds: int = ROUNDS) -> dict[str, Costs]:
+    """Time the outer steps of several settings in turn, A B C A B C …, so that a machine that slows down slows all.
+
+    Memory is measured on a CPU in a new process for each, because a process keeps the most that it ever had. What
+    trains nothing is left out.
+
+    Args:
+        plans: settings by name; of each the last outer step is measured, after all annealing.
+        data: whose first meta-batch is taken.
+        rounds: timed steps of each, after one that is not timed.
+    """
+    plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
+    samples = {name: _sample(settings, data) for name, settings in plans.items()}
+    keep_large_buffers()
+    steps = {name: _outer_step(settings, samples[name]) for name, settings in plans.items()}
+    taken: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn:
+                taken[name].append(1000 * (time.perf_counter() - start))
+    del steps
+    return {
+        name: Costs(statistics.median(times), min(times), max(times), _peak(plans[name], samples[name]))
+        for name, times in taken.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One meta-batch and what a step asks of data, fit to be sent to another process."""
+
+    about: dict[str, Any]
+    batch: EpisodeBatch
+    labels: Tensor
+    count: int
+
+    def class_count(self) -> int:
+        return self.count
+
+    def classes(self, index: Tensor) -> Tensor:  # noqa: ARG002
+        return self.labels
+
+
+def _sample(settings: TrainSettings, data: TrainData) -> _Sample:
+    stream = data.train(settings.meta_batch_size, settings.seed, torch.device("cpu"), normalise=settings.normalise)
+    batches = iter(stream)
+    batch = EpisodeBatch(*(part.clone() for part in next(batches)))
+    return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
+
+
+def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
+    """All that a step does but reading the meta-batch."""
+    device = pick_device(settings.device)
+    network = fresh_network(settings, sample.about).to(device)
+    parameters = outer_parameters(settings, network, sample, sample.about)
+    optimizer = make_optimizer(settings, parameters)
+    batch = EpisodeBatch(*(part.to(device) for part in sample.batch))
+
+    def step() -> None:
+        outcome = learn(settings, network, parameters, sample, batch, settings.steps - 1, every_step=False)
+        descend(settings, parameters, optimizer, outcome, settings.steps - 1)
+        outcome.loss.item()  # waits for the device
+
+    return step
+
+
+def _peak(settings: TrainSettings, sample: _Sample) -> float:
+    if pick_device(settings.device).type == "cuda":
+        return _peak_here(settings, sample)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as process:
+        return process.submit(_peak_here, settings, sample).result()
+
+
+def _peak_here(settings: TrainSettings, sample: _Sample) -> float:
+    return_large_buffers()
+    _outer_step(settings, _one_image(sample))()  # kernels that are loaded on first use are no part of a step
+    step = _outer_step(settings, sample)
+    device = pick_device(settings.device)
+    before = _most_memory(device, restart=True)
+    step()
+    return (_most_memory(device) - before) / 2**20
+
+
+def _one_image(sample: _Sample) -> _Sample:
+    """The first episode, with one query image of each class."""
+    batch = EpisodeBatch(*(part[:1] for part in sample.batch))
+    k_query = sample.about["k_query"]
+    few = batch._replace(query_x=batch.query_x[:, ::k_query], query_y=batch.query_y[:, ::k_query])
+    return replace(sample, batch=few, labels=sample.labels[:1])
+
+
+def _most_memory(device: torch.device, *, restart: bool = False) -> int:
+    """The most memory so far, in bytes; since the last restart, where that can be told."""
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if restart:
+        with suppress(OSError):  # then it is the most of all time, and the difference too small
+            Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -239,6 +239,32 @@ def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # n
     return ResNet18(body, n_way)
 
 
+class Perceptron(nn.Module):
+    """Two hidden layers with ReLU and a linear head, for points; it has nothing to normalise."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.first_bias = nn.Parameter(torch.empty(hidden, inputs)), nn.Parameter(torch.zeros(hidden))
+        self.second, self.second_bias = nn.Parameter(torch.empty(hidden, hidden)), nn.Parameter(torch.zeros(hidden))
+        self.head, self.head_bias = nn.Parameter(torch.empty(outputs, hidden)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:  # noqa: ARG002  # as all networks
+        """Points ``[N, inputs]`` to answers ``[N, outputs]``."""
+        x = F.relu(F.linear(x, self.first, self.first_bias))
+        x = F.relu(F.linear(x, self.second, self.second_bias))
+        return F.linear(x, self.head, self.head_bias)
+
+
+def mlp(seed: int) -> Perceptron:
+    """The sinusoid network of Finn et al. 2017, section 5.1: two hidden layers of 40, ``[N, 1]`` to ``[N, 1]``.
+
+    There all weights start with a deviation of 0.01; here they start as those of the other networks.
+    """
+    network = Perceptron(1, 40, 1)
+    draw_weights(network, seed)
+    return network
+
+
 NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "conv4": conv4,
     "conv3-pool": conv3_pool,
@@ -272,12 +298,17 @@ def build_network(name: str, image_channels: int, image_size: int, n_way: int, s
         RequestError: the network cannot take images of this size.
     """
     network = NETWORKS[name](image_channels, image_size, n_way)
+    draw_weights(network, seed)
+    return network.to(memory_format=torch.channels_last)
+
+
+def draw_weights(network: nn.Module, seed: int) -> None:
+    """Fresh weights for all layers; scales start at one, shifts and biases at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():
-            if weight.ndim > 1:  # scales start at one, shifts and biases at zero
+            if weight.ndim > 1:
                 _glorot_uniform(weight, generator)
-    return network.to(memory_format=torch.channels_last)
 
 
 def _glorot_uniform(weight: Tensor, generator: torch.Generator) -> None:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, query_logits
+from trainer.adapt import Episode, InnerLoop, Parameters, loss_of, query_logits, score_of
 from trainer.algorithms import Outer
 
 _FLOOR = 0.03  # of 1 / steps; Antoniou's released code
@@ -32,13 +31,13 @@ class Measured(NamedTuple):
     """What one episode showed.
 
     Attributes:
-        loss: query loss after adaptation, in nats.
-        accuracy: query accuracy in [0, 1], after adaptation ``[1]``, or before and after each inner step
-            ``[inner.steps + 1]``.
+        loss: query loss after adaptation; a cross-entropy is in nats.
+        score: query accuracy in [0, 1], or squared error where the answers are numbers, after adaptation ``[1]``, or
+            before and after each inner step ``[inner.steps + 1]``.
     """
 
     loss: Tensor
-    accuracy: Tensor
+    score: Tensor
 
 
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
@@ -69,7 +68,7 @@ def judge(
         episode: that it adapted to.
         inner: how.
         objective: what the outer loop follows.
-        every_step: measure the accuracy before and after each inner step, not only after the last one.
+        every_step: measure the score before and after each inner step, not only after the last one.
 
     Returns:
         The scalar whose gradient the outer loop follows; and what to report, without a graph.
@@ -80,7 +79,7 @@ def judge(
         for step, weight in enumerate(weights, 1)
         if (weight and objective.outer == "query") or step == inner.steps
     }
-    losses = {step: F.cross_entropy(logits[step], episode.query_y) for step in logits}
+    losses = {step: loss_of(logits[step], episode.query_y, inner.task_loss) for step in logits}
     if objective.outer == "reptile":
         goal = _distance(path)
     else:
@@ -92,8 +91,8 @@ def judge(
         shown = [
             logits[i] if i in logits else query_logits(network, path[i], episode, inner.bn, inner.norm) for i in asked
         ]
-        rates = torch.stack([accuracy(one.detach(), episode.query_y) for one in shown])
-    return goal, Measured(losses[inner.steps].detach(), rates)
+        scores = torch.stack([score_of(one, episode.query_y, inner.task_loss) for one in shown])
+    return goal, Measured(losses[inner.steps].detach(), scores)
 
 
 def _distance(path: list[Parameters]) -> Tensor:

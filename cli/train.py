@@ -44,6 +44,7 @@ SCHEDULES = ("cosine", "constant")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Settings to begin with; see mamldata recipes.")
 @click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]")
 @click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]")
+@click.option("--filters", type=int, help="Of each convolution.  [default: the network's own]")
 @click.option(
     "--normalise/--no-normalise", default=None, help="Images by the train split's mean and deviation.  [default: no]"
 )

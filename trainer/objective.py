@@ -43,10 +43,12 @@ class Measured(NamedTuple):
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
     """The multi-step loss: its weights in an epoch, counted from 0.
 
-    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to
-    ``0.03 / steps``, and the last step takes the rest, so that the sum is always one. Antoniou et al. 2019, section
-    4, "Multi-Step Loss Optimization", with the numbers of their released code.
+    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to not
+    less than ``0.03 / steps``, and the last step takes the rest, so that the sum is always one; after ``epochs`` the
+    last step is alone. Antoniou et al. 2019, section 4, "Multi-Step Loss Optimization", as their released code does it.
     """
+    if epoch >= epochs:
+        return (*[0.0] * (steps - 1), 1.0)
     share = max(1 / steps - epoch / (steps * epochs), _FLOOR / steps)
     return (*[share] * (steps - 1), 1 - share * (steps - 1))
 

@@ -12,7 +12,6 @@ from mamldata.errors import ManifestError, RequestError
 from mamldata.manifest import did_you_mean, read_toml, toml_names
 
 _TEXTS = ("title", "dataset", "source", "published")
-_NOTES = "notes"
 _EPISODES = ("n_way", "k_shot", "k_query")
 
 
@@ -80,7 +79,7 @@ def _parse(name: str, data: bytes, source: str) -> Recipe:
     document = read_toml(data, source)
     if faults := list(_faults(document)):
         raise ManifestError(source, faults)
-    texts = {key: " ".join(document[key].split()) for key in (*_TEXTS, _NOTES) if key in document}
+    texts = {key: " ".join(document[key].split()) for key in (*_TEXTS, "notes") if key in document}
     return Recipe(name, episodes=document["episodes"], settings=document["settings"], **texts)
 
 
@@ -88,12 +87,14 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
     # Here, because torch takes seconds to import and a list of recipes does not need it.
     from trainer.settings import TrainSettings
 
-    known = [*_TEXTS, _NOTES, "episodes", "settings"]
+    known = [*_TEXTS, "notes", "episodes", "settings"]
     for key in document.keys() - set(known):
         yield f"{key}: is not known here.{did_you_mean(key, known)}"
-    for key in (*_TEXTS, _NOTES):
-        if not isinstance(document.get(key, "" if key == _NOTES else None), str):
+    for key in _TEXTS:
+        if not isinstance(document.get(key), str):
             yield f"{key}: must be a string"
+    if not isinstance(document.get("notes", ""), str):
+        yield "notes: must be a string"
     episodes, settings = document.get("episodes"), document.get("settings")
     if not isinstance(episodes, dict) or not isinstance(settings, dict):
         yield "episodes, settings: must be tables"

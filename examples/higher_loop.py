@@ -35,9 +35,9 @@ if __name__ == "__main__":
     outer = torch.optim.Adam(net.parameters(), lr=1e-3)
     inner = torch.optim.SGD(net.parameters(), lr=INNER_LR)
     for epoch in range(EPOCHS):
+        right = []
         for batch in stream.to(device):
             outer.zero_grad()
-            right = []
             for support_x, support_y, query_x, query_y in zip(*batch[:4], strict=True):
                 with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (adapted, descent):
                     for _ in range(INNER_STEPS):

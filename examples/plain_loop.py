@@ -47,7 +47,7 @@ if __name__ == "__main__":
             loss, accuracy = score(net, batch, n_way)
             loss.backward()
             optimizer.step()
-        print(f"epoch {epoch}: loss {loss:.3f}, accuracy {accuracy:.3f}")
+        print(f"epoch {epoch}, last meta-batch: loss {loss:.3f}, accuracy {accuracy:.3f}")
     net.eval()
     with torch.no_grad():
         test = mamldata.EpisodeStream(sys.argv[1], split="test").to(device)  # every episode once, in order

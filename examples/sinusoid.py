@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mamldata.batch import EpisodeBatch
 from trainer.adapt import Episode, InnerLoop, adapt, episodes, meta_parameters, query_logits
 from trainer.engines import vmap
-from trainer.evaluate import measure
+from trainer.evaluate import measure_together
 from trainer.models import mlp
 from trainer.sinusoid import Sinusoids
 
@@ -63,8 +63,7 @@ def errors(network: nn.Module, batch: EpisodeBatch, lr: float, points: int) -> T
     """Squared errors ``[tasks, 11]``: before and after each of ten steps on the first ``points`` of each task."""
     parameters, inner = meta_parameters(network, INNER), replace(INNER, steps=10, lr=lr)
     batch = batch._replace(support_x=batch.support_x[:, :points], support_y=batch.support_y[:, :points])
-    with torch.no_grad():
-        return torch.func.vmap(lambda *one: measure(network, parameters, Episode(*one), inner)[1:])(*batch[:4])
+    return measure_together(network, parameters, batch, inner)[:, 1:]
 
 
 def best_rate(network: nn.Module) -> float:

@@ -127,6 +127,20 @@ def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner:
     return torch.stack([loss, *(score_of(step, episode.query_y, inner.task_loss).to(loss.dtype) for step in logits)])
 
 
+def measure_together(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
+    """What ``measure`` finds of each episode, ``[B, steps + 2]``, all at once by ``torch.func.vmap``.
+
+    Many times faster than one after the other for networks as small as the sinusoid problem's.
+    """
+
+    def one(*parts: Tensor) -> Tensor:
+        return measure(network, parameters, Episode(*parts), inner)
+
+    with torch.no_grad():
+        rows: Tensor = torch.func.vmap(one)(*batch[:4])
+    return rows
+
+
 def evaluate_checkpoint(
     place: Path | str,
     data: TrainData,

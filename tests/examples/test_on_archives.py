@@ -23,7 +23,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 def test_the_plain_loop_learns(run_example: Run, archive: Path) -> None:
     """Three epochs, then a test accuracy with its interval, far above chance."""
     printed = run_example("plain_loop.py", archive)
-    assert len(numbers(r"epoch \d: loss (\S+),", printed)) == 3
+    assert len(numbers(r"epoch \d, last meta-batch: loss (\S+),", printed)) == 3
     (accuracy,) = numbers(r"test accuracy (\S+) ± \S+ \(3 episodes\)", printed)
     assert accuracy > 0.5
 

@@ -25,6 +25,8 @@ def command(name: str | None, as_json: bool) -> None:
         click.echo(f"{recipe.name}: {recipe.title}, published: {recipe.published}")
         if name:
             click.echo(f"  source: {recipe.source}")
+            if recipe.notes:
+                click.echo(f"  notes: {recipe.notes}")
             for key, value in {**recipe.episodes, **recipe.settings}.items():
                 click.echo(f"  {key} = {value}")
     next_command(f"mamldata train {recipes[0].dataset} --recipe {recipes[0].name} --out RUN")

@@ -30,6 +30,7 @@ _OPTIONS = {
     "algorithm": click.option("--algorithm", type=click.Choice(ALGORITHMS), help="[default: maml]"),
     "recipe": click.option("--recipe", metavar="NAME|FILE.toml", help="Settings to begin with; see mamldata recipes."),
     "network": click.option("--network", type=click.Choice(NETWORKS), help="[default: conv4]"),
+    "filters": click.option("--filters", type=int, help="Of each convolution.  [default: the network's own]"),
     "normalise": click.option(
         "--normalise/--no-normalise",
         default=None,

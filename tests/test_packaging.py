@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,7 +29,19 @@ def test_the_wheel_holds_manifests_and_types(wheel: Path):
     assert {f"manifests/{path.name}" for path in (PROJECT / "manifests").glob("*.toml")} <= names
     assert {f"manifests/omniglot/{path.name}" for path in (PROJECT / "manifests/omniglot").iterdir()} <= names
     assert {"mamldata/py.typed", "trainer/py.typed", "cli/py.typed"} <= names
-    assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
+    assert not any(name.startswith(("tests/", "benchmarks/", "docs/", "examples/")) for name in names)
+
+
+def test_the_source_distribution_holds_the_examples(tmp_path: Path):
+    """Programs and documents, with their pictures, come with the sources."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sources:
+        names = {name.partition("/")[2] for name in sources.getnames()}
+    for folder in ("docs", "docs/images", "examples"):
+        expected = {f"{folder}/{path.name}" for path in (PROJECT / folder).iterdir() if path.is_file()}
+        assert expected
+        assert expected <= names
 
 
 def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path):

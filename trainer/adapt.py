@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.algorithms import Adapts, BatchNorm, Order, Rates
+from trainer.algorithms import Adapts, BatchNorm, Order, Rates, TaskLoss
 from trainer.models import (
     Norm,
     Statistics,
@@ -54,6 +54,8 @@ class InnerLoop:
             next one; k_shot must be a multiple.
         checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
             gradient; at second order, with the engine loop.
+        task_loss: of the support and of the query set: ``cross-entropy`` where the answers are classes,
+            ``squared-error`` where they are numbers.
     """
 
     steps: int
@@ -65,10 +67,14 @@ class InnerLoop:
     norm: Norm = batch_statistics
     support_batches: int = 1
     checkpoint: bool = False
+    task_loss: TaskLoss = "cross-entropy"
 
 
 class Episode(NamedTuple):
-    """One task: images ``[images, C, H, W]`` and labels int64 ``[images]``, of the support and of the query set."""
+    """One task: images ``[images, C, H, W]`` and labels int64 ``[images]``, of the support and of the query set.
+
+    In a regression problem points ``[points, inputs]`` and floating-point answers ``[points, outputs]``.
+    """
 
     support_x: Tensor
     support_y: Tensor
@@ -166,7 +172,7 @@ def _descend(
     place = theta if inner.order == "second" else {name: value.detach() for name, value in theta.items()}
     names = adapted_names(network, inner)
     episode = support_of_step(episode, inner, step)
-    slope = grad(lambda at: support_loss(network, place | at, episode, inner.norm))(
+    slope = grad(lambda at: support_loss(network, place | at, episode, inner.norm, inner.task_loss))(
         {name: place[name] for name in names}
     )
     return theta | {name: theta[name] - inner_rate(parameters, name, inner, step) * slope[name] for name in names}
@@ -217,10 +223,16 @@ def inner_rate(parameters: Parameters, name: str, inner: InnerLoop, step: int) -
     return rate if inner.rates == "parameter" else rate[min(step, len(rate) - 1)]
 
 
-def support_loss(network: nn.Module, parameters: Parameters, episode: Episode, norm: Norm = batch_statistics) -> Tensor:
-    """Mean cross-entropy of the support set (equation 3 of Finn et al. 2017), a scalar in nats."""
+def support_loss(
+    network: nn.Module,
+    parameters: Parameters,
+    episode: Episode,
+    norm: Norm = batch_statistics,
+    task_loss: TaskLoss = "cross-entropy",
+) -> Tensor:
+    """Mean loss of the support set, a scalar: equation 3 of Finn et al. 2017, or its equation 2."""
     logits = _forward(network, parameters, episode.support_x, _frozen(parameters) or norm)
-    return F.cross_entropy(logits, episode.support_y)
+    return loss_of(logits, episode.support_y, task_loss)
 
 
 def query_logits(
@@ -232,6 +244,17 @@ def query_logits(
     support = len(episode.support_x)
     together = torch.cat([episode.support_x, episode.query_x])
     return _forward(network, parameters, together, leading_statistics(support))[support:]
+
+
+def loss_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
+    """The mean over a set of images or points, a scalar: cross-entropy in nats, or the squared error."""
+    return F.cross_entropy(answers, truth) if task_loss == "cross-entropy" else F.mse_loss(answers, truth)
+
+
+def score_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
+    """What people compare, a scalar without a graph: the accuracy of classes, the mean squared error of numbers."""
+    answers = answers.detach()
+    return accuracy(answers, truth) if task_loss == "cross-entropy" else loss_of(answers, truth, task_loss)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

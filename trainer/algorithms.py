@@ -11,6 +11,7 @@ Loss = Literal["final", "multi-step"]
 Rates = Literal["fixed", "layer-step", "parameter"]
 Adapts = Literal["all", "head"]
 Outer = Literal["query", "reptile", "joint", "none"]
+TaskLoss = Literal["cross-entropy", "squared-error"]
 
 ORDERS: tuple[Order, ...] = ("first", "second")
 BN_MODES: tuple[BatchNorm, ...] = ("transductive", "per-step", "support", "frozen")

@@ -57,7 +57,9 @@ class Checkpoint:
         """The network with its trained weights, on the CPU."""
         height, _, channels = self.data["image_shape"]
         settings = self.settings
-        network = build_network(settings["network"], channels, height, self.data["n_way"], settings["seed"])
+        network = build_network(
+            settings["network"], channels, height, self.data["n_way"], settings["seed"], settings.get("filters")
+        )
         load_weights(network, {}, self.weights)
         return network
 

@@ -22,7 +22,7 @@ from trainer.train import RunResult, train
 RESULT, TABLE = "compare.json", "compare.md"
 _FORMAT = "mamldata-compare/1"
 # What must be equal, so that only the algorithms differ.
-_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "device")
+_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "filters", "device")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,20 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, Parameters, adapt, adapted_names, episodes, inner_rate, support_of_step
+from trainer.adapt import (
+    Episode,
+    InnerLoop,
+    Parameters,
+    adapt,
+    adapted_names,
+    episodes,
+    inner_rate,
+    loss_of,
+    support_of_step,
+)
 from trainer.models import batch_statistics, written_out
 from trainer.objective import Measured, Objective, judge
 
@@ -25,14 +34,14 @@ class Outcome(NamedTuple):
 
     Attributes:
         gradient: of the loss with respect to each parameter.
-        loss: mean over the episodes of the query loss after adaptation, a scalar in nats.
-        accuracy: mean query accuracy in [0, 1], after adaptation ``[1]``, or before and after each inner step
-            ``[inner.steps + 1]`` if that was asked for.
+        loss: mean over the episodes of the query loss after adaptation, a scalar; a cross-entropy is in nats.
+        score: mean query accuracy in [0, 1], or squared error where the answers are numbers, after adaptation ``[1]``,
+            or before and after each inner step ``[inner.steps + 1]`` if that was asked for.
     """
 
     gradient: Parameters
     loss: Tensor
-    accuracy: Tensor
+    score: Tensor
 
 
 def loop(
@@ -55,7 +64,7 @@ def loop(
         batch: B episodes.
         inner: how to adapt.
         objective: what the gradient is of.
-        every_step: report the accuracy before and after each inner step, at the price of as many forward passes.
+        every_step: report the score before and after each inner step, at the price of as many forward passes.
     """
     return _one_by_one(
         lambda one: adapt(network, parameters, one, inner), network, parameters, batch, inner, objective, every_step
@@ -81,8 +90,8 @@ def _one_by_one(
         for whole, slope in zip(total.values(), slopes, strict=True):
             whole.add_(slope, alpha=share)
         rows.append(measured)
-    losses, accuracies = zip(*rows, strict=True)
-    return Outcome(total, torch.stack(losses).mean(), torch.stack(accuracies).mean(0))
+    losses, scores = zip(*rows, strict=True)
+    return Outcome(total, torch.stack(losses).mean(), torch.stack(scores).mean(0))
 
 
 def vmap(
@@ -111,7 +120,7 @@ def vmap(
     # Constants, or autograd would keep a second graph beside the one of torch.func.
     at = {name: value.detach() for name, value in parameters.items()}
     gradient, measured = torch.func.grad(mean, has_aux=True)(at)
-    return Outcome(gradient, measured.loss.mean(), measured.accuracy.mean(0))
+    return Outcome(gradient, measured.loss.mean(), measured.score.mean(0))
 
 
 def higher(
@@ -153,7 +162,7 @@ def _higher_path(network: nn.Module, parameters: Parameters, episode: Episode, i
         if inner.rates != "fixed":
             rates = {"lr": [inner_rate(parameters, name, inner, step) for name in adapted]}
         part = support_of_step(episode, inner, step)
-        loss = F.cross_entropy(functional(part.support_x, batch_statistics), part.support_y)
+        loss = loss_of(functional(part.support_x, batch_statistics), part.support_y, inner.task_loss)
         constant = inner.order == "first"
         descent.step(loss, override=rates, grad_callback=_detach_all if constant else None)
         path.append(dict(zip(own, functional.parameters(), strict=True)))

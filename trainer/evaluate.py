@@ -10,11 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits, require_shots
+from trainer.adapt import (
+    Episode,
+    InnerLoop,
+    Parameters,
+    adapt,
+    episodes,
+    loss_of,
+    query_logits,
+    require_shots,
+    score_of,
+)
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
 from trainer.protocol import TrainData
@@ -121,10 +130,27 @@ def evaluate(
 
 
 def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> Tensor:
-    """Query loss after adaptation, then query accuracy before adaptation and after each step: ``[steps + 2]``."""
+    """Query loss after adaptation, then the score before adaptation and after each step: ``[steps + 2]``.
+
+    The score is the query set's accuracy, or its squared error where the answers are numbers.
+    """
     logits = [query_logits(network, at, episode, inner.bn) for at in adapt(network, parameters, episode, inner)]
-    loss = F.cross_entropy(logits[-1], episode.query_y)
-    return torch.stack([loss, *(accuracy(step, episode.query_y).to(loss.dtype) for step in logits)])
+    loss = loss_of(logits[-1], episode.query_y, inner.task_loss)
+    return torch.stack([loss, *(score_of(step, episode.query_y, inner.task_loss).to(loss.dtype) for step in logits)])
+
+
+def measure_together(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
+    """What ``measure`` finds of each episode, ``[B, steps + 2]``, all at once by ``torch.func.vmap``.
+
+    Many times faster than one after the other for networks as small as the sinusoid problem's.
+    """
+
+    def one(*parts: Tensor) -> Tensor:
+        return measure(network, parameters, Episode(*parts), inner)
+
+    with torch.no_grad():
+        rows: Tensor = torch.func.vmap(one)(*batch[:4])
+    return rows
 
 
 def evaluate_checkpoint(

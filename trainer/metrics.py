@@ -71,7 +71,7 @@ class Window:
     def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float) -> None:
         """Count one outer step, for whose meta-batch the loop waited so many seconds."""
         self._losses.append(outcome.loss)
-        self._accuracies.append(outcome.accuracy)
+        self._accuracies.append(outcome.score)
         self._images += batch.support_y.numel() + batch.query_y.numel()
         self._waited += waited
 

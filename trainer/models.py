@@ -122,18 +122,18 @@ class ConvNet(nn.Module):
         return F.linear(x, self.head, self.head_bias)
 
 
-def conv4(image_channels: int, image_size: int, n_way: int) -> ConvNet:  # noqa: ARG001  # it takes every size
+def conv4(image_channels: int, image_size: int, n_way: int, filters: int = 64) -> ConvNet:  # noqa: ARG001  # any size
     """The Omniglot network of Finn et al. 2017: four blocks of 64 filters with stride 2, and the mean over space.
 
     After https://github.com/cbfinn/maml, ``main.py`` and ``maml.py``; there the padding of an even side is on one
     end only and the head starts from a normal distribution, here padding is 1 all round and the start is Glorot's.
     """
-    widths = [image_channels, 64, 64, 64, 64]
+    widths = [image_channels, *[filters] * 4]
     blocks = [Block(i, o, stride=2, padding=1, pool=False) for i, o in pairwise(widths)]
-    return ConvNet(blocks, 64, n_way, mean_over_space=True)
+    return ConvNet(blocks, filters, n_way, mean_over_space=True)
 
 
-def conv3_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
+def conv3_pool(image_channels: int, image_size: int, n_way: int, filters: int = 64) -> ConvNet:
     """Three blocks of 64 filters without padding, each with 2x2 max-pooling; 28x28 images end as 1x1.
 
     The network of the Omniglot examples of functorch and higher.
@@ -149,12 +149,12 @@ def conv3_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
             f"The network conv3-pool needs images of at least 22x22 pixels, and these have {image_size}x{image_size}. "
             "Use larger images, or conv4."
         )
-    widths = [image_channels, 64, 64, 64]
+    widths = [image_channels, *[filters] * 3]
     blocks = [Block(i, o, stride=1, padding=0, pool=True) for i, o in pairwise(widths)]
-    return ConvNet(blocks, 64 * side * side, n_way, mean_over_space=False)
+    return ConvNet(blocks, filters * side * side, n_way, mean_over_space=False)
 
 
-def conv4_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
+def conv4_pool(image_channels: int, image_size: int, n_way: int, filters: int = 32) -> ConvNet:
     """The MiniImagenet network of Finn et al. 2017: four max-pooled blocks of 32 filters; 84x84 images end as 5x5.
 
     After Ravi and Larochelle 2017, who chose 32 filters in place of 64 against overfitting.
@@ -168,9 +168,9 @@ def conv4_pool(image_channels: int, image_size: int, n_way: int) -> ConvNet:
             f"The network conv4-pool needs images of at least 16x16 pixels, and these have {image_size}x{image_size}. "
             "Use larger images, or conv4."
         )
-    widths = [image_channels, 32, 32, 32, 32]
+    widths = [image_channels, *[filters] * 4]
     blocks = [Block(i, o, stride=1, padding=1, pool=True) for i, o in pairwise(widths)]
-    return ConvNet(blocks, 32 * side * side, n_way, mean_over_space=False)
+    return ConvNet(blocks, filters * side * side, n_way, mean_over_space=False)
 
 
 class ToldNorm(nn.Module):
@@ -239,7 +239,33 @@ def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # n
     return ResNet18(body, n_way)
 
 
-NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+class Perceptron(nn.Module):
+    """Two hidden layers with ReLU and a linear head, for points; it has nothing to normalise."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first, self.first_bias = nn.Parameter(torch.empty(hidden, inputs)), nn.Parameter(torch.zeros(hidden))
+        self.second, self.second_bias = nn.Parameter(torch.empty(hidden, hidden)), nn.Parameter(torch.zeros(hidden))
+        self.head, self.head_bias = nn.Parameter(torch.empty(outputs, hidden)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:  # noqa: ARG002  # as all networks
+        """Points ``[N, inputs]`` to answers ``[N, outputs]``."""
+        x = F.relu(F.linear(x, self.first, self.first_bias))
+        x = F.relu(F.linear(x, self.second, self.second_bias))
+        return F.linear(x, self.head, self.head_bias)
+
+
+def mlp(seed: int) -> Perceptron:
+    """The sinusoid network of Finn et al. 2017, section 5.1: two hidden layers of 40, ``[N, 1]`` to ``[N, 1]``.
+
+    There all weights start with a deviation of 0.01; here they start as those of the other networks.
+    """
+    network = Perceptron(1, 40, 1)
+    draw_weights(network, seed)
+    return network
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "conv4": conv4,
     "conv3-pool": conv3_pool,
     "conv4-pool": conv4_pool,
@@ -258,7 +284,9 @@ def norm_names(network: nn.Module) -> list[str]:
     return [name for name in names if name.rpartition(".")[2] in {"scale", "shift"}]
 
 
-def build_network(name: str, image_channels: int, image_size: int, n_way: int, seed: int) -> nn.Module:
+def build_network(
+    name: str, image_channels: int, image_size: int, n_way: int, seed: int, filters: int | None = None
+) -> nn.Module:
     """A network with fresh float32 parameters on the CPU, channels-last; equal seeds give equal parameters.
 
     Args:
@@ -267,17 +295,23 @@ def build_network(name: str, image_channels: int, image_size: int, n_way: int, s
         image_size: height and width of the images, in pixels.
         n_way: classes to tell apart.
         seed: of the initialisation; no global generator is touched.
+        filters: of each convolution, in place of the network's own number; ``resnet18`` has no such choice.
 
     Raises:
         RequestError: the network cannot take images of this size.
     """
-    network = NETWORKS[name](image_channels, image_size, n_way)
+    network = NETWORKS[name](image_channels, image_size, n_way, **({} if filters is None else {"filters": filters}))
+    draw_weights(network, seed)
+    return network.to(memory_format=torch.channels_last)
+
+
+def draw_weights(network: nn.Module, seed: int) -> None:
+    """Fresh weights for all layers; scales start at one, shifts and biases at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():
-            if weight.ndim > 1:  # scales start at one, shifts and biases at zero
+            if weight.ndim > 1:
                 _glorot_uniform(weight, generator)
-    return network.to(memory_format=torch.channels_last)
 
 
 def _glorot_uniform(weight: Tensor, generator: torch.Generator) -> None:

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, query_logits
+from trainer.adapt import Episode, InnerLoop, Parameters, loss_of, query_logits, score_of
 from trainer.algorithms import Outer
 
 _FLOOR = 0.03  # of 1 / steps; Antoniou's released code
@@ -32,22 +31,24 @@ class Measured(NamedTuple):
     """What one episode showed.
 
     Attributes:
-        loss: query loss after adaptation, in nats.
-        accuracy: query accuracy in [0, 1], after adaptation ``[1]``, or before and after each inner step
-            ``[inner.steps + 1]``.
+        loss: query loss after adaptation; a cross-entropy is in nats.
+        score: query accuracy in [0, 1], or squared error where the answers are numbers, after adaptation ``[1]``, or
+            before and after each inner step ``[inner.steps + 1]``.
     """
 
     loss: Tensor
-    accuracy: Tensor
+    score: Tensor
 
 
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
     """The multi-step loss: its weights in an epoch, counted from 0.
 
-    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to
-    ``0.03 / steps``, and the last step takes the rest, so that the sum is always one. Antoniou et al. 2019, section
-    4, "Multi-Step Loss Optimization", with the numbers of their released code.
+    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to not
+    less than ``0.03 / steps``, and the last step takes the rest, so that the sum is always one; after ``epochs`` the
+    last step is alone. Antoniou et al. 2019, section 4, "Multi-Step Loss Optimization", as their released code does it.
     """
+    if epoch >= epochs:
+        return (*[0.0] * (steps - 1), 1.0)
     share = max(1 / steps - epoch / (steps * epochs), _FLOOR / steps)
     return (*[share] * (steps - 1), 1 - share * (steps - 1))
 
@@ -69,7 +70,7 @@ def judge(
         episode: that it adapted to.
         inner: how.
         objective: what the outer loop follows.
-        every_step: measure the accuracy before and after each inner step, not only after the last one.
+        every_step: measure the score before and after each inner step, not only after the last one.
 
     Returns:
         The scalar whose gradient the outer loop follows; and what to report, without a graph.
@@ -80,7 +81,7 @@ def judge(
         for step, weight in enumerate(weights, 1)
         if (weight and objective.outer == "query") or step == inner.steps
     }
-    losses = {step: F.cross_entropy(logits[step], episode.query_y) for step in logits}
+    losses = {step: loss_of(logits[step], episode.query_y, inner.task_loss) for step in logits}
     if objective.outer == "reptile":
         goal = _distance(path)
     else:
@@ -92,8 +93,8 @@ def judge(
         shown = [
             logits[i] if i in logits else query_logits(network, path[i], episode, inner.bn, inner.norm) for i in asked
         ]
-        rates = torch.stack([accuracy(one.detach(), episode.query_y) for one in shown])
-    return goal, Measured(losses[inner.steps].detach(), rates)
+        scores = torch.stack([score_of(one, episode.query_y, inner.task_loss) for one in shown])
+    return goal, Measured(losses[inner.steps].detach(), scores)
 
 
 def _distance(path: list[Parameters]) -> Tensor:

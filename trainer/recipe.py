@@ -27,6 +27,7 @@ class Recipe:
         published: the accuracy that was reported.
         episodes: ``n_way``, ``k_shot``, ``k_query``.
         settings: fields of ``TrainSettings``; the others keep their defaults.
+        notes: in what the experiment differs from what these settings make, and what to know about it; may be empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Recipe:
     published: str
     episodes: Mapping[str, int]
     settings: Mapping[str, Any]
+    notes: str = ""
 
     def differences(self, data: Mapping[str, Any]) -> Iterator[str]:
         """In what the episodes at hand are not those of the experiment, in words."""
@@ -77,7 +79,7 @@ def _parse(name: str, data: bytes, source: str) -> Recipe:
     document = read_toml(data, source)
     if faults := list(_faults(document)):
         raise ManifestError(source, faults)
-    texts = {key: " ".join(document[key].split()) for key in _TEXTS}
+    texts = {key: " ".join(document[key].split()) for key in (*_TEXTS, "notes") if key in document}
     return Recipe(name, episodes=document["episodes"], settings=document["settings"], **texts)
 
 
@@ -85,12 +87,14 @@ def _faults(document: dict[str, Any]) -> Iterator[str]:
     # Here, because torch takes seconds to import and a list of recipes does not need it.
     from trainer.settings import TrainSettings
 
-    known = [*_TEXTS, "episodes", "settings"]
+    known = [*_TEXTS, "notes", "episodes", "settings"]
     for key in document.keys() - set(known):
         yield f"{key}: is not known here.{did_you_mean(key, known)}"
     for key in _TEXTS:
         if not isinstance(document.get(key), str):
             yield f"{key}: must be a string"
+    if not isinstance(document.get("notes", ""), str):
+        yield "notes: must be a string"
     episodes, settings = document.get("episodes"), document.get("settings")
     if not isinstance(episodes, dict) or not isinstance(settings, dict):
         yield "episodes, settings: must be tables"

@@ -47,6 +47,7 @@ class TrainSettings:
     Attributes:
         algorithm: one of ``ALGORITHMS``.
         network: one of ``NETWORKS``.
+        filters: of each convolution of the network, in place of its own number; not for ``resnet18``.
         normalise: images by the train split's mean and deviation, in place of [0, 1].
         bn: batch norm of query images, one of ``BN_MODES``; see ``InnerLoop``. The one that goes with an algorithm
             is ``ALGORITHMS[algorithm].bn``, which the command line takes; for maml++ it is ``per-step``.
@@ -82,6 +83,7 @@ class TrainSettings:
 
     algorithm: str = "maml"
     network: str = "conv4"
+    filters: int | None = None
     normalise: bool = False
     bn: BatchNorm = "transductive"
     steps: int = 4000
@@ -144,6 +146,7 @@ class TrainSettings:
             if value not in known and not (value is None and name in {"order", "loss", "rates", "adapts"}):
                 yield f"{name} must be one of {', '.join(known)}, not {value!r}."
         least = {
+            "filters": 1,
             "steps": 1,
             "inner_steps": 1,
             "eval_inner_steps": 1,
@@ -165,6 +168,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 yield f"{name} must be a positive number, not {value}."
+        if self.filters is not None and self.network == "resnet18":
+            yield "filters is not for the network resnet18, whose widths are its own."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
             yield "meta_clip_norm and meta_clip_value cannot both be given: one would undo a part of the other."
         if self.support_batches > max(self.inner_steps, 1):

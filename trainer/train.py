@@ -257,7 +257,7 @@ def fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
     height, width, channels = about["image_shape"]
     if height != width:
         raise RequestError(f"The networks take square images, and these have {height}x{width} pixels.")
-    return build_network(settings.network, channels, height, about["n_way"], settings.seed)
+    return build_network(settings.network, channels, height, about["n_way"], settings.seed, settings.filters)
 
 
 def _validate(

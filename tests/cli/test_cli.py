@@ -316,11 +316,24 @@ def test_a_recipe_gives_settings_and_episodes(glyphs_root: Path, tmp_path: Path)
     refused(run("train", "glyphs", "--recipe", "maml", "--out", tmp_path / "b", root=glyphs_root), 2, "no recipe")
 
 
+def test_a_recipe_trains_on_an_archive(archive: Path, tmp_path: Path):
+    """Its network's width, too, is what is saved and evaluated; options override it."""
+    quick = ("--steps", 1, "--meta-batch-size", 1, "--eval-episodes", 2, "--filters", 4)
+    done = run("train", archive, "--recipe", "maml++-omniglot-5w1s", *quick, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "run" / "config.json").read_bytes())["settings"]
+    assert (settings["algorithm"], settings["bn"], settings["network"]) == ("maml++", "per-step", "conv4-pool")
+    assert (settings["filters"], settings["msl_epochs"], settings["steps"]) == (4, 10, 1)
+    assert run("eval", tmp_path / "run", archive, "--episodes", 2).exit_code == 0
+
+
 def test_recipes_are_listed():
-    """All of them, and one with its source."""
+    """All of them, and one with its source and its notes."""
     assert "maml-mini-imagenet-5w1s: MAML, MiniImagenet 5-way 1-shot, published: 48.70" in run("recipes").stdout
     assert "source: Finn, C." in run("recipes", "maml-omniglot-20w1s").stdout
-    assert json.loads(run("recipes", "--json").stdout)[0]["settings"]["steps"] == 60_000
+    assert "notes: It is called MAML there, but" in run("recipes", "pytorch-2018-omniglot-5w1s").stdout
+    steps = {recipe["name"]: recipe["settings"]["steps"] for recipe in json.loads(run("recipes", "--json").stdout)}
+    assert steps["maml-omniglot-5w1s"] == 60_000
 
 
 def test_normalised_training_is_evaluated_normalised(archive: Path, tmp_path: Path):

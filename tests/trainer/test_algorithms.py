@@ -228,12 +228,13 @@ def test_adapted_names_of_the_space() -> None:
 
 
 def test_multi_step_weights_are_annealed() -> None:
-    """Equal at first, then down by an even amount an epoch to their floor; the last step's weight is the rest."""
+    """Equal at first, then down by an even amount an epoch to a floor; the last step has the rest, and then all."""
     assert step_weights(5, 0, 10) == pytest.approx((0.2,) * 5)
     assert step_weights(5, 5, 10) == pytest.approx((0.1, 0.1, 0.1, 0.1, 0.6))
     floor = 0.03 / 5
+    assert step_weights(5, 99, 100) == pytest.approx((floor,) * 4 + (1 - 4 * floor,))
     for epoch in (10, 1000):
-        assert step_weights(5, epoch, 10) == pytest.approx((floor,) * 4 + (1 - 4 * floor,))
+        assert step_weights(5, epoch, 10) == (0, 0, 0, 0, 1)
     assert step_weights(1, 3, 10) == (1.0,)
 
 

@@ -157,16 +157,16 @@ def test_outcome_is_that_of_the_definition() -> None:
     network, tasks, inner = small_convnet(), batch(tasks=5, k_query=20), InnerLoop(3, 1.0, "second", "transductive")
     at = parameters_of(network)
     outcome = loop(network, at, tasks, inner, every_step=True)
-    assert len(set(outcome.accuracy.tolist())) > 2  # or the order of the steps would not show
+    assert len(set(outcome.score.tolist())) > 2  # or the order of the steps would not show
     torch.testing.assert_close(outcome.loss, meta_loss(network, tasks, inner, at).detach())
     expected = [
         torch.stack([accuracy(query_logits(network, p, one, inner.bn), one.query_y) for p in path])
         for one in episodes(tasks)
         for path in [adapt(network, at, one, inner)]
     ]
-    torch.testing.assert_close(outcome.accuracy, torch.stack(expected).mean(0))
-    assert outcome.accuracy.shape == (4,)
-    assert torch.equal(loop(network, at, tasks, inner).accuracy, outcome.accuracy[-1:])
+    torch.testing.assert_close(outcome.score, torch.stack(expected).mean(0))
+    assert outcome.score.shape == (4,)
+    assert torch.equal(loop(network, at, tasks, inner).score, outcome.score[-1:])
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -179,4 +179,4 @@ def test_engine_changes_nothing(order: Order) -> None:
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(value.grad is None for value in network.parameters())
     assert torch.equal(chance, torch.get_rng_state())
-    assert not any(part.requires_grad for part in (outcome.loss, outcome.accuracy, *outcome.gradient.values()))
+    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.values()))

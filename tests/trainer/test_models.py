@@ -45,6 +45,17 @@ def test_too_small_images_are_refused() -> None:
     assert build_network("conv4-pool", 1, 16, 5, seed=0)(images(2, 16)).shape == (2, 5)
 
 
+@pytest.mark.parametrize("name", ["conv4", "conv3-pool", "conv4-pool"])
+def test_filters_can_be_chosen(name: str) -> None:
+    """Every convolution and the head follow; the network's own number makes the same network."""
+    network = build_network(name, 1, 28, 5, 0, filters=48)
+    assert {block.kernel.shape[0] for block in network.blocks} == {48}
+    assert network(images(2)).shape == (2, 5)
+    own = {"conv4": 64, "conv3-pool": 64, "conv4-pool": 32}[name]
+    plain, told = build_network(name, 1, 28, 5, 0).state_dict(), build_network(name, 1, 28, 5, 0, own).state_dict()
+    assert all(torch.equal(plain[key], told[key]) for key in plain)
+
+
 def test_the_mini_imagenet_network() -> None:
     """Four blocks of 32 filters on 84x84 RGB leave 5x5 places: 800 features."""
     network = build_network("conv4-pool", 3, 84, 5, seed=0)

@@ -66,7 +66,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         scale = max(one.gradient[name].abs().max().item(), 1e-6)
         torch.testing.assert_close(other.gradient[name], one.gradient[name], rtol=0, atol=1e-9 * scale, msg=name)
     torch.testing.assert_close(one.loss, other.loss, rtol=1e-9, atol=0)
-    assert torch.equal(one.accuracy, other.accuracy)
+    assert torch.equal(one.score, other.score)
 
 
 @pytest.mark.parametrize("engine", OTHERS)
@@ -142,7 +142,7 @@ def test_engines_change_nothing(engine) -> None:
     outcome = ENGINES[engine](network, parameters_of(network, BASE), batch(), BASE, every_step=True)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(value.requires_grad and value.grad is None for value in network.parameters())
-    assert not any(part.requires_grad for part in (outcome.loss, outcome.accuracy, *outcome.gradient.values()))
+    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.values()))
 
 
 @pytest.mark.parametrize("engine", OTHERS)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from synthetic import Synthetic
 
 from mamldata.errors import ManifestError, RequestError
 from mamldata.manifest import builtin_names
+from trainer.checkpoint import load_checkpoint
 from trainer.recipe import load_recipe, recipe_names
 from trainer.settings import TrainSettings
+from trainer.train import train
 
 GOOD = """\
 title = "Mine"
@@ -32,10 +36,26 @@ def test_every_builtin_is_whole(name: str):
     recipe = load_recipe(name)
     assert recipe.dataset in builtin_names()
     assert all((recipe.title, recipe.source, recipe.published))
-    settings = TrainSettings(**recipe.settings)
     decisive = {"algorithm", "network", "bn", "steps", "inner_steps", "inner_lr", "eval_inner_steps", "meta_lr"}
     assert decisive | {"meta_schedule", "meta_batch_size"} <= set(recipe.settings)
-    assert settings.steps == 60_000
+    if recipe.settings["algorithm"] == "maml++":
+        assert {"msl_epochs", "epoch_steps", "filters"} <= set(recipe.settings)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_builtin_trains(name: str, tmp_path: Path):
+    """On episodes of its own shape, two steps of its settings run, and end in a checkpoint that tells them."""
+    recipe = load_recipe(name)
+    quick = {"steps": 2, "filters": 4, "meta_batch_size": 1, "eval_every": 2, "eval_episodes": 2, "device": "cpu"}
+    settings = TrainSettings(**{**recipe.settings, **quick})
+    size = {"conv4": 8, "conv3-pool": 22, "conv4-pool": 16}[settings.network]  # the least, to be quick
+    result = train(settings, Synthetic(size, **recipe.episodes), tmp_path)
+    saved = load_checkpoint(result.last)
+    assert saved.step == 2
+    assert {key: saved.settings[key] for key in recipe.settings} == {
+        **recipe.settings,
+        **{key: value for key, value in quick.items() if key in recipe.settings},
+    }
 
 
 @pytest.mark.parametrize(
@@ -57,6 +77,51 @@ def test_the_numbers_of_the_maml_paper(name: str, expected: tuple[object, ...]):
     assert found == expected
 
 
+OMNIGLOT = ("maml++", "conv4-pool", 64, "per-step", 50_000, 5, 0.1, 5, 10, 500, "cosine", None, 8)
+MINI = ("maml++", "conv4-pool", 48, "per-step", 50_000, 5, 0.01, 5, 15, 500, "constant", 10.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "expected"),
+    [
+        ("maml++-omniglot-5w1s", (5, 1, 1), OMNIGLOT),
+        ("maml++-omniglot-5w5s", (5, 5, 1), OMNIGLOT),
+        ("maml++-omniglot-20w1s", (20, 1, 1), OMNIGLOT),
+        ("maml++-omniglot-20w5s", (20, 5, 1), OMNIGLOT),
+        ("maml++-mini-imagenet-5w1s", (5, 1, 15), MINI),
+        ("maml++-mini-imagenet-5w5s", (5, 5, 15), MINI),
+    ],
+)
+def test_the_numbers_of_mamlpp(name: str, episodes: tuple[int, ...], expected: tuple[object, ...]):
+    """The released configurations: the meta learning rate falls to a hundredth on Omniglot, and stays on the other."""
+    recipe = load_recipe(name)
+    settings = TrainSettings(**recipe.settings)
+    keys = ("algorithm", "network", "filters", "bn", "steps", "inner_steps", "inner_lr", "eval_inner_steps")
+    keys += ("msl_epochs", "epoch_steps", "meta_schedule", "meta_clip_value", "meta_batch_size")
+    assert tuple(recipe.episodes[key] for key in ("n_way", "k_shot", "k_query")) == episodes
+    assert tuple(getattr(settings, key) for key in keys) == expected
+    assert (settings.rates, settings.order, settings.first_order_epochs) == (None, None, 0)
+    last = settings.meta_lr_at(settings.steps)
+    assert last == pytest.approx(1e-3 if "mini" in name else 1e-5)
+    assert "Derivative-order annealing" in recipe.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("functional-omniglot-5w5s", (5, 5, 15, "maml", "conv3-pool", 3_700, 5, 0.1, 5, 32)),
+        ("pytorch-2018-omniglot-5w1s", (5, 1, 15, "fomaml", "conv4", 40_000, 5, 0.4, 10, 32)),
+    ],
+)
+def test_the_numbers_of_well_known_examples(name: str, expected: tuple[object, ...]):
+    """Their own defaults, with the constant rate of 0.001."""
+    recipe = load_recipe(name)
+    keys = ("algorithm", "network", "steps", "inner_steps", "inner_lr", "eval_inner_steps", "meta_batch_size")
+    found = (*(recipe.episodes[key] for key in ("n_way", "k_shot", "k_query")), *(recipe.settings[key] for key in keys))
+    assert found == expected
+    assert (recipe.settings["meta_lr"], recipe.settings["meta_schedule"]) == (1e-3, "constant")
+
+
 def test_ones_own(tmp_path: Path):
     """By path; what it does not say keeps its default."""
     path = tmp_path / "mine.toml"
@@ -65,6 +130,9 @@ def test_ones_own(tmp_path: Path):
     assert (recipe.name, recipe.title, recipe.settings) == ("mine", "Mine", {"steps": 10, "inner_lr": 0.1})
     data = {"dataset": "glyphs", "n_way": 5, "k_shot": 5, "k_query": 3}
     assert list(recipe.differences(data)) == ["k_shot is 5, not 1."]
+    assert recipe.notes == ""
+    path.write_text('notes = "of   note"\n' + GOOD)
+    assert load_recipe(str(path)) == replace(recipe, notes="of note")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +140,7 @@ def test_ones_own(tmp_path: Path):
     [
         ('title = "Mine"', 'titel = "Mine"', "titel: is not known here. Did you mean 'title'?"),
         ('title = "Mine"', 'titel = "Mine"', "title: must be a string"),
+        ('title = "Mine"', 'title = "Mine"\nnotes = 1', "notes: must be a string"),
         ("n_way = 5", "n_way = 0", "episodes.n_way: must be a whole number from 1"),
         ("n_way = 5", "n_way = 5\nways = 5", "episodes.ways: is not known here."),
         ("inner_lr = 0.1", "inner_rl = 0.1", "settings.inner_rl: is not known here. Did you mean 'inner_lr'?"),

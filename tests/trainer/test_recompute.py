@@ -41,7 +41,7 @@ def test_a_checkpointed_inner_loop_has_the_same_gradient(bn, rates, adapts, weig
     for name in at:
         torch.testing.assert_close(outcome.gradient[name], expected.gradient[name], rtol=1e-11, atol=1e-14)
     assert torch.equal(outcome.loss, expected.loss)
-    assert torch.equal(outcome.accuracy, expected.accuracy)
+    assert torch.equal(outcome.score, expected.score)
 
 
 def test_one_forward_pass_more_for_each_step() -> None:

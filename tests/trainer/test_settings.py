@@ -22,6 +22,15 @@ def test_the_cosine_schedule_falls_to_a_hundredth() -> None:
     assert {TrainSettings(meta_schedule="constant").meta_lr_at(step) for step in (0, 7, 3999)} == {1e-3}
 
 
+def test_filters_are_for_networks_that_have_the_choice() -> None:
+    """Not for torchvision's, and at least one."""
+    assert TrainSettings(filters=48).filters == 48
+    with pytest.raises(RequestError, match="filters is not for the network resnet18"):
+        TrainSettings(network="resnet18", filters=48)
+    with pytest.raises(RequestError, match="filters must be at least 1, not 0"):
+        TrainSettings(filters=0)
+
+
 def test_every_fault_is_reported_at_once() -> None:
     """One error names each field that cannot be, its value and what it could be."""
     with pytest.raises(RequestError) as caught:

@@ -14,24 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.errors import RequestError
+from trainer.batchnorm import EPSILON, batch_norm
 
 # (x [N, C, H, W], weight [C], bias [C]) -> the normalised x.
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_EPSILON = 1e-5  # what torch's batch norm adds to the variance
-
 
 def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Batch norm by the mean and variance of all images of ``x``; keeps nothing for a later call."""
-    # Faster than the formula written out, also when it is differentiated twice.
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPSILON)
+    return batch_norm(x, weight, bias)
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same as ``batch_statistics``, in elementary operations.
 
-    For ``torch.func.vmap``, under which torch's batch norm, with scales that differ by task, gives wrong second
-    derivatives without a word (torch 2.15).
+    For ``torch.func``, which ``batch_statistics`` is not made for, and under whose ``vmap`` torch's own batch norm,
+    with scales that differ by task, gives wrong second derivatives without a word (torch 2.15).
     """
     return _normalise(x, _statistics(x), weight, bias)
 
@@ -81,7 +79,7 @@ def _statistics(x: Tensor) -> Statistics:
 
 
 def _normalise(x: Tensor, by: Statistics, weight: Tensor, bias: Tensor) -> Tensor:
-    scale = weight * torch.rsqrt(by.variance + _EPSILON)
+    scale = weight * torch.rsqrt(by.variance + EPSILON)
     shift = bias - by.mean * scale
     return x * scale[:, None, None] + shift[:, None, None]
 
@@ -100,7 +98,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """``[N, inputs, H, W]`` to ``[N, filters, H', W']``."""
         x = F.conv2d(x, self.kernel, stride=self.stride, padding=self.padding)
-        x = F.relu(norm(x, self.scale, self.shift))
+        x = F.relu_(norm(x, self.scale, self.shift))
         return F.max_pool2d(x, 2) if self.pool else x
 
 

@@ -24,6 +24,7 @@ from trainer.adapt import (
     inner_rate,
     support_of_step,
 )
+from trainer.batchnorm import batch_norm
 from trainer.crew import each_task
 from trainer.models import batch_statistics, written_out
 from trainer.objective import Measured, Objective, judge
@@ -68,6 +69,8 @@ def loop(
         objective: what the gradient is of.
         every_step: report the accuracy before and after each inner step, at the price of as many forward passes.
     """
+    if inner.order == "second":
+        inner = replace(inner, norm=batch_norm)
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
         goal, measured = judge(

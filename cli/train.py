@@ -29,6 +29,7 @@ ADAPTS = ("all", "head")
 OPTIMIZERS = ("adam", "sgd")
 NETWORKS = ("conv4", "conv3-pool", "conv4-pool", "resnet18")
 BN_MODES = ("transductive", "per-step", "support", "frozen")
+PRECISIONS = ("fp32", "tf32", "bf16")
 ENGINES = ("auto", "loop", "vmap", "higher")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SCHEDULES = ("cosine", "constant")
@@ -80,6 +81,7 @@ SCHEDULES = ("cosine", "constant")
     help="Form an archive's episodes anew in each epoch from the ways of all.  [default: --remix]",
 )
 @click.option("--engine", type=click.Choice(ENGINES), help="What computes meta-gradients.  [default: auto]")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Of the arithmetic.  [default: tf32 on CUDA, or fp32]")
 @click.option("--tensorboard", is_flag=True, default=None, help="Write metrics for TensorBoard, too.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @episode_options(seed=False)
@@ -100,7 +102,6 @@ def command(
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
     """
-    from trainer.algorithms import ALGORITHMS as POINTS
     from trainer.settings import TrainSettings
     from trainer.train import train
 
@@ -112,7 +113,6 @@ def command(
         chosen = {**plan.settings, **chosen}
         if archive_folder(target) is None:
             episodes = {**plan.episodes, **episodes}
-    chosen.setdefault("bn", POINTS[chosen.get("algorithm", TrainSettings.algorithm)].bn)
     data = episode_data(target, root, episodes, remix=remix)
     if recipe is not None:
         for difference in plan.differences(data.describe()):

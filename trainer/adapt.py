@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
@@ -24,6 +23,7 @@ from trainer.models import (
     norm_names,
     noting_statistics,
 )
+from trainer.precision import call
 from trainer.recompute import recomputed
 
 Parameters = dict[str, Tensor]
@@ -280,5 +280,4 @@ def _frozen(parameters: Parameters) -> Norm | None:
 
 def _forward(network: nn.Module, parameters: Parameters, x: Tensor, norm: Norm) -> Tensor:
     own = {name: value for name, value in parameters.items() if not name.startswith(_STATISTICS)}
-    logits: Tensor = functional_call(network, own, (x, norm))
-    return logits
+    return call(network, own, x, norm)

@@ -16,6 +16,7 @@ from mamldata.errors import RequestError
 from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
+from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
 
@@ -32,6 +33,7 @@ class Evaluation:
         accuracy_by_step: before adaptation and after each inner step.
         episodes: how many.
         bn, inner_steps, inner_lr, rates: how the network adapted; see ``InnerLoop``.
+        precision: of its arithmetic, one of ``PRECISIONS``.
         dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
     """
 
@@ -44,6 +46,7 @@ class Evaluation:
     inner_steps: int
     inner_lr: float
     rates: str
+    precision: str
     dataset: str
     split_scheme: str
     split: str
@@ -59,7 +62,8 @@ class Evaluation:
         return (
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
-            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, single model"
+            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, "
+            f"{self.precision}, single model"
         )
 
 
@@ -103,6 +107,7 @@ def evaluate(
         inner_steps=inner.steps,
         inner_lr=inner.lr,
         rates=inner.rates,
+        precision=precision_of(network),
         split=split,
         **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
     )
@@ -156,4 +161,7 @@ def evaluate_checkpoint(
     where = pick_device(device)
     batches = data.eval(split, episodes, settings.meta_batch_size, where, normalise=settings.normalise)
     learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
-    return evaluate(checkpoint.network().to(where), batches, inner, about, split, learned)
+    network = checkpoint.network().to(where)
+    # What was trained in tf32 is evaluated in fp32 where there is no tf32.
+    set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
+    return evaluate(network, batches, inner, about, split, learned)

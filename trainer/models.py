@@ -77,6 +77,7 @@ def given_statistics(given: list[Statistics]) -> Norm:
 
 
 def _statistics(x: Tensor) -> Statistics:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has three digits
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     return Statistics(mean, variance)
 

@@ -33,7 +33,7 @@ LEARNERS = {
 
 
 def settings_of(algorithm: str, **more) -> TrainSettings:
-    return TrainSettings(**{**vars(SETTINGS), "bn": ALGORITHMS[algorithm].bn, "algorithm": algorithm, **more})
+    return TrainSettings(**{**vars(SETTINGS), "algorithm": algorithm, **more})
 
 
 @pytest.mark.parametrize("algorithm", LEARNERS)

@@ -153,13 +153,19 @@ def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -
     return work
 
 
-def made_up(episodes: int, device: torch.device) -> EpisodeBatch:
+def made_up(
+    episodes: int,
+    device: torch.device,
+    image: tuple[int, int, int] = (28, 28, 1),
+    n_way: int = 5,
+    shots: tuple[int, int] = (1, 15),
+) -> EpisodeBatch:
     """Random episodes with the memory layout of a stream's."""
     generator = torch.Generator().manual_seed(0)
     images = [
-        torch.rand(episodes, 5 * k, 28, 28, 1, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in (1, 15)
+        torch.rand(episodes, n_way * k, *image, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in shots
     ]
-    labels = [torch.arange(5).repeat_interleave(k).repeat(episodes, 1).to(device) for k in (1, 15)]
+    labels = [torch.arange(n_way).repeat_interleave(k).repeat(episodes, 1).to(device) for k in shots]
     return EpisodeBatch(images[0], labels[0], images[1], labels[1], torch.arange(episodes))
 
 

@@ -54,12 +54,13 @@ def main() -> None:
             lines.setdefault(kind, {})[steps] = results[f"{steps} inner steps, {kind}"]["graph_mib"]
     size, channels = options.image
     n_way, k_shot, k_query = options.episode
+    shape = f"{size}x{size}x{channels}"
     report(
         "memory",
         {
             "graph_mib": "above those of a process that has the network and its data",
             "process_mib": "all that the process had at its peak; on a GPU all that torch had there",
-            "episodes": f"{n_way}-way {k_shot}-shot {k_query}-query, {size}x{size}x{channels}, made up",
+            "episodes": f"{n_way}-way {k_shot}-shot {k_query}-query, {shape}, made up",
             "meta_batch_size": options.meta_batch_size,
             "network": options.network,
             "device": options.device,
@@ -69,7 +70,9 @@ def main() -> None:
         results,
     )
     if options.plot:
-        draw(lines, options.plot, f"{options.network}, {n_way}-way {k_shot}-shot, {size}x{size}, second order")
+        draw(
+            lines, options.plot, f"{options.network}, {n_way}-way {k_shot}-shot, {size}x{size}x{channels}, second order"
+        )
 
 
 def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, float]:
@@ -118,8 +121,8 @@ def draw(lines: dict[str, dict[int, float]], path: Path, title: str) -> None:
     steps_shown = sorted({steps for points in lines.values() for steps in points})
     axes.set_xticks(steps_shown, [str(steps) for steps in steps_shown])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.margins(0.08, 0.12)
+    axes.set_ylim(0, 1.12 * max(value for points in lines.values() for value in points.values()))
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

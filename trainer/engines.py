@@ -26,6 +26,7 @@ from trainer.adapt import (
 )
 from trainer.batchnorm import batch_norm
 from trainer.crew import each_task
+from trainer.features import head_on_features
 from trainer.models import batch_statistics, written_out
 from trainer.objective import Measured, Objective, judge
 
@@ -73,9 +74,8 @@ def loop(
         inner = replace(inner, norm=batch_norm)
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
-        goal, measured = judge(
-            own, adapt(own, parameters, episode, inner), episode, inner, objective, every_step=every_step
-        )
+        own, at, episode = head_on_features(own, parameters, episode, inner)
+        goal, measured = judge(own, adapt(own, at, episode, inner), episode, inner, objective, every_step=every_step)
         return _gradient(goal, parameters), measured
 
     tasks = list(episodes(batch))

@@ -16,6 +16,7 @@ from mamldata.errors import RequestError
 from trainer.adapt import Episode, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits, require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
+from trainer.features import head_on_features
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
@@ -115,6 +116,7 @@ def evaluate(
 
 def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> Tensor:
     """Query loss after adaptation, then query accuracy before adaptation and after each step: ``[steps + 2]``."""
+    network, parameters, episode = head_on_features(network, parameters, episode, inner)
     logits = [query_logits(network, at, episode, inner.bn) for at in adapt(network, parameters, episode, inner)]
     loss = F.cross_entropy(logits[-1], episode.query_y)
     return torch.stack([loss, *(accuracy(step, episode.query_y).to(loss.dtype) for step in logits)])

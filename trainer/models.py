@@ -118,10 +118,13 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        return F.linear(self.features(x, norm), self.head, self.head_bias)
+
+    def features(self, x: Tensor, norm: Norm) -> Tensor:
+        """Images to what the head sees, ``[N, features]``."""
         for block in self.blocks:
             x = block(x, norm)
-        x = x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
-        return F.linear(x, self.head, self.head_bias)
+        return x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
 
 
 def conv4(image_channels: int, image_size: int, n_way: int) -> ConvNet:  # noqa: ARG001  # it takes every size
@@ -208,8 +211,13 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        return F.linear(self.features(x, norm), self.head, self.head_bias)
+
+    def features(self, x: Tensor, norm: Norm) -> Tensor:
+        """Images to what the head sees, ``[N, 512]``."""
         with self._told(norm):
-            return F.linear(self.body(x), self.head, self.head_bias)
+            features: Tensor = self.body(x)
+            return features
 
     @contextmanager
     def _told(self, norm: Norm) -> Iterator[None]:

@@ -1,56 +1,59 @@
-"""Outer steps a second on made-up episodes of Omniglot's shape: engines, orders and inner steps, in turn."""
+"""Outer steps a second on made-up episodes of Omniglot's shape: engines, orders and inner steps, in turn.
+
+Each candidate has a process of its own, and so the allocator and the threads that it would have by itself.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 
 import torch
-from common import arguments, in_turn, report
-from torch import nn
+from common import arguments, in_turn, ratio, report
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from mamldata.errors import RequestError
+from mamldata.parallel import default_workers
 from trainer.adapt import InnerLoop
 from trainer.allocator import keep_large_buffers
-from trainer.engines import Engine, pick_engine
+from trainer.engines import pick_engine
 from trainer.models import build_network
 from trainer.settings import pick_device
 
-ORDERS = {"maml": "second", "fomaml": "first"}
+ORDERS = ("second", "first")
+PLAIN, PLAIN_KEPT = "plain example", "plain example with our allocator and layout"
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.set_defaults(repeats=5)
+    parser.add_argument("--candidates", nargs="+", default=["auto", "vmap", "higher", PLAIN, PLAIN_KEPT])
     parser.add_argument("--network", default="conv4")
     parser.add_argument("--meta-batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--threads", type=int, default=default_workers())
+    parser.add_argument("--one", metavar="CANDIDATE", help="be this candidate, and take a step for each line")
     options = parser.parse_args()
-    device = pick_device(options.device)
-    keep_large_buffers()
-    batch = made_up(options.meta_batch_size, device)
-    network = build_network(options.network, 1, 28, 5, seed=0).to(device)
-    parameters = dict(network.named_parameters())
-
-    def step(engine: Engine, inner: InnerLoop) -> Callable[[], int]:
-        def work() -> int:
-            outcome = engine(network, parameters, batch, inner)
-            return 1 if float(outcome.loss) >= 0 else 0  # waits for the device
-
-        return work
-
-    candidates = {}
-    for steps in options.inner_steps:
-        for algorithm, order in ORDERS.items():
-            what = f"{algorithm}, {steps} inner step{'s' if steps > 1 else ''}"
-            for name, engine in engines().items():
-                candidates[f"{what}, {name}"] = step(engine, InnerLoop(steps, 0.4, order, "transductive"))
-            candidates[f"{what}, plain example"] = plain_example(batch, steps, 0.4, second=order == "second")
-    results = in_turn(candidates, options.repeats)
+    if options.one:
+        take_steps(options)
+        return
+    results: dict[str, dict[str, float]] = {}
+    ratios = {}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, options.threads)) for name in options.candidates}
+        for steps in options.inner_steps:
+            for order in ORDERS:
+                what = f"{order} order, {steps} inner step{'s' if steps > 1 else ''}"
+                found = in_turn({name: worker.task(steps, order) for name, worker in workers.items()}, options.repeats)
+                results |= {f"{what}, {name}": value for name, value in found.items()}
+                ratios |= {f"{what}, {name}": ratio(found, name, PLAIN) for name in found if PLAIN in found}
     report(
         "train",
         {
@@ -58,26 +61,71 @@ def main() -> None:
             "episodes": "5-way 1-shot 15-query, 28x28, made up",
             "meta_batch_size": options.meta_batch_size,
             "network": f"{options.network}; the plain example has conv4 as torch's own layers",
-            "device": str(device),
+            "device": options.device,
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "threads": options.threads,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
-        results,
+        results | {"times as fast as the plain example": ratios},
     )
 
 
-def engines() -> dict[str, Engine]:
-    """Those that are installed."""
-    found = {}
-    for name in ("loop", "vmap", "higher"):
-        try:
-            found[name] = pick_engine(name)
-        except RequestError as missing:
-            print(f"left out: {missing}", file=sys.stderr)
-    return found
+class Worker:
+    """A candidate in a process of its own, which takes a step when it is told to."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--one", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # the end of its input is its end
+
+    def task(self, steps: int, order: str) -> Callable[[], int]:
+        """Take a step, and wait for it."""
+
+        def work() -> int:
+            assert self._process.stdin
+            assert self._process.stdout
+            print(steps, order, file=self._process.stdin, flush=True)
+            return int(self._process.stdout.readline())
+
+        return work
 
 
-def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], int]:
+def take_steps(options: argparse.Namespace) -> None:
+    device = pick_device(options.device)
+    batch = made_up(options.meta_batch_size, device)
+    if options.one == PLAIN:
+        # As torch's own loaders give images.
+        batch = batch._replace(support_x=batch.support_x.contiguous(), query_x=batch.query_x.contiguous())
+    else:
+        keep_large_buffers()
+    network = build_network(options.network, 1, 28, 5, seed=0).to(device)
+    parameters = dict(network.named_parameters())
+    plain = {
+        (steps, order): plain_example(batch, steps, 0.4, second=order == "second")
+        for steps in options.inner_steps
+        for order in ORDERS
+    }
+    for line in sys.stdin:
+        steps, order = int(line.split()[0]), line.split()[1]
+        if options.one in {PLAIN, PLAIN_KEPT}:
+            loss = plain[steps, order]()
+        else:
+            inner = InnerLoop(steps, 0.4, "second" if order == "second" else "first", "transductive")
+            loss = pick_engine(options.one)(network, parameters, batch, inner).loss
+        print(1 if float(loss) >= 0 else 0, flush=True)  # waits for the device
+
+
+def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], Tensor]:
     """A step as tutorials write it: torch's layers, ``functional_call``, and one backward pass for all tasks."""
     widths = [1, 64, 64, 64, 64]
     layers: list[nn.Module] = []
@@ -88,7 +136,7 @@ def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -
     network = nn.Sequential(*layers).to(batch.support_x.device)
     start = dict(network.named_parameters())
 
-    def work() -> int:
+    def work() -> Tensor:
         losses = []
         for support_x, support_y, query_x, query_y in zip(*batch[:4], strict=True):
             fast = start
@@ -100,18 +148,24 @@ def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -
         network.zero_grad()
         whole = torch.stack(losses).mean()
         whole.backward()
-        return 1 if float(whole.detach()) >= 0 else 0
+        return whole.detach()
 
     return work
 
 
-def made_up(episodes: int, device: torch.device) -> EpisodeBatch:
+def made_up(
+    episodes: int,
+    device: torch.device,
+    image: tuple[int, int, int] = (28, 28, 1),
+    n_way: int = 5,
+    shots: tuple[int, int] = (1, 15),
+) -> EpisodeBatch:
     """Random episodes with the memory layout of a stream's."""
     generator = torch.Generator().manual_seed(0)
     images = [
-        torch.rand(episodes, 5 * k, 28, 28, 1, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in (1, 15)
+        torch.rand(episodes, n_way * k, *image, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in shots
     ]
-    labels = [torch.arange(5).repeat_interleave(k).repeat(episodes, 1).to(device) for k in (1, 15)]
+    labels = [torch.arange(n_way).repeat_interleave(k).repeat(episodes, 1).to(device) for k in shots]
     return EpisodeBatch(images[0], labels[0], images[1], labels[1], torch.arange(episodes))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cli.common import episode_options, json_option, next_command, print_json, root_option, say
-from cli.settings import ALGORITHMS, begin, make_settings, setting_options
+from cli.settings import ALGORITHMS, begin, setting_options
 from mamldata.errors import RequestError
 from mamldata.manifest import SPLITS, did_you_mean
 
@@ -66,6 +66,7 @@ def command(
     """
     from trainer.compare import RESULT, compare, table
     from trainer.plots import have_matplotlib, plot_comparison
+    from trainer.settings import TrainSettings
 
     names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
     for name in names:
@@ -79,7 +80,7 @@ def command(
     plans = {}
     for name in names:
         try:
-            plans[name] = make_settings({**values, "algorithm": name, **changes[name]})
+            plans[name] = TrainSettings(**{**values, "algorithm": name, **changes[name]})
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()

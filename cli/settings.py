@@ -11,7 +11,6 @@ from cli.common import archive_folder, episode_data, options_as, say
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
-    from trainer.settings import TrainSettings
 
 ALGORITHMS = ("maml", "fomaml", "maml++", "anil", "meta-sgd", "reptile", "pretrain", "random")
 ORDERS = ("first", "second")
@@ -23,6 +22,7 @@ NETWORKS = ("conv4", "conv3-pool", "conv4-pool", "resnet18")
 BN_MODES = ("transductive", "per-step", "support", "frozen")
 ENGINES = ("auto", "loop", "vmap", "higher")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("cosine", "constant")
 
 
@@ -89,6 +89,9 @@ _OPTIONS = {
     "engine": click.option(
         "--engine", type=click.Choice(ENGINES), help="What computes meta-gradients.  [default: auto]"
     ),
+    "precision": click.option(
+        "--precision", type=click.Choice(PRECISIONS), help="Of the arithmetic.  [default: tf32 on CUDA, or fp32]"
+    ),
     "tensorboard": click.option(
         "--tensorboard", is_flag=True, default=None, help="Write metrics for TensorBoard, too."
     ),
@@ -138,12 +141,3 @@ def begin(
     most = data.available("val") or TrainSettings.eval_episodes
     values.setdefault("eval_episodes", min(TrainSettings.eval_episodes, most))
     return data, values
-
-
-def make_settings(values: dict[str, Any]) -> TrainSettings:
-    """The settings, with the batch norm that goes with the algorithm unless another one was chosen."""
-    from trainer.algorithms import ALGORITHMS as POINTS
-    from trainer.settings import TrainSettings
-
-    algorithm = values.get("algorithm", TrainSettings.algorithm)
-    return TrainSettings(**{"bn": POINTS[algorithm].bn, **values})

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cli.common import episode_options, json_option, next_command, print_json, root_option, say
-from cli.settings import begin, make_settings, setting_options
+from cli.settings import begin, setting_options
 
 
 @click.command(
@@ -40,11 +40,12 @@ def command(
     where matplotlib is installed.
     """
     from trainer.plots import have_matplotlib, plot_run
+    from trainer.settings import TrainSettings
     from trainer.train import train
 
     data, values = begin(target, root, episodes, chosen)
     start = time.monotonic()
-    result = train(make_settings(values), data, out, resume=resume, report=say)
+    result = train(TrainSettings(**values), data, out, resume=resume, report=say)
     if have_matplotlib():
         plot_run(result.run_dir)
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
@@ -24,6 +23,7 @@ from trainer.models import (
     norm_names,
     noting_statistics,
 )
+from trainer.precision import call
 from trainer.recompute import recomputed
 
 Parameters = dict[str, Tensor]
@@ -32,6 +32,29 @@ Parameters = dict[str, Tensor]
 RATE, STEP_NORM = "inner_lr:", "per_step:"
 # And so do, for the time of an episode, the statistics that ``frozen`` keeps.
 _STATISTICS = "statistics:"
+
+
+# (loss of parameters, parameters) -> the gradient of the loss with respect to each of them.
+Slopes = Callable[[Callable[[Parameters], Tensor], Parameters], Parameters]
+
+
+def autograd_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
+    """By ``torch.autograd``; under ``torch.no_grad``, or at constants, nothing is kept for a second derivative."""
+    keep = torch.is_grad_enabled() and any(value.requires_grad for value in at.values())
+    with torch.enable_grad():
+        if keep:
+            # Of what else depends on the parameters, such as frozen statistics, no slope is asked for.
+            at = {name: value.view_as(value) for name, value in at.items()}
+        else:
+            at = {name: value.detach().requires_grad_() for name, value in at.items()}
+        slopes = torch.autograd.grad(loss(at), list(at.values()), create_graph=keep, materialize_grads=True)
+    return dict(zip(at, slopes, strict=True))
+
+
+def func_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
+    """By ``torch.func``, for ``torch.func.vmap``, which knows no other."""
+    slopes: Parameters = torch.func.grad(loss)(at)
+    return slopes
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,7 @@ class InnerLoop:
         rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
         adapts: ``all``, or the ``head`` alone.
         norm: what normalises by the batch; an engine may need its own.
+        slopes: what takes the inner gradients; likewise.
         support_batches: the support set is divided into so many batches of equal shots, of which each step takes the
             next one; k_shot must be a multiple.
         checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
@@ -65,6 +89,7 @@ class InnerLoop:
     rates: Rates = "fixed"
     adapts: Adapts = "all"
     norm: Norm = batch_statistics
+    slopes: Slopes = autograd_slopes
     support_batches: int = 1
     checkpoint: bool = False
     task_loss: TaskLoss = "cross-entropy"
@@ -172,10 +197,19 @@ def _descend(
     place = theta if inner.order == "second" else {name: value.detach() for name, value in theta.items()}
     names = adapted_names(network, inner)
     episode = support_of_step(episode, inner, step)
-    slope = grad(lambda at: support_loss(network, place | at, episode, inner.norm, inner.task_loss))(
-        {name: place[name] for name in names}
+    slope = inner.slopes(
+        lambda at: support_loss(network, place | at, episode, inner.norm, inner.task_loss),
+        {name: place[name] for name in names},
     )
-    return theta | {name: theta[name] - inner_rate(parameters, name, inner, step) * slope[name] for name in names}
+    rates = {name: inner_rate(parameters, name, inner, step) for name in names}
+    return theta | {name: _less(theta[name], rates[name], slope[name]) for name in names}
+
+
+def _less(value: Tensor, rate: Tensor | float, slope: Tensor) -> Tensor:
+    """``value - rate * slope`` in one pass."""
+    if isinstance(rate, float):
+        return torch.sub(value, slope, alpha=rate)
+    return torch.addcmul(value, rate, slope, value=-1)
 
 
 def _descend_recomputed(
@@ -270,5 +304,4 @@ def _frozen(parameters: Parameters) -> Norm | None:
 
 def _forward(network: nn.Module, parameters: Parameters, x: Tensor, norm: Norm) -> Tensor:
     own = {name: value for name, value in parameters.items() if not name.startswith(_STATISTICS)}
-    logits: Tensor = functional_call(network, own, (x, norm))
-    return logits
+    return call(network, own, x, norm)

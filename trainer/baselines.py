@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from trainer.adapt import Parameters, accuracy
 from trainer.engines import Outcome
 from trainer.models import batch_statistics, head_names
+from trainer.precision import call
 
 WIDE = "joint:"
 
@@ -42,7 +42,7 @@ def joint(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, class
     labels = [classes.to(part.device).gather(1, part).flatten() for part in (batch.support_y, batch.query_y)]
     y = torch.cat(labels)
     weights = {name.removeprefix(WIDE): value for name, value in parameters.items()}
-    logits = functional_call(network, weights, (x, batch_statistics))
+    logits = call(network, weights, x, batch_statistics)
     loss = F.cross_entropy(logits, y)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
     return Outcome(dict(zip(parameters, slopes, strict=True)), loss.detach(), accuracy(logits.detach(), y)[None])

@@ -22,7 +22,7 @@ from trainer.train import RunResult, train
 RESULT, TABLE = "compare.json", "compare.md"
 _FORMAT = "mamldata-compare/1"
 # What must be equal, so that only the algorithms differ.
-_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "filters", "device")
+_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "filters", "device", "precision")
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
     run = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(entry.run).items()}
     return {
         "name": entry.name,
-        "settings": asdict(entry.settings),
+        "settings": entry.settings.resolved(),
         "run": run,
         "evaluation": {**entry.evaluation.to_json(), "deviation": entry.evaluation.deviation},
         "accuracy_by_episode": list(entry.evaluation.accuracy_by_episode),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from trainer.allocator import keep_large_buffers, return_large_buffers
+from trainer.precision import pick_precision, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
 from trainer.train import descend, fresh_network, learn, make_optimizer, outer_parameters
@@ -99,6 +100,7 @@ def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
     """All that a step does but reading the meta-batch."""
     device = pick_device(settings.device)
     network = fresh_network(settings, sample.about).to(device)
+    set_precision(network, pick_precision(settings.precision, device))
     parameters = outer_parameters(settings, network, sample, sample.about)
     optimizer = make_optimizer(settings, parameters)
     batch = EpisodeBatch(*(part.to(device) for part in sample.batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +19,14 @@ from trainer.adapt import (
     adapt,
     adapted_names,
     episodes,
+    func_slopes,
     inner_rate,
     loss_of,
     support_of_step,
 )
+from trainer.batchnorm import batch_norm
+from trainer.crew import each_task
+from trainer.features import head_on_features
 from trainer.models import batch_statistics, written_out
 from trainer.objective import Measured, Objective, judge
 
@@ -66,29 +70,32 @@ def loop(
         objective: what the gradient is of.
         every_step: report the score before and after each inner step, at the price of as many forward passes.
     """
-    return _one_by_one(
-        lambda one: adapt(network, parameters, one, inner), network, parameters, batch, inner, objective, every_step
-    )
+    if inner.order == "second":
+        inner = replace(inner, norm=batch_norm)
+
+    def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
+        own, at, episode = head_on_features(own, parameters, episode, inner)
+        goal, measured = judge(own, adapt(own, at, episode, inner), episode, inner, objective, every_step=every_step)
+        return _gradient(goal, parameters), measured
+
+    tasks = list(episodes(batch))
+    return _mean(each_task(one, network, tasks, batch.support_x.device), parameters, len(tasks))
 
 
-def _one_by_one(
-    adapting: Callable[[Episode], list[Parameters]],
-    network: nn.Module,
-    parameters: Parameters,
-    batch: EpisodeBatch,
-    inner: InnerLoop,
-    objective: Objective,
-    every_step: bool,
-) -> Outcome:
-    share = 1 / len(batch.index)
+Gradient = tuple[Tensor, ...]
+
+
+def _gradient(goal: Tensor, parameters: Parameters) -> Gradient:
+    # To first order not everything has a part in the loss, such as the norms of a step: its gradient is zero.
+    return torch.autograd.grad(goal, list(parameters.values()), materialize_grads=True)
+
+
+def _mean(results: Iterable[tuple[Gradient, Measured]], parameters: Parameters, tasks: int) -> Outcome:
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     rows = []
-    for episode in episodes(batch):
-        goal, measured = judge(network, adapting(episode), episode, inner, objective, every_step=every_step)
-        # To first order not everything has a part in the loss, such as the norms of a step: its gradient is zero.
-        slopes = torch.autograd.grad(goal, list(parameters.values()), materialize_grads=True)
+    for slopes, measured in results:
         for whole, slope in zip(total.values(), slopes, strict=True):
-            whole.add_(slope, alpha=share)
+            whole.add_(slope, alpha=1 / tasks)
         rows.append(measured)
     losses, scores = zip(*rows, strict=True)
     return Outcome(total, torch.stack(losses).mean(), torch.stack(scores).mean(0))
@@ -107,7 +114,7 @@ def vmap(
 
     Arguments and outcome are those of ``loop``.
     """
-    inner = replace(inner, norm=written_out)
+    inner = replace(inner, norm=written_out, slopes=func_slopes)
 
     def mean(at: Parameters) -> tuple[Tensor, Measured]:
         def one(*parts: Tensor) -> tuple[Tensor, Measured]:
@@ -136,15 +143,13 @@ def higher(
 
     Arguments and outcome are those of ``loop``; ``TrainSettings`` refuses what it does not do.
     """
-    return _one_by_one(
-        lambda one: _higher_path(network, parameters, one, inner),
-        network,
-        parameters,
-        batch,
-        inner,
-        objective,
-        every_step,
-    )
+
+    def one(episode: Episode) -> tuple[Gradient, Measured]:
+        path = _higher_path(network, parameters, episode, inner)
+        goal, measured = judge(network, path, episode, inner, objective, every_step=every_step)
+        return _gradient(goal, parameters), measured
+
+    return _mean(map(one, episodes(batch)), parameters, len(batch.index))
 
 
 def _higher_path(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> list[Parameters]:

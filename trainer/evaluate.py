@@ -19,6 +19,7 @@ from trainer.adapt import (
     Parameters,
     adapt,
     episodes,
+    func_slopes,
     loss_of,
     query_logits,
     require_shots,
@@ -26,6 +27,8 @@ from trainer.adapt import (
 )
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import find_best, load_checkpoint
+from trainer.features import head_on_features
+from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
 
@@ -42,6 +45,7 @@ class Evaluation:
         accuracy_by_step: before adaptation and after each inner step.
         episodes: how many.
         bn, inner_steps, inner_lr, rates: how the network adapted; see ``InnerLoop``.
+        precision: of its arithmetic, one of ``PRECISIONS``.
         dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
@@ -56,6 +60,7 @@ class Evaluation:
     inner_steps: int
     inner_lr: float
     rates: str
+    precision: str
     dataset: str
     split_scheme: str
     split: str
@@ -79,7 +84,8 @@ class Evaluation:
         return (
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
-            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, single model"
+            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, "
+            f"{self.precision}, single model"
         )
 
 
@@ -123,6 +129,7 @@ def evaluate(
         inner_steps=inner.steps,
         inner_lr=inner.lr,
         rates=inner.rates,
+        precision=precision_of(network),
         split=split,
         accuracy_by_episode=tuple(accuracies[:, -1].tolist()),
         **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
@@ -134,6 +141,7 @@ def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner:
 
     The score is the query set's accuracy, or its squared error where the answers are numbers.
     """
+    network, parameters, episode = head_on_features(network, parameters, episode, inner)
     logits = [query_logits(network, at, episode, inner.bn) for at in adapt(network, parameters, episode, inner)]
     loss = loss_of(logits[-1], episode.query_y, inner.task_loss)
     return torch.stack([loss, *(score_of(step, episode.query_y, inner.task_loss).to(loss.dtype) for step in logits)])
@@ -144,6 +152,7 @@ def measure_together(network: nn.Module, parameters: Parameters, batch: EpisodeB
 
     Many times faster than one after the other for networks as small as the sinusoid problem's.
     """
+    inner = replace(inner, slopes=func_slopes)
 
     def one(*parts: Tensor) -> Tensor:
         return measure(network, parameters, Episode(*parts), inner)
@@ -194,4 +203,7 @@ def evaluate_checkpoint(
     where = pick_device(device)
     batches = data.eval(split, episodes, settings.meta_batch_size, where, normalise=settings.normalise)
     learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
-    return evaluate(checkpoint.network().to(where), batches, inner, about, split, learned)
+    network = checkpoint.network().to(where)
+    # What was trained in tf32 is evaluated in fp32 where there is no tf32.
+    set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
+    return evaluate(network, batches, inner, about, split, learned)

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.errors import RequestError
+from trainer.batchnorm import EPSILON
 
 # (x [N, C, H, W], weight [C], bias [C]) -> the normalised x.
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_EPSILON = 1e-5  # what torch's batch norm adds to the variance
-
 
 def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Batch norm by the mean and variance of all images of ``x``; keeps nothing for a later call."""
-    # Faster than the formula written out, also when it is differentiated twice.
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPSILON)
+    """Batch norm by the mean and variance of all images of ``x``; keeps nothing for a later call.
+
+    The fastest one where no second derivative is asked for; ``batch_norm`` is where it is.
+    """
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPSILON)
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -76,12 +77,13 @@ def given_statistics(given: list[Statistics]) -> Norm:
 
 
 def _statistics(x: Tensor) -> Statistics:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has three digits
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     return Statistics(mean, variance)
 
 
 def _normalise(x: Tensor, by: Statistics, weight: Tensor, bias: Tensor) -> Tensor:
-    scale = weight * torch.rsqrt(by.variance + _EPSILON)
+    scale = weight * torch.rsqrt(by.variance + EPSILON)
     shift = bias - by.mean * scale
     return x * scale[:, None, None] + shift[:, None, None]
 
@@ -100,7 +102,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """``[N, inputs, H, W]`` to ``[N, filters, H', W']``."""
         x = F.conv2d(x, self.kernel, stride=self.stride, padding=self.padding)
-        x = F.relu(norm(x, self.scale, self.shift))
+        x = F.relu_(norm(x, self.scale, self.shift))
         return F.max_pool2d(x, 2) if self.pool else x
 
 
@@ -116,10 +118,13 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        return F.linear(self.features(x, norm), self.head, self.head_bias)
+
+    def features(self, x: Tensor, norm: Norm) -> Tensor:
+        """Images to what the head sees, ``[N, features]``."""
         for block in self.blocks:
             x = block(x, norm)
-        x = x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
-        return F.linear(x, self.head, self.head_bias)
+        return x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
 
 
 def conv4(image_channels: int, image_size: int, n_way: int, filters: int = 64) -> ConvNet:  # noqa: ARG001  # any size
@@ -206,8 +211,13 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, n_way]``."""
+        return F.linear(self.features(x, norm), self.head, self.head_bias)
+
+    def features(self, x: Tensor, norm: Norm) -> Tensor:
+        """Images to what the head sees, ``[N, 512]``."""
         with self._told(norm):
-            return F.linear(self.body(x), self.head, self.head_bias)
+            features: Tensor = self.body(x)
+            return features
 
     @contextmanager
     def _told(self, norm: Norm) -> Iterator[None]:

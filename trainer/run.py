@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,15 @@ def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    return {"settings": asdict(settings), "data": data, "versions": versions}
+    return {"settings": settings.resolved(), "data": data, "versions": versions}
 
 
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))
-        pairs = [(saved["settings"], asdict(settings), CHANGEABLE), (saved["data"], data, frozenset({"source"}))]
+        # Read as settings, for one that did not exist then has its default.
+        there = TrainSettings(**saved["settings"]).resolved()
+        pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, frozenset({"source"}))]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
     differences = [line for before, now, free in pairs for line in _differences(before, now, free)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from trainer.algorithms import (
 from trainer.engines import ENGINES
 from trainer.models import NETWORKS
 from trainer.objective import Objective, step_weights
+from trainer.precision import PRECISIONS, Precision
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None stands for its own
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adam", "sgd")
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
@@ -49,8 +51,8 @@ class TrainSettings:
         network: one of ``NETWORKS``.
         filters: of each convolution of the network, in place of its own number; not for ``resnet18``.
         normalise: images by the train split's mean and deviation, in place of [0, 1].
-        bn: batch norm of query images, one of ``BN_MODES``; see ``InnerLoop``. The one that goes with an algorithm
-            is ``ALGORITHMS[algorithm].bn``, which the command line takes; for maml++ it is ``per-step``.
+        bn: batch norm of query images, one of ``BN_MODES``; see ``InnerLoop``. None: the algorithm's own,
+            ``transductive``, and for maml++ ``per-step``.
         steps: outer steps (the paper: 60,000).
         inner_steps: adaptation steps while training.
         inner_lr: alpha.
@@ -75,6 +77,7 @@ class TrainSettings:
         log_every: outer steps between lines of the log.
         device: ``auto`` takes cuda, then mps, then cpu.
         engine: one of ``ENGINES``, or ``auto``; see ``pick_engine``.
+        precision: one of ``PRECISIONS``. None: the device's own, tf32 on CUDA and fp32 elsewhere.
         tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
@@ -85,7 +88,7 @@ class TrainSettings:
     network: str = "conv4"
     filters: int | None = None
     normalise: bool = False
-    bn: BatchNorm = "transductive"
+    bn: BatchNorm | None = None
     steps: int = 4000
     inner_steps: int = 1
     inner_lr: float = 0.4
@@ -111,6 +114,7 @@ class TrainSettings:
     log_every: int = 50
     device: str = "auto"
     engine: str = "auto"
+    precision: Precision | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -140,10 +144,11 @@ class TrainSettings:
             "meta_schedule": SCHEDULES,
             "device": DEVICES,
             "engine": ("auto", *ENGINES),
+            "precision": PRECISIONS,
         }
         for name, known in choices.items():
             value = getattr(self, name)
-            if value not in known and not (value is None and name in {"order", "loss", "rates", "adapts"}):
+            if value not in known and not (value is None and name in {*COORDINATES, "precision"}):
                 yield f"{name} must be one of {', '.join(known)}, not {value!r}."
         least = {
             "filters": 1,
@@ -181,20 +186,36 @@ class TrainSettings:
             yield from objections(self.point, first_order_epochs=self.first_order_epochs)
             if self.msl_epochs is not None and self.point.loss == "final":
                 yield "msl_epochs is for the loss multi-step, and this one is final."
-            if self.engine == "higher" and self.bn in {"per-step", "frozen"}:
-                yield f"The engine higher knows no bn {self.bn}. Take the engine loop."
+            if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
+                yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
+            counts = self.first_order_epochs or self.point.loss == "multi-step"
+            if self.epoch_steps != TrainSettings.epoch_steps and not counts:
+                yield "epoch_steps is of no use without first_order_epochs or the loss multi-step, which count epochs."
+            if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
+                yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
+            if self.engine == "higher" and self.precision == "bf16":
+                yield "The engine higher knows no precision bf16: its forward passes are its own. Take the engine loop."
+            if self.precision == "tf32" and self.device in {"cpu", "mps"}:
+                yield f"precision cannot be tf32 with device {self.device}: only CUDA devices have it."
             if self.checkpoint_inner and self.point.order == "first":
                 yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
             if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
                 yield f"checkpoint_inner is for the engine loop, not {self.engine}."
+            clips = self.meta_clip_norm is not None or self.meta_clip_value is not None
+            if clips and self.point.outer == "none":
+                yield f"There is nothing to clip with {self.algorithm}, which has no meta-gradient."
             if self.engine != "auto" and self.point.outer in {"joint", "none"}:
                 yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
 
     @property
     def point(self) -> Algorithm:
         """The algorithm with what the settings put in place of its own."""
-        given = {name: getattr(self, name) for name in ("order", "loss", "rates", "adapts", "bn")}
+        given = {name: getattr(self, name) for name in COORDINATES}
         return replace(ALGORITHMS[self.algorithm], **{name: value for name, value in given.items() if value})
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain values, with the algorithm's own where none were given: equal for equal runs."""
+        return {**asdict(self), **{name: getattr(self.point, name) for name in COORDINATES}}
 
     @property
     def outer_steps(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.checkpoint import Checkpoint, all_weights, find_best, load_weights,
 from trainer.engines import Outcome, pick_engine
 from trainer.evaluate import Evaluation, evaluate
 from trainer.models import build_network
+from trainer.precision import pick_precision, set_precision
 from trainer.protocol import ClassData, TrainData, TrainStream, endless
 from trainer.rates import rate_lines
 from trainer.run import alone_in, begin_run, open_run
@@ -84,6 +85,7 @@ def train(
     about = data.describe()
     require_shots(settings.inner_loop(), about["k_shot"])
     network = fresh_network(settings, about)  # before anything is written: the images may not fit it
+    set_precision(network, pick_precision(settings.precision, device))
     with alone_in(run_dir):
         return _train(settings, data, run_dir, about, network, device, resume=resume, report=report)
 
@@ -155,7 +157,7 @@ def _loop(
             accuracy=evaluation.accuracy,
             best_step=step if better else best_step,
             best_accuracy=evaluation.accuracy if better else best_accuracy,
-            settings=asdict(settings),
+            settings=settings.resolved(),
             data=about,
             weights=all_weights(network, parameters),
             optimizer=optimizer.state_dict(),

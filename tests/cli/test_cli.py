@@ -503,6 +503,7 @@ def test_choices_are_those_of_the_trainer():
     from trainer.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
     from trainer.engines import ENGINES
     from trainer.models import NETWORKS
+    from trainer.precision import PRECISIONS
     from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
 
     assert tuple(ALGORITHMS) == settings.ALGORITHMS
@@ -512,6 +513,7 @@ def test_choices_are_those_of_the_trainer():
     assert tuple(OPTIMIZERS) == settings.OPTIMIZERS
     assert ("auto", *ENGINES) == settings.ENGINES
     assert tuple(DEVICES) == settings.DEVICES
+    assert tuple(PRECISIONS) == settings.PRECISIONS
     assert tuple(SCHEDULES) == settings.SCHEDULES
 
 
@@ -521,9 +523,10 @@ def test_defaults_in_help_are_the_settings():
     from trainer.settings import TrainSettings
 
     helps = {parameter.name: getattr(parameter, "help", "") or "" for parameter in command.params}
-    shown = ("algorithm", "network", "bn", "steps", "inner_steps", "meta_lr", "meta_schedule", "meta_batch_size")
+    shown = ("algorithm", "network", "steps", "inner_steps", "meta_lr", "meta_schedule", "meta_batch_size")
     for name in shown:
         assert f"[default: {getattr(TrainSettings, name)}" in helps[name], name
+    assert f"[default: {TrainSettings().point.bn}" in helps["bn"]
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):

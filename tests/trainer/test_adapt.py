@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from problems import batch, perceptron, small_convnet
 
-from trainer.adapt import BatchNorm, Episode, InnerLoop, accuracy, adapt, episodes, query_logits, support_loss
+from trainer.adapt import (
+    BatchNorm,
+    Episode,
+    InnerLoop,
+    accuracy,
+    adapt,
+    episodes,
+    func_slopes,
+    query_logits,
+    support_loss,
+)
 from trainer.algorithms import Order
+from trainer.models import written_out
 
 
 def inner_loop(steps: int = 3, order: Order = "second", bn: BatchNorm = "transductive") -> InnerLoop:
@@ -106,7 +118,8 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 
 def test_adapt_runs_under_vmap() -> None:
     """The inner loop can run for all tasks at once, with the results of one after the other."""
-    network, tasks, inner = small_convnet(), batch(), inner_loop(2)
+    network, tasks = small_convnet(), batch()
+    inner = replace(inner_loop(2), norm=written_out, slopes=func_slopes)
     at = {name: value.detach() for name, value in network.named_parameters()}
     together = torch.func.vmap(lambda *parts: adapt(network, at, Episode(*parts), inner)[-1])(*tasks[:4])
     for i, episode in enumerate(episodes(tasks)):

@@ -26,7 +26,7 @@ from trainer.adapt import (
     query_logits,
     support_loss,
 )
-from trainer.algorithms import ADAPTS, ALGORITHMS, BN_MODES, RATES
+from trainer.algorithms import ADAPTS, BN_MODES, RATES
 from trainer.engines import loop
 from trainer.models import Norm
 from trainer.objective import Objective, step_weights
@@ -252,8 +252,8 @@ def test_settings_anneal_loss_and_order() -> None:
 
 def test_every_part_of_mamlpp_can_be_switched() -> None:
     """Switched off one by one, what is left of MAML++ is MAML."""
-    whole = TrainSettings(algorithm="maml++", bn=ALGORITHMS["maml++"].bn)
-    assert (whole.point.loss, whole.point.rates, whole.bn) == ("multi-step", "layer-step", "per-step")
+    whole = TrainSettings(algorithm="maml++")
+    assert (whole.point.loss, whole.point.rates, whole.point.bn) == ("multi-step", "layer-step", "per-step")
     bare = TrainSettings(algorithm="maml++", loss="final", rates="fixed", bn="transductive")
     maml = TrainSettings(algorithm="maml")
     assert (bare.inner_loop(), bare.objective(0)) == (maml.inner_loop(), maml.objective(0))

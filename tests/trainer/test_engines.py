@@ -14,7 +14,7 @@ from mamldata.batch import EpisodeBatch
 from trainer.adapt import BatchNorm, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
 from trainer.algorithms import Order
 from trainer.engines import loop
-from trainer.models import Norm, batch_statistics
+from trainer.models import Norm, written_out
 
 NETWORKS = [perceptron, small_convnet]
 
@@ -95,21 +95,21 @@ def test_maml_gradient_equals_the_closed_form(steps: int, monkeypatch: pytest.Mo
 
 
 def by_hand(network: nn.Module, at: Parameters, tasks: EpisodeBatch, inner: InnerLoop) -> Parameters:
-    """The meta-gradient with nothing but torch.autograd.grad: no torch.func, no code of ours but the network."""
+    """The meta-gradient with nothing but torch.autograd.grad: no code of ours but the network."""
     names, total = list(at), [torch.zeros_like(value) for value in at.values()]
     for one in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
         support_x, support_y, query_x, query_y = one
         values = list(at.values())
         for _ in range(inner.steps):
             logits = torch.func.functional_call(
-                network, dict(zip(names, values, strict=True)), (support_x, batch_statistics)
+                network, dict(zip(names, values, strict=True)), (support_x, written_out)
             )
             loss = F.cross_entropy(logits, support_y)
             slopes = torch.autograd.grad(loss, values, create_graph=True)
             if inner.order == "first":
                 slopes = tuple(slope.detach() for slope in slopes)
             values = [value - inner.lr * slope for value, slope in zip(values, slopes, strict=True)]
-        logits = torch.func.functional_call(network, dict(zip(names, values, strict=True)), (query_x, batch_statistics))
+        logits = torch.func.functional_call(network, dict(zip(names, values, strict=True)), (query_x, written_out))
         slopes = torch.autograd.grad(F.cross_entropy(logits, query_y), list(at.values()))
         total = [whole + slope / len(tasks.index) for whole, slope in zip(total, slopes, strict=True)]
     return dict(zip(names, total, strict=True))

@@ -111,7 +111,7 @@ def test_text_always_says_the_conditions() -> None:
     result = evaluate(Brightness(), *_with_inner(told([10, 10, 5, 5])))
     assert str(result) == (
         "75.00 % ± 28.29 (95 % interval, 4 episodes): synthetic, split scheme made-up, test, 5-way 1-shot, "
-        "2 inner steps, batch norm transductive, single model"
+        "2 inner steps, batch norm transductive, fp32, single model"
     )
     assert result.to_json()["bn"] == "transductive"
     assert result.to_json()["inner_lr"] == 0.1

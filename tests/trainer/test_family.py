@@ -33,7 +33,7 @@ LEARNERS = {
 
 
 def settings_of(algorithm: str, **more) -> TrainSettings:
-    return TrainSettings(**{**vars(SETTINGS), "bn": ALGORITHMS[algorithm].bn, "algorithm": algorithm, **more})
+    return TrainSettings(**{**vars(SETTINGS), "algorithm": algorithm, **more})
 
 
 @pytest.mark.parametrize("algorithm", LEARNERS)
@@ -50,7 +50,7 @@ def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_goes_on_as_if_never_stopped(tmp_path: Path, algorithm: str) -> None:
     """All that is learned is in a checkpoint: stopped half-way and resumed, each ends equal to the bit."""
-    settings = settings_of(algorithm, meta_schedule="constant", epoch_steps=3)
+    settings = settings_of(algorithm, meta_schedule="constant", **({"epoch_steps": 3} if algorithm == "maml++" else {}))
     at_once = train(settings, Synthetic(size=8), tmp_path / "a")
     train(replace(settings, steps=2), Synthetic(size=8), tmp_path / "b")
     later = train(settings, Synthetic(size=8), tmp_path / "b", resume=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mamldata.errors import RequestError
-from trainer.models import NETWORKS, batch_statistics, build_network, leading_statistics
+from trainer.models import NETWORKS, batch_statistics, build_network, leading_statistics, written_out
 
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 EVERY = [pytest.param(name, marks=needs_torchvision) if name == "resnet18" else name for name in NETWORKS]
@@ -123,7 +123,7 @@ def test_leading_statistics_look_at_the_leading_images_only() -> None:
 def test_normalisation_works_under_vmap() -> None:
     """Both normalisations can run for many tasks at once."""
     x, weight, bias = torch.rand(3, 6, 2, 4, 4), torch.rand(3, 2), torch.rand(3, 2)
-    for norm in (batch_statistics, leading_statistics(4)):
+    for norm in (batch_statistics, written_out, leading_statistics(4)):
         together = torch.func.vmap(norm)(x, weight, bias)
         one_by_one = torch.stack([norm(*parts) for parts in zip(x, weight, bias, strict=True)])
         torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)

@@ -166,7 +166,7 @@ def test_a_run_takes_its_engine(tmp_path, engine, monkeypatch: pytest.MonkeyPatc
     weights = load_checkpoint(train(replace(settings, engine=engine), Synthetic(), tmp_path / engine).last).weights
     assert calls == [engine] * 2
     for name in expected:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_an_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_ones_own(tmp_path: Path):
         ("n_way = 5", "n_way = 5\nways = 5", "episodes.ways: is not known here."),
         ("inner_lr = 0.1", "inner_rl = 0.1", "settings.inner_rl: is not known here. Did you mean 'inner_lr'?"),
         ("inner_lr = 0.1", "inner_lr = -1.0", "inner_lr must be a positive number, not -1.0."),
-        ("inner_lr = 0.1", 'inner_lr = "0.1"', "settings: a value of the wrong type"),
+        ("inner_lr = 0.1", 'inner_lr = "0.1"', "inner_lr must be a number, not"),
         ("[episodes]", "[episode]", "episodes, settings: must be tables"),
         ("[episodes]", "[episodes", "not valid TOML"),
     ],

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -69,12 +69,43 @@ def test_every_fault_is_reported_at_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["algorithm", "network", "bn", "engine"])
+@pytest.mark.parametrize("name", ["algorithm", "network", "engine"])
 def test_a_choice_that_must_be_made_is_not_none(name: str) -> None:
     """None stands for the algorithm's own, and only where an algorithm has one."""
     with pytest.raises(RequestError, match=f"{name} must be one of .*, not None"):
         TrainSettings(**{name: None})  # type: ignore[arg-type]
-    TrainSettings(order=None, loss=None, rates=None, adapts=None)
+    TrainSettings(order=None, loss=None, rates=None, adapts=None, bn=None, precision=None)
+
+
+def test_an_algorithm_brings_its_own_coordinates() -> None:
+    """Also its batch norm, and none of them stays behind when the algorithm is replaced."""
+    settings = TrainSettings(algorithm="maml++")
+    assert settings.inner_loop().bn == "per-step"
+    assert replace(settings, algorithm="maml").inner_loop().bn == "transductive"
+    assert TrainSettings(algorithm="maml++", bn="support").inner_loop().bn == "support"
+
+
+def test_resolved_settings_are_equal_for_equal_runs() -> None:
+    """They say what was left to the algorithm, and give the same settings back."""
+    settings = TrainSettings(algorithm="maml++", inner_steps=2)
+    explicit = replace(settings, order="second", loss="multi-step", rates="layer-step", adapts="all", bn="per-step")
+    assert settings.resolved() == explicit.resolved() == TrainSettings(**settings.resolved()).resolved()
+    assert settings.resolved()["bn"] == "per-step"
+
+
+def test_settings_without_effect_are_refused() -> None:
+    """Each with the reason."""
+    for given, reason in [
+        ({"algorithm": "random", "meta_clip_norm": 1.0}, "There is nothing to clip with random, which has no meta-"),
+        ({"algorithm": "random", "meta_clip_value": 1.0}, "There is nothing to clip with random"),
+        ({"epoch_steps": 100}, "epoch_steps is of no use without first_order_epochs or the loss multi-step"),
+        ({"algorithm": "maml++", "msl_epochs": 3}, "msl_epochs is of no use with one inner step"),
+    ]:
+        with pytest.raises(RequestError, match=reason):
+            TrainSettings(**given)  # type: ignore[arg-type]
+    TrainSettings(epoch_steps=100, first_order_epochs=1)
+    TrainSettings(algorithm="maml++", inner_steps=2, msl_epochs=3, epoch_steps=100)
+    TrainSettings(algorithm="pretrain", meta_clip_norm=1.0)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_report_lines_say_it_all(tmp_path: Path) -> None:
         assert part in lines[0]
     assert lines[1].startswith("step 2  val ")
     assert lines[1].endswith("4 episodes): synthetic, split scheme made-up, val, 5-way 1-shot, 3 inner steps, "
-                             "batch norm support, single model")  # fmt: skip
+                             "batch norm support, fp32, single model")  # fmt: skip
 
 
 def test_no_global_generator_is_used(tmp_path: Path) -> None:

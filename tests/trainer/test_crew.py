@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from problems import batch, small_convnet
+from torch import nn
+
+from mamldata.batch import EpisodeBatch
+from trainer.adapt import InnerLoop, meta_parameters
+from trainer.algorithms import ORDERS
+from trainer.crew import each_task
+from trainer.engines import loop
+from trainer.models import build_network
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_tasks() -> None:
+    """Also when the last task is the first one to end, and each thread has its share of torch's threads."""
+    torch.set_num_threads(4)
+    turns = [threading.Event() for _ in range(2)]
+
+    def work(network: nn.Module, task: int) -> tuple[int, int]:
+        if task == 0:
+            assert turns[1].wait(10)
+        turns[task].set()
+        return task, torch.get_num_threads()
+
+    assert list(each_task(work, nn.Identity(), range(2), CPU)) == [(0, 2), (1, 2)]
+    assert torch.get_num_threads() == 4
+
+
+def test_threads_share_parameters_and_nothing_else() -> None:
+    """Each has a network of its own, since ``functional_call`` changes it for a while."""
+    torch.set_num_threads(2)
+    network, meet = small_convnet(), threading.Barrier(2, timeout=10)
+    weight = network.head
+
+    def work(own: nn.Module, task: int) -> int:
+        meet.wait()
+        assert own.head is weight
+        return id(own)
+
+    found = set(each_task(work, network, range(2), CPU))
+    assert len(found) == 2
+    assert id(network) not in found
+
+
+def test_an_error_in_a_task_is_the_callers() -> None:
+    """And torch has its threads again."""
+    torch.set_num_threads(2)
+
+    def work(network: nn.Module, task: int) -> int:
+        raise ValueError(f"task {task}")
+
+    with pytest.raises(ValueError, match="task 0"):
+        list(each_task(work, nn.Identity(), range(3), CPU))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_number_of_threads_changes_no_bit(order) -> None:
+    """Meta-gradients are summed in the order of the tasks, on one core and on three."""
+    network, inner = build_network("conv4", 1, 6, 3, seed=0), InnerLoop(2, 0.1, order, "transductive")
+    tasks = EpisodeBatch(*(part.float() if part.is_floating_point() else part for part in batch(tasks=7)))
+    at = meta_parameters(network, inner)
+    outcomes = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        outcomes.append(loop(network, at, tasks, inner, every_step=True))
+    assert all(torch.equal(outcomes[0].gradient[name], outcomes[1].gradient[name]) for name in at)
+    assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+    assert torch.equal(outcomes[0].score, outcomes[1].score)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from problems import batch
+from synthetic import Synthetic
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
+from trainer.adapt import InnerLoop, episodes, meta_parameters, query_logits
+from trainer.algorithms import BN_MODES, ORDERS
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.engines import ENGINES, loop
+from trainer.evaluate import evaluate_checkpoint
+from trainer.models import build_network
+from trainer.precision import PRECISIONS, pick_precision, precision_of, set_precision
+from trainer.settings import TrainSettings
+from trainer.train import train
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """The arithmetic of the other tests."""
+    yield
+    set_precision(torch.nn.Identity(), "fp32")
+
+
+def test_each_device_has_its_own() -> None:
+    """Unless another one is asked for; what a device does not have is refused."""
+    assert [pick_precision(None, torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == ["fp32", "fp32", "tf32"]
+    assert [pick_precision(name, torch.device("cuda")) for name in PRECISIONS] == list(PRECISIONS)
+    with pytest.raises(RequestError, match=r"precision tf32 is for CUDA devices alone, and this is cpu. Take fp32"):
+        pick_precision("tf32", CPU)
+    with pytest.raises(RequestError, match="precision bf16 is for CUDA and the CPU, and this is mps"):
+        pick_precision("bf16", torch.device("mps"))
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    """Unknown names, tf32 without CUDA, and an engine that computes by itself."""
+    with pytest.raises(RequestError, match="precision must be one of fp32, tf32, bf16, not 'fp16'"):
+        TrainSettings(precision="fp16")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="precision cannot be tf32 with device cpu: only CUDA devices have it"):
+        TrainSettings(precision="tf32", device="cpu")
+    with pytest.raises(RequestError, match=r"engine higher knows no precision bf16.* Take the engine loop"):
+        TrainSettings(precision="bf16", engine="higher")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
+def test_tf32_is_on_where_it_is_asked_for_only() -> None:
+    """And off again for the next network."""
+    network, found = torch.nn.Identity(), []
+    for name in ("tf32", "fp32", "tf32", "bf16"):
+        set_precision(network, name)
+        assert precision_of(network) == name
+        found.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+    assert found == [("tf32", "tf32"), ("ieee", "ieee"), ("tf32", "tf32"), ("ieee", "ieee")]
+
+
+def in_float32() -> EpisodeBatch:
+    return EpisodeBatch(*(part.float() if part.is_floating_point() else part for part in batch(k_shot=10, k_query=20)))
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("bn", BN_MODES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_bf16_is_near_to_fp32(order, bn, engine) -> None:
+    """The meta-gradient is float32, not the one of fp32, and points its way."""
+    inner, tasks = InnerLoop(2, 0.02, order, bn), in_float32()
+    found = []
+    for precision in ("fp32", "bf16"):
+        network = build_network("conv4", 1, 6, 3, seed=0)
+        set_precision(network, precision)
+        at = meta_parameters(network, inner)
+        outcome = ENGINES[engine](network, at, tasks, inner)
+        assert {value.dtype for value in outcome.gradient.values()} == {torch.float32}
+        assert outcome.loss.dtype == torch.float32
+        found.append(torch.cat([outcome.gradient[name].flatten() for name in ("head", "head_bias")]))
+    assert not torch.equal(*found)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.8
+
+
+def test_bf16_computes_in_bfloat16() -> None:
+    """Answers have the digits of bfloat16 only, in a thread of the engine, too."""
+    network, inner = build_network("conv4", 1, 6, 3, seed=0), InnerLoop(1, 0.05, "first", "transductive")
+    set_precision(network, "bf16")
+    at, episode = meta_parameters(network, inner), next(episodes(in_float32()))
+    logits = query_logits(network, at, episode, "transductive")
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, logits.bfloat16().float())
+    before = torch.get_num_threads()
+    try:
+        losses = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            losses.append(loop(network, at, in_float32(), inner).loss)
+        assert torch.equal(*losses)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "maml++", "pretrain"])
+def test_a_run_in_bf16(algorithm: str, tmp_path: Path) -> None:
+    """It trains, keeps float32 weights, is evaluated as it was trained, and says so with each result."""
+    settings = replace(SETTINGS, algorithm=algorithm, precision="bf16")
+    ends = [train(replace(settings, precision=name), Synthetic(), tmp_path / name).last for name in ("fp32", "bf16")]
+    one, other = (load_checkpoint(end) for end in ends)
+    assert {value.dtype for value in other.weights.values()} == {torch.float32}
+    assert any(not torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    assert other.settings["precision"] == "bf16"
+    assert TrainSettings(**other.settings).resolved() == settings.resolved()
+    result = evaluate_checkpoint(ends[1], Synthetic(), split="val", episodes=2, device="cpu")
+    assert result.precision == "bf16"
+    assert "bf16" in str(result)
+    rows = [json.loads(line) for line in (tmp_path / "bf16" / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = [row for row in rows if row["event"] == "val"]
+    assert (validation["precision"], validation["loss"]) == ("bf16", result.loss)
+
+
+def test_runs_from_before_there_was_a_choice(tmp_path: Path) -> None:
+    """Their checkpoints are evaluated in the device's own precision, and they can be resumed."""
+    run = tmp_path / "run"
+    checkpoint = load_checkpoint(train(SETTINGS, Synthetic(), run).last)
+    old = {name: value for name, value in checkpoint.settings.items() if name != "precision"}
+    old |= {"order": None, "loss": None, "rates": None, "adapts": None}
+    save_checkpoint(run, replace(checkpoint, settings=old))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "settings": old}))
+    assert evaluate_checkpoint(run, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"
+    assert train(replace(SETTINGS, steps=3), Synthetic(), run, resume=True).step == 3
+    with pytest.raises(RequestError, match="precision: None there, 'bf16' here"):
+        train(replace(SETTINGS, steps=4, precision="bf16"), Synthetic(), run, resume=True)
+    tf32 = save_checkpoint(run, replace(checkpoint, settings={**old, "precision": "tf32", "device": "auto"}))
+    assert evaluate_checkpoint(tf32, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"

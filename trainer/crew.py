@@ -1,0 +1,53 @@
+"""Work on the tasks of a meta-batch in as many threads as torch may use, in their order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each_task(
+    work: Callable[[nn.Module, Item], Result], network: nn.Module, tasks: Sequence[Item], device: torch.device
+) -> Iterator[Result]:
+    """``work(network, task)`` of each task, in order.
+
+    On a CPU with several threads each task has one of them to itself, where torch would divide each single operation
+    among all: those of one episode are too small for that. A result does not depend on how many tasks are under way,
+    and memory holds the graphs of as many. Elsewhere it is a plain loop.
+
+    Args:
+        work: a pure function; it may put other parameters into the network for a while (``functional_call``).
+        network: shared by all tasks; a thread has a copy of its own, with the same parameters.
+        tasks: of a meta-batch.
+        device: of the tasks.
+    """
+    threads = torch.get_num_threads()
+    crew = min(threads, len(tasks)) if device.type == "cpu" else 1
+    if crew == 1:
+        yield from (work(network, task) for task in tasks)
+        return
+    copies: SimpleQueue[nn.Module] = SimpleQueue()
+    for _ in range(crew):
+        copies.put(copy.deepcopy(network, {id(value): value for value in network.parameters()}))
+
+    def one(task: Item) -> Result:
+        own = copies.get()
+        try:
+            return work(own, task)
+        finally:
+            copies.put(own)
+
+    try:
+        with ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,)) as pool:
+            yield from pool.map(one, tasks)
+    finally:
+        torch.set_num_threads(threads)  # new threads take the number that was set last, in whichever thread

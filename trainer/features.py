@@ -1,0 +1,74 @@
+"""When the head alone adapts: an episode's images go through the body once, whatever the number of inner steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.adapt import RATE, Episode, InnerLoop, Parameters
+from trainer.models import Norm, batch_statistics, leading_statistics
+from trainer.precision import call, precision_of
+
+
+def head_on_features(
+    network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop
+) -> tuple[nn.Module, Parameters, Episode]:
+    """A smaller problem with the same answers: the head as the network, and features in place of images.
+
+    The body's gradient goes through the features, so that they are computed, and differentiated, once (Raghu et al.
+    2020 describe ANIL so). Where the body is not the same in all steps, or cannot be told from the head, the problem
+    stays what it is.
+
+    Args:
+        network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
+        parameters, episode, inner: as for ``adapt``, and so is what is given back.
+    """
+    once = inner.adapts == "head" and inner.bn in {"transductive", "support"} and inner.support_batches == 1
+    # A checkpointed step has gradients for its parameters only, and not for features.
+    if not once or inner.checkpoint or not hasattr(network, "features"):
+        return network, parameters, episode
+    head = _Head(network)
+    support_x, query_x = _features(network, parameters, episode, inner)
+    if inner.order == "first":
+        support_x = support_x.detach()  # a constant, as in every inner gradient of the first order
+    heads = {name: value for name, value in parameters.items() if hasattr(head, name) or name.startswith(RATE)}
+    return head, heads, episode._replace(support_x=support_x, query_x=query_x)
+
+
+def _features(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> tuple[Tensor, Tensor]:
+    """Of support and query images, ``[images, features]`` each."""
+    body = _Body(network)
+    own = {f"network.{name}": value for name, value in parameters.items() if not name.startswith(RATE)}
+    if inner.bn == "support":
+        support = len(episode.support_x)
+        together = torch.cat([episode.support_x, episode.query_x])
+        both = call(body, own, together, leading_statistics(support))
+        return both[:support], both[support:]
+    # The body's own gradient is of the first order.
+    support_x = call(body, own, episode.support_x, batch_statistics)
+    return support_x, call(body, own, episode.query_x, batch_statistics)
+
+
+class _Body(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.precision = precision_of(network)
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        features: Tensor = self.network.features(x, norm)
+        return features
+
+
+class _Head(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.head: nn.Parameter = network.head
+        self.head_bias: nn.Parameter = network.head_bias
+        self.precision = precision_of(network)
+
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002  # it has nothing to normalise
+        return F.linear(x, self.head, self.head_bias)

@@ -1,0 +1,60 @@
+"""The precision of the arithmetic: a name, what it means on a device, and where it takes effect."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mamldata.errors import RequestError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
+
+
+def pick_precision(name: Precision | None, device: torch.device) -> Precision:
+    """The precision called ``name``; None is the device's own, tf32 on CUDA and fp32 elsewhere.
+
+    Raises:
+        RequestError: the device does not have it.
+    """
+    if name is None:
+        return "tf32" if device.type == "cuda" else "fp32"
+    if name == "tf32" and device.type != "cuda":
+        raise RequestError(f"The precision tf32 is for CUDA devices alone, and this is {device.type}. Take fp32.")
+    if name == "bf16" and device.type == "mps":
+        raise RequestError("The precision bf16 is for CUDA and the CPU, and this is mps. Take fp32.")
+    return name
+
+
+def set_precision(network: nn.Module, precision: Precision) -> None:
+    """Let a network compute in a precision, and this process multiply float32 on CUDA as it says.
+
+    The network carries it, so that every engine and the evaluator have the same. Parameters stay in float32.
+    """
+    network.precision = precision  # type: ignore[assignment]  # a module's attributes are tensors to mypy
+    form = "tf32" if precision == "tf32" else "ieee"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        matmul.fp32_precision = cudnn.conv.fp32_precision = form  # type: ignore[attr-defined]  # not in its stubs
+    else:
+        matmul.allow_tf32 = cudnn.allow_tf32 = form == "tf32"
+
+
+def precision_of(network: nn.Module) -> Precision:
+    """What ``set_precision`` told a network, or else fp32."""
+    precision: Precision = getattr(network, "precision", "fp32")
+    return precision
+
+
+def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> Tensor:
+    """``functional_call``, with bf16 in bfloat16 where autocast has it so. The result is float32."""
+    result: Tensor
+    if precision_of(network) != "bf16":
+        result = functional_call(network, parameters, inputs)
+        return result
+    with torch.autocast(next(iter(parameters.values())).device.type, dtype=torch.bfloat16):
+        result = functional_call(network, parameters, inputs)
+    return result.float()

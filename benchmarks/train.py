@@ -1,14 +1,18 @@
 """Outer steps a second on made-up episodes of Omniglot's shape: engines, orders and inner steps, in turn.
 
-Each candidate has a process of its own, and so the allocator and the threads that it would have by itself.
+Each candidate has a process of its own, and so the allocator and the threads that it would have by itself. Beside the
+rates stands the processor time of a step, for on a machine that others use a rate says first of all who was given
+the cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
@@ -52,12 +56,14 @@ def main() -> None:
             for order in ORDERS:
                 what = f"{order} order, {steps} inner step{'s' if steps > 1 else ''}"
                 found = in_turn({name: worker.task(steps, order) for name, worker in workers.items()}, options.repeats)
+                for name, worker in workers.items():
+                    found[name]["cpu_seconds"] = worker.cpu_seconds()
                 results |= {f"{what}, {name}": value for name, value in found.items()}
                 ratios |= {f"{what}, {name}": ratio(found, name, PLAIN) for name in found if PLAIN in found}
     report(
         "train",
         {
-            "unit": "outer steps/s",
+            "unit": "outer steps/s; cpu_seconds of all threads, a step",
             "episodes": "5-way 1-shot 15-query, 28x28, made up",
             "meta_batch_size": options.meta_batch_size,
             "network": f"{options.network}; the plain example has conv4 as torch's own layers",
@@ -74,6 +80,7 @@ class Worker:
     """A candidate in a process of its own, which takes a step when it is told to."""
 
     def __init__(self, name: str, threads: int) -> None:
+        self._cpu: list[float] = []
         self._process = subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--one", name],
             stdin=subprocess.PIPE,
@@ -95,9 +102,15 @@ class Worker:
             assert self._process.stdin
             assert self._process.stdout
             print(steps, order, file=self._process.stdin, flush=True)
-            return int(self._process.stdout.readline())
+            self._cpu.append(float(self._process.stdout.readline()))
+            return 1
 
+        self._cpu.clear()
         return work
+
+    def cpu_seconds(self) -> float:
+        """Of all threads, in a step of the last task; the median, without the first step."""
+        return statistics.median(self._cpu[1:])
 
 
 def take_steps(options: argparse.Namespace) -> None:
@@ -116,13 +129,14 @@ def take_steps(options: argparse.Namespace) -> None:
         for order in ORDERS
     }
     for line in sys.stdin:
-        steps, order = int(line.split()[0]), line.split()[1]
+        steps, order, start = int(line.split()[0]), line.split()[1], time.process_time()
         if options.one in {PLAIN, PLAIN_KEPT}:
             loss = plain[steps, order]()
         else:
             inner = InnerLoop(steps, 0.4, "second" if order == "second" else "first", "transductive")
             loss = pick_engine(options.one)(network, parameters, batch, inner).loss
-        print(1 if float(loss) >= 0 else 0, flush=True)  # waits for the device
+        assert float(loss) >= 0  # and wait for the device
+        print(time.process_time() - start, flush=True)
 
 
 def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], Tensor]:

@@ -188,9 +188,6 @@ class TrainSettings:
                 yield "msl_epochs is for the loss multi-step, and this one is final."
             if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
                 yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
-            counts = self.first_order_epochs or self.point.loss == "multi-step"
-            if self.epoch_steps != TrainSettings.epoch_steps and not counts:
-                yield "epoch_steps is of no use without first_order_epochs or the loss multi-step, which count epochs."
             if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
                 yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
             if self.engine == "higher" and self.precision == "bf16":

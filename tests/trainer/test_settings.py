@@ -98,13 +98,11 @@ def test_settings_without_effect_are_refused() -> None:
     for given, reason in [
         ({"algorithm": "random", "meta_clip_norm": 1.0}, "There is nothing to clip with random, which has no meta-"),
         ({"algorithm": "random", "meta_clip_value": 1.0}, "There is nothing to clip with random"),
-        ({"epoch_steps": 100}, "epoch_steps is of no use without first_order_epochs or the loss multi-step"),
         ({"algorithm": "maml++", "msl_epochs": 3}, "msl_epochs is of no use with one inner step"),
     ]:
         with pytest.raises(RequestError, match=reason):
             TrainSettings(**given)  # type: ignore[arg-type]
-    TrainSettings(epoch_steps=100, first_order_epochs=1)
-    TrainSettings(algorithm="maml++", inner_steps=2, msl_epochs=3, epoch_steps=100)
+    TrainSettings(algorithm="maml++", inner_steps=2, msl_epochs=3)
     TrainSettings(algorithm="pretrain", meta_clip_norm=1.0)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import mamldata.build as build_module
+from mamldata import shards, store
 from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build, plan_archive, write_shard
+from mamldata.build import BuildRequest, build, plan_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
 from mamldata.manifest import load_manifest
 
@@ -173,7 +174,7 @@ class TestSameBytes:
 
     def test_pieces_made_in_memory_change_nothing(self, reference, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """A shard made one episode at a time has the same bytes."""
-        monkeypatch.setattr(build_module, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(shards, "_CHUNK_BYTES", 1)
         build(glyphs_manifest, glyphs_bank, tmp_path / "pieces", REQUEST)
         assert contents(tmp_path / "pieces") == contents(reference)
 
@@ -255,13 +256,13 @@ class TestInterrupted:
         args = [sys.executable, str(script), str(glyphs_root), str(out), str(workers), "600"]
         wanted = dataclasses.replace(REQUEST, episodes={"train": 600, "val": 2, "test": 3})
         plan = plan_archive(glyphs_manifest, glyphs_bank, wanted)
-        for shards in (1, 60, 150):
+        for enough in (1, 60, 150):
             with subprocess.Popen(
                 args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             ) as process:
                 deadline = time.monotonic() + 60
                 while process.poll() is None and time.monotonic() < deadline:
-                    if len(list((out / ".build").glob("*.tar.sha256"))) >= shards:
+                    if len(list((out / ".build").glob("*.tar.sha256"))) >= enough:
                         break
                     time.sleep(0.005)
                 process.kill()  # the parent alone: its workers must end by themselves
@@ -306,26 +307,24 @@ class TestInterrupted:
         """A build that goes on writes only what is not there."""
         out = tmp_path / "out"
         _interrupt_after(3, glyphs_manifest, glyphs_bank, out, monkeypatch)
-        written = []
-        monkeypatch.setattr(
-            build_module, "write_shard", lambda task: (written.append(task.shard.file), write_shard(task))[1]
-        )
+        before = {path: path.stat().st_ino for path in out.glob("*.tar")}
         build(glyphs_manifest, glyphs_bank, out, REQUEST)
-        assert written == ["val-00000.tar", "test-00000.tar"]
+        assert sorted(path.name for path in before) == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
+        assert {path: path.stat().st_ino for path in before} == before
 
 
-def _interrupt_after(shards: int, manifest, bank, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interrupt_after(finished: int, manifest, bank, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build until some shards are finished."""
-    left = [shards]
+    left = [finished]
 
-    def writing(task):
+    def making(task):
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        return write_shard(task)
+        return shards.make_shard(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "write_shard", writing)
+        patch.setattr(build_module, "make_shard", making)
         with pytest.raises(KeyboardInterrupt):
             build(manifest, bank, out, REQUEST)
     assert not (out / INDEX).exists()
@@ -561,14 +560,14 @@ class TestPlaces:
             shutil.copytree(reference, out, dirs_exist_ok=True)  # another process was here first
             yield
 
-        monkeypatch.setattr(build_module, "locked", waited)
+        monkeypatch.setattr(store, "locked", waited)
         with pytest.raises(RequestError, match=r"already holds another archive .*seed 3 there, 4 asked for"):
             build(glyphs_manifest, glyphs_bank, out, dataclasses.replace(REQUEST, seed=4))
         assert contents(out) == contents(reference)
 
     def test_a_worker_that_dies(self, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """A worker killed from outside ends in an error that says so, and the same build then finishes."""
-        monkeypatch.setattr(build_module, "write_shard", _Die())
+        monkeypatch.setattr(build_module, "make_shard", _Die())
         with pytest.raises(MamldataError, match=r"A worker process died .* Run the same command again"):
             build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, workers=2)
         monkeypatch.undo()

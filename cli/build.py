@@ -15,6 +15,7 @@ from cli.common import bars, episode_options, json_option, next_command, print_j
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
+from mamldata.download import without_password
 from mamldata.manifest import load_manifest
 from mamldata.parallel import default_workers
 from mamldata.places import is_remote
@@ -76,27 +77,27 @@ def command(
     manifest = load_manifest(name)
     processes = workers or default_workers()
     place = out if is_remote(out) else Path(out)
+    shown = without_password(out) if is_remote(out) else out
     with _executor(dask) as executor:
         bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
         if shards is not None:
             built = build_portion(manifest, bank, place, shards, request, **how)
             if as_json:
-                print_json({"archive": out, "portion": str(shards), **vars(built)})
+                print_json({"archive": shown, "portion": str(shards), **vars(built)})
                 return
-            click.echo(
-                f"{out}: portion {shards}, {built.shards} of {built.of_shards} shards, {built.written} of them written"
-            )
+            share = f"{built.shards} of {built.of_shards} shards"
+            click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
             say(f"Done in {time.monotonic() - start:.1f} s.")
             say("When all portions are done, the same command without --shards closes the archive.")
             return
         archive = build(manifest, bank, place, request, **how)
     if as_json:
-        print_json(describe(archive, out))
+        print_json(describe(archive, shown))
         return
-    print_archive(archive, out)
+    print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
-    next_command(f"mamldata train {out}")
+    next_command(f"mamldata train {shown}")
 
 
 @contextmanager

@@ -202,13 +202,14 @@ class AddressStore:
                 entries: list[dict[str, Any]] = system.ls(root, detail=True)
             except FileNotFoundError:
                 return {}
+            # A file is listed as itself, or even as its own child. Some programs put an empty one in place of a folder.
+            if len(entries) == 1 and system.isfile(root) and system.size(root):
+                raise WriteError(f"{self} is a file. Choose another address for the archive.")
         found = {}
         for entry in entries:
-            name, size = str(entry["name"]).strip("/"), int(entry["size"] or 0)
+            name = str(entry["name"]).strip("/")
             if name != root.strip("/"):
-                found[name.rpartition("/")[2]] = size if entry["type"] == "file" else 0
-            elif entry["type"] == "file" and size:  # some programs put an empty one in place of an empty folder
-                raise WriteError(f"{self} is a file. Choose another address for the archive.")
+                found[name.rpartition("/")[2]] = int(entry["size"]) if entry["type"] == "file" else 0
         return found
 
     def size(self, name: str) -> int | None:
@@ -259,7 +260,7 @@ class AddressStore:
         growing = f"{root}/{BUILD}/{Path(name).name}.{uuid.uuid4().hex}.part"
         try:
             system.put_file(part, growing)
-            with suppress(FileNotFoundError):  # not every such file system moves a file over another
+            if system.exists(final):  # not every such file system moves a file over another
                 system.rm_file(final)
             system.mv(growing, final)
         except BaseException:
@@ -274,13 +275,13 @@ class AddressStore:
     def remove(self, name: str) -> None:
         with self._talking():
             system, root = self._open()
-            with suppress(FileNotFoundError):
+            if system.exists(f"{root}/{name}"):
                 system.rm_file(f"{root}/{name}")
 
     def clear(self) -> None:
         with self._talking():
             system, root = self._open()
-            with suppress(FileNotFoundError):
+            if system.exists(f"{root}/{BUILD}"):
                 system.rm(f"{root}/{BUILD}", recursive=True)
 
     def alone(self) -> AbstractContextManager[None]:

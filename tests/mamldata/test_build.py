@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import mamldata.build as build_module
 from mamldata import shards, store
 from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build, plan_archive
+from mamldata.build import BuildRequest, Portion, PortionBuilt, build, build_portion, plan_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
 from mamldata.manifest import load_manifest
 
@@ -353,6 +357,114 @@ def _group(process: Path) -> int | None:
     except OSError:
         return None
     return None if state == "Z" else int(group)
+
+
+PORTION = """
+import sys
+from pathlib import Path
+from mamldata.bank import make_bank
+from mamldata.build import BuildRequest, Portion, build_portion
+from mamldata.manifest import load_manifest
+root, out, number, of = sys.argv[1:]
+request = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3,
+                       episodes_per_shard=3)
+manifest = load_manifest("glyphs")
+build_portion(manifest, make_bank(manifest, Path(root)), Path(out), Portion(int(number), int(of)), request)
+"""
+
+
+class TestPortions:
+    @hypothesis.given(st.data())
+    @hypothesis.settings(max_examples=8)
+    def test_any_partition_in_any_order(self, reference, tmp_path_factory, glyphs_manifest, glyphs_bank, data):
+        """Whatever portions are built, in whatever order and number, the closing build gives the same bytes."""
+        of = data.draw(st.integers(1, 7))
+        numbers = data.draw(st.lists(st.integers(1, of), max_size=8))
+        out = tmp_path_factory.mktemp("portions") / "out"
+        written = [
+            build_portion(glyphs_manifest, glyphs_bank, out, Portion(number, of), REQUEST).written for number in numbers
+        ]
+        assert sum(written) == sum(len(range(number - 1, 5, of)) for number in set(numbers))
+        assert not (out / INDEX).exists()
+        kept = {path: path.stat().st_ino for path in out.glob("*.tar")}
+        build(glyphs_manifest, glyphs_bank, out, REQUEST)
+        assert contents(out) == contents(reference)
+        assert {path: path.stat().st_ino for path in kept} == kept
+
+    def test_what_a_portion_says(self, tmp_path, glyphs_manifest, glyphs_bank):
+        """How many shards it has, how many of them it wrote, and how many there are; none is fine."""
+
+        def built(number: int, of: int) -> PortionBuilt:
+            return build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(number, of), REQUEST)
+
+        assert built(2, 2) == PortionBuilt(shards=2, written=2, of_shards=5)
+        assert built(2, 2) == PortionBuilt(shards=2, written=0, of_shards=5)
+        assert built(6, 6) == PortionBuilt(shards=0, written=0, of_shards=5)
+        build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST)
+        assert built(1, 1) == PortionBuilt(shards=5, written=0, of_shards=5)
+        (tmp_path / "out" / "train-00000.tar").unlink()
+        assert built(1, 1) == PortionBuilt(shards=5, written=1, of_shards=5)
+
+    @pytest.mark.parametrize(
+        ("number", "of", "message"),
+        [
+            (0, 3, "There is no portion 0/3: they are counted from 1/3 to 3/3"),
+            (4, 3, "There is no portion 4/3: they are counted from 1/3 to 3/3"),
+            (1, 0, "There is no portion 1/0: they are counted from 1/1 to 1/1"),
+        ],
+    )
+    def test_that_there_is_not(self, number, of, message):
+        """A portion out of range is refused, and it is said how they are counted."""
+        with pytest.raises(RequestError, match=message):
+            Portion(number, of)
+
+    def test_at_the_same_time_and_beside_a_whole_build(self, reference, script, glyphs_root, tmp_path):
+        """Portions, some of them twice, and builds of the whole, all at once: all succeed, and the bytes are right."""
+        out = tmp_path / "out"
+        portions = [
+            [sys.executable, "-c", PORTION, str(glyphs_root), str(out), str(number), "3"] for number in (1, 2, 3, 1, 2)
+        ]
+        whole = [[sys.executable, str(script), str(glyphs_root), str(out)]] * 2
+        processes = [
+            subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for args in portions + whole
+        ]
+        outputs = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0] * 7, outputs
+        build(load_manifest("glyphs"), make_bank(load_manifest("glyphs"), glyphs_root), out, REQUEST)
+        assert contents(out) == contents(reference)
+
+    def test_another_archive_is_refused(self, built, tmp_path, glyphs_manifest, glyphs_bank):
+        """A portion is never written into another archive, finished or not."""
+        other = dataclasses.replace(REQUEST, seed=4)
+        with pytest.raises(RequestError, match=r"already holds another archive \(seed 3 there, 4 asked for\)"):
+            build_portion(glyphs_manifest, glyphs_bank, built, Portion(1, 2), other)
+        build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(1, 2), REQUEST)
+        with pytest.raises(RequestError, match=r"an unfinished build of another archive \(seed 3 there, 4 asked for\)"):
+            build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(2, 2), other)
+
+
+class TestExecutor:
+    @pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+    def test_any_executor_writes_the_same_bytes(self, reference, tmp_path, glyphs_manifest, glyphs_bank, kind):
+        """Whoever runs the tasks, the bytes are the same; the executor stays open."""
+        options = {} if kind is ThreadPoolExecutor else {"mp_context": multiprocessing.get_context("spawn")}
+        with kind(2, **options) as executor:
+            build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
+            assert executor.submit(abs, -1).result() == 1
+        assert contents(tmp_path / "out") == contents(reference)
+
+    def test_a_relative_place(self, reference, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
+        """Workers have other current folders: what they are told is absolute."""
+        monkeypatch.chdir(tmp_path)
+        bank = dataclasses.replace(glyphs_bank, path=Path(os.path.relpath(glyphs_bank.path)))
+        seen = []
+        with ThreadPoolExecutor(1) as executor:
+            submit = executor.submit
+            monkeypatch.setattr(executor, "submit", lambda make, task: (seen.append(task), submit(make, task))[1])
+            build(glyphs_manifest, bank, Path("out"), REQUEST, executor=executor)
+        assert {(task.store.path, task.bank.is_absolute()) for task in seen} == {(tmp_path / "out", True)}
+        assert contents(tmp_path / "out") == contents(reference)
 
 
 class TestAgain:

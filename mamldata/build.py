@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +173,7 @@ def build_portion(
     chosen = names[portion.number - 1 :: portion.of]
     if _finished(store) is not None:
         return PortionBuilt(len(chosen), 0, len(names))
-    _begin(store, plan)
+    _undisturbed(store, lambda: _begin(store, plan))
     made = _make(plan, bank, store, chosen, workers if executor is None else executor, progress)
     if store.size(INDEX) is not None:  # closed meanwhile by a build that did our work, too
         store.clear()
@@ -294,7 +294,7 @@ def _build(plan: Archive, bank: Bank, store: Store, workers: int | Executor, pro
     there = _read_archive(store)
     if there is not None and not _missing(store, there):
         return there
-    _begin(store, plan)
+    _undisturbed(store, lambda: _begin(store, plan))
     made = _make(plan, bank, store, [shard.file for shard in plan.shards()], workers, progress)
     archive = plan.with_digests({file: shard.sha256 for file, shard in made.items()})
     if missing := _missing(store, archive):
@@ -304,21 +304,13 @@ def _build(plan: Archive, bank: Bank, store: Store, workers: int | Executor, pro
             "them reach, such as s3://bucket/folder."
         )
     _refuse_other_content(store, plan)  # again: at an address nothing keeps two builds from beginning at once
-    store.prepare()
-    store.write(INDEX_SUM, [index_sum(archive.digest)])
-    store.write(INDEX, [archive.to_json()])
+    _undisturbed(store, lambda: _close(store, archive))
     return archive
 
 
 def _begin(store: Store, plan: Archive) -> None:
     """Make the place an unfinished build of this plan; also one whose finished archive lacks a shard."""
-    for _ in range(_TRIES):
-        store.prepare()
-        try:
-            store.write_new(PLAN, plan.to_json())
-            break
-        except FileNotFoundError:  # another process has just closed the archive, and cleared up
-            continue
+    store.write_new(PLAN, plan.to_json())
     _refuse_other_content(store, plan)  # another process may have been first
     there = _read_archive(store)
     if there is not None and _missing(store, there):
@@ -326,6 +318,23 @@ def _begin(store: Store, plan: Archive) -> None:
         for shard in there.shards():
             store.write(receipt(shard), [shard.sha256.encode()])
         store.remove(INDEX)
+
+
+def _close(store: Store, archive: Archive) -> None:
+    store.write(INDEX_SUM, [index_sum(archive.digest)])
+    store.write(INDEX, [archive.to_json()])
+
+
+def _undisturbed(store: Store, act: Callable[[], None]) -> None:
+    """Do something that needs ``.build``, anew if another process has just closed the archive and cleared it away."""
+    for _ in range(_TRIES):
+        store.prepare()
+        try:
+            act()
+            return
+        except FileNotFoundError:
+            continue
+    raise WriteError(f"{store}/{BUILD} is removed again and again. Let one build at a time run there.")
 
 
 def _make(

@@ -30,6 +30,9 @@ OURS = frozenset({BUILD, _LOCK})  # names that only an unfinished build has
 # Their file systems show an object when it is whole, and never before; on any other a file grows under its name.
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "hf"}
 
+# s3fs holds ten pieces of 50 MB in memory where it may; workers are many already.
+_OPTIONS = {protocol: {"max_concurrency": 1} for protocol in ("s3", "s3a")}
+
 Pieces = Iterable[bytes | memoryview]
 
 
@@ -191,7 +194,7 @@ class AddressStore:
         """The file system, and the path in it. Others write there too, so nothing that it remembers counts."""
         import fsspec
 
-        system, root = fsspec.core.url_to_fs(self.url)
+        system, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(self.url.partition("://")[0].lower(), {}))
         system.invalidate_cache()
         return system, root.rstrip("/")
 

@@ -44,7 +44,7 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         ) from error
     with _quiet(), client:
         try:
-            yield client.get_executor(), len(client.scheduler_info(n_workers=-1)["workers"])
+            yield client.get_executor(), len(client.nthreads())
         except KilledWorker as error:
             raise MamldataError(
                 f"Several workers of the Dask cluster at {address} died over the same shard ({error}). Look into their "

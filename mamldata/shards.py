@@ -82,9 +82,11 @@ def make_shard(task: ShardTask) -> ShardMade:
         task.store.write(shard.file, pieces())
         if (made := _closed(task)) is None:
             task.store.write(receipt(shard), [digest.hexdigest().encode()])
-    except FileNotFoundError as error:
-        # Whoever wrote the same shard at the same time was faster, closed the archive and cleared up.
+    except (FileNotFoundError, WriteError) as error:
+        # Perhaps whoever wrote the same shard at the same time was faster, closed the archive and cleared up.
         if (made := _closed(task)) is None:
+            if isinstance(error, WriteError):
+                raise
             raise WriteError(
                 f"{task.store}/{BUILD} was removed while {shard.file} was written. Run the same command again."
             ) from error

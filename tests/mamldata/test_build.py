@@ -37,7 +37,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import BuildRequest, Portion, build, build_portion
 from mamldata.errors import MamldataError
 from mamldata.manifest import load_manifest
 
@@ -56,8 +56,9 @@ def main(root, out, workers=1, train=7):
 """
 PLAIN = SCRIPT + "\nif __name__ == '__main__':\n    main(*sys.argv[1:])\n"
 
-# Builds in a child that kills itself with SIGKILL at its n-th operation on a file, for n = 1, 2, ... until one gets
-# through; after each the parent runs the very same build and prints the digest and what it found finished.
+# Builds a portion and then the rest in a child that kills itself with SIGKILL at its n-th operation on a file, for
+# n = 1, 2, ... until one gets through; after each the parent runs the whole build and prints the digest and what it
+# found finished.
 KILLED_EVERYWHERE = (
     SCRIPT
     + """
@@ -80,6 +81,7 @@ for moment in range(1, 400):
     child = os.fork()
     if child == 0:
         left[0] = moment
+        build_portion(manifest, bank, Path(out), Portion(1, 2), request())
         build(manifest, bank, Path(out), request())
         os._exit(0)
     _, status = os.waitpid(child, 0)

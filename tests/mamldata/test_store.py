@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from mamldata import shards
 from mamldata.archive import INDEX, INDEX_SUM, read_archive
 from mamldata.build import BuildRequest, Portion, build, build_portion
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
@@ -203,6 +204,21 @@ class TestAddress:
         assert INDEX not in contents(s3.folder / "a")
         build(glyphs_manifest, glyphs_bank, f"{s3.url}/a", REQUEST)
         assert contents(s3.folder / "a") == contents(reference)
+
+    @pytest.mark.parametrize("kind", ["s3", "ftp"])
+    def test_overtaken_by_a_whole_build(self, request, kind, reference, glyphs_manifest, glyphs_bank, monkeypatch):
+        """A portion that is slower than a build of everything finds its shards there, and leaves nothing behind."""
+        bucket, real = request.getfixturevalue(kind), shards.shard_pieces
+
+        def slow_pieces(*arguments):
+            yield from real(*arguments)
+            monkeypatch.setattr(shards, "shard_pieces", real)
+            build(glyphs_manifest, glyphs_bank, f"{bucket.url}/a", REQUEST)
+
+        monkeypatch.setattr(shards, "shard_pieces", slow_pieces)
+        built = build_portion(glyphs_manifest, glyphs_bank, f"{bucket.url}/a", Portion(1, 1), REQUEST)
+        assert built.written == 0
+        assert contents(bucket.folder / "a") == contents(reference)
 
     def test_a_lost_shard_is_made_again(self, s3, reference, glyphs_manifest, glyphs_bank):
         """Building again is the remedy for a shard that went missing in the bucket; the others are kept."""

@@ -97,8 +97,7 @@ class Bucket:
 
 def _serve(kind: str, folder: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start ``rclone serve``; gives the process, and the host and port."""
-    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    program = shutil.which("rclone", path=places)
+    program = shutil.which("rclone", path=sysconfig.get_path("scripts"))
     if program is None:
         pytest.skip("rclone is not installed: it is the server of this test, and comes with the test group")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -118,6 +117,7 @@ def _serve(kind: str, folder: Path, *options: str) -> tuple[subprocess.Popen[byt
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """An S3 server, a program of its own: its host and port, and the folder of its buckets."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed; the test group has it")
     folder = tmp_path_factory.mktemp("s3")
     server, place = _serve("s3", folder, "--auth-key", "anyone,opensesame")
     with server:

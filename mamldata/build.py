@@ -287,7 +287,9 @@ def _finished(store: Store) -> Archive | None:
 def _missing(store: Store, archive: Archive) -> list[str]:
     """The shards that are not there, or have not their length."""
     sizes = store.entries()
-    return [shard.file for shard in archive.shards() if sizes.get(shard.file) != shard.bytes]
+    doubtful = [shard for shard in archive.shards() if sizes.get(shard.file) != shard.bytes]
+    # On a file system that machines share, a listing may be older than what another machine wrote.
+    return [shard.file for shard in doubtful if store.size(shard.file) != shard.bytes]
 
 
 def _build(plan: Archive, bank: Bank, store: Store, workers: int | Executor, progress: Progress) -> Archive:

@@ -456,6 +456,22 @@ class TestExecutor:
             assert executor.submit(abs, -1).result() == 1
         assert contents(tmp_path / "out") == contents(reference)
 
+    def test_workers_that_write_elsewhere(self, tmp_path, glyphs_manifest, glyphs_bank):
+        """Workers that have the same path on a disk of their own are noticed before the archive is closed."""
+
+        class Elsewhere(ThreadPoolExecutor):
+            def submit(self, make, task):
+                shutil.copytree(task.store.path, tmp_path / "elsewhere", dirs_exist_ok=True)
+                other = dataclasses.replace(task.store, path=tmp_path / "elsewhere")
+                return super().submit(make, dataclasses.replace(task, store=other))
+
+        with (
+            Elsewhere(1) as executor,
+            pytest.raises(WriteError, match=r"5 of 5 shards are not in .*out though workers wrote them, .*train-00000"),
+        ):
+            build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
+        assert not (tmp_path / "out" / INDEX).exists()
+
     def test_a_relative_place(self, reference, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """Workers have other current folders: what they are told is absolute."""
         monkeypatch.chdir(tmp_path)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from common import arguments, bank, in_turn, report
 
-from mamldata.build import BuildRequest, ShardTask, build, plan_archive, shard_pieces
+from mamldata.build import BuildRequest, build, plan_archive
 from mamldata.parallel import default_workers
+from mamldata.shards import shard_pieces
 
 
 def main() -> None:
@@ -26,12 +27,9 @@ def main() -> None:
     plan = plan_archive(manifest, images, request)
 
     def in_memory() -> int:
-        split = plan.splits["train"]
-        for shard in split.shards:
+        for number in range(len(plan.splits["train"].shards)):
             digest = hashlib.sha256()
-            for piece in shard_pieces(
-                ShardTask(images, plan.spec("train"), split.classes, plan.image_shape, shard, Path())
-            ):
+            for piece in shard_pieces(plan, "train", number, images.open_images()):
                 digest.update(piece)
         return options.episodes
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +14,49 @@ import click
 from cli.common import bars, episode_options, json_option, next_command, print_json, root_option, say
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
-from mamldata.build import DEFAULT_EPISODES, BuildRequest, build
+from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
+from mamldata.download import without_password
 from mamldata.manifest import load_manifest
 from mamldata.parallel import default_workers
+from mamldata.places import is_remote
 from mamldata.root import data_root
+
+
+def _portion(_context: click.Context, _option: click.Parameter, value: str | None) -> Portion | None:
+    number, _, of = (value or "").partition("/")
+    if value is None:
+        return None
+    if not (number.isdecimal() and of.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not of the form 3/100: the third of a hundred portions.")
+    return Portion(int(number), int(of))
 
 
 @click.command(
     epilog="\b\nExample:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600",
 )
 @click.argument("name", metavar="NAME|FILE.toml|FOLDER")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive's folder.")
+@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="The archive's place: a folder, or s3://… .")
 @episode_options()
 @click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Episodes.")
 @click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Episodes.")
 @click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Episodes.")
 @click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit into 64 MiB]")
-@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one for each processor]")
+@click.option("--workers", type=click.IntRange(1), help="Processes here.  [default: one for each processor]")
+@click.option("--dask", metavar="ADDRESS", help="Let a Dask cluster write the shards: its scheduler's address.")
+@click.option("--shards", metavar="I/N", callback=_portion, help="Write only the I-th of N portions, from 1/N to N/N.")
 @root_option
 @json_option
 def command(
     name: str,
-    out: Path,
+    out: str,
     episodes: dict[str, Any],
     train: int,
     val: int,
     test: int,
     episodes_per_shard: int | None,
     workers: int | None,
+    dask: str | None,
+    shards: Portion | None,
     root: str | None,
     as_json: bool,
 ) -> None:
@@ -48,6 +66,9 @@ def command(
 
     A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Where it has no such splits,
     64 % of the classes are train, 16 % val and 20 % test, drawn with the seed 0.
+
+    With --shards the work is shared out among calls, on whatever machines, at the same time or not; a last call
+    without it writes what is missing and closes the archive.
     """
     start = time.monotonic()
     image_size = episodes.pop("image_size", None)
@@ -55,11 +76,37 @@ def command(
     request = BuildRequest(episodes=counts, episodes_per_shard=episodes_per_shard, **episodes)
     manifest = load_manifest(name)
     processes = workers or default_workers()
-    bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
-    archive = build(manifest, bank, out, request, workers=processes, progress=bars)
+    place = out if is_remote(out) else Path(out)
+    shown = without_password(out) if is_remote(out) else out
+    with _executor(dask) as executor:
+        bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
+        how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
+        if shards is not None:
+            built = build_portion(manifest, bank, place, shards, request, **how)
+            if as_json:
+                print_json({"archive": shown, "portion": str(shards), **vars(built)})
+                return
+            share = f"{built.shards} of {built.of_shards} shards"
+            click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
+            say(f"Done in {time.monotonic() - start:.1f} s.")
+            say("When all portions are done, the same command without --shards closes the archive.")
+            return
+        archive = build(manifest, bank, place, request, **how)
     if as_json:
-        print_json(describe(archive, out))
+        print_json(describe(archive, shown))
         return
-    print_archive(archive, out)
+    print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
-    next_command(f"mamldata train {out}")
+    next_command(f"mamldata train {shown}")
+
+
+@contextmanager
+def _executor(dask: str | None) -> Iterator[Executor | None]:
+    if dask is None:
+        yield None
+        return
+    from mamldata.cluster import dask_executor
+
+    with dask_executor(dask) as (executor, workers):
+        say(f"The Dask cluster at {dask} has {'1 worker' if workers == 1 else f'{workers} workers'}.")
+        yield executor

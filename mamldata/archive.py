@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -232,6 +232,23 @@ class Archive:
             raise RequestError(f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}.")
         return self.splits[name]
 
+    def with_digests(self, digests: Mapping[str, str]) -> Archive:
+        """The archive with a sha256 for each of its shards, by file name."""
+        splits = {
+            name: replace(split, shards=tuple(replace(shard, sha256=digests[shard.file]) for shard in split.shards))
+            for name, split in self.splits.items()
+        }
+        return replace(self, splits=splits)
+
+    def plan(self) -> Archive:
+        """The archive as it was before its shards were written: without their digests."""
+        return self.with_digests(dict.fromkeys((shard.file for shard in self.shards()), ""))
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards, in the order of work."""
+        for split in self.splits.values():
+            yield from split.shards
+
     def to_json(self) -> bytes:
         """The bytes of ``archive.json``: canonical JSON."""
         return canonical_json(
@@ -297,18 +314,36 @@ def read_archive(folder: Path) -> Archive:
             if unfinished
             else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: mamldata build NAME --out DIR"
         )
-    data = path.read_bytes()
+    digest_file = folder / INDEX_SUM
+    return check_archive(path.read_bytes(), digest_file.read_bytes() if digest_file.is_file() else None, path)
+
+
+def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Archive:
+    """The archive that ``archive.json`` describes, checked against ``archive.json.sha256``.
+
+    Args:
+        data: of ``archive.json``.
+        declared: of ``archive.json.sha256``, if it is there.
+        shown: where ``archive.json`` is, for the message.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
     try:
         archive = parse_archive(data)
     except DamagedError as error:
-        raise DamagedError(f"{path}: {error}") from error
-    digest_file = folder / INDEX_SUM
-    if digest_file.is_file() and digest_file.read_bytes() != index_sum(archive.digest):
+        raise DamagedError(f"{shown}: {error}") from error
+    if declared is not None and declared != index_sum(archive.digest):
         raise DamagedError(
-            f"{path} is damaged: its sha256 is {archive.digest}, which is not what {INDEX_SUM} says. "
+            f"{shown} is damaged: its sha256 is {archive.digest}, which is not what {INDEX_SUM} says. "
             "Copy both anew, or delete the folder and build the archive again."
         )
     return archive
+
+
+def parse_plan(data: bytes) -> Archive:
+    """An archive whose shards have no digests yet, from the very bytes that its ``to_json`` gave."""
+    return _from_json(json.loads(data))
 
 
 def parse_archive(data: bytes) -> Archive:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ class Bank:
 
     def open_images(self) -> Images:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""
-        start = len(npy_header("|u1", self.shape))
-        # A plain array over the map: np.memmap's own indexing is slower by half.
-        return np.asarray(np.memmap(self.path, np.uint8, "r", start, self.shape))
+        return _mapped(self.path, self.shape)
 
     def normalisation(self, classes: Sequence[int]) -> Normalisation:
         """Mean and deviation over the classes at these positions; of none, 0 and 1."""
@@ -194,6 +193,41 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
         class_sums=tuple(tuple((total, squares) for total, squares in sums) for sums in description["class_sums"]),
         left_out=tuple(description["left_out"]),
     )
+
+
+def open_images(path: Path, sha256: str) -> Images:
+    """Map the images of a bank by its file and its digest, as another process named them.
+
+    Args:
+        path: the ``.npy`` file, its description beside it.
+        sha256: the bank's digest.
+
+    Returns:
+        uint8 ``[images, H, W, C]``, read-only.
+
+    Raises:
+        DataMissingError: there is no such file, or it is another bank.
+        DamagedError: its description is not what was written.
+    """
+    return _mapped(path, _shape(path, sha256))
+
+
+def _mapped(path: Path, shape: tuple[int, int, int, int]) -> Images:
+    # A plain array over the map: np.memmap's own indexing is slower by half.
+    return np.asarray(np.memmap(path, np.uint8, "r", len(npy_header("|u1", shape)), shape))
+
+
+@lru_cache(maxsize=4)  # a worker asks once for each shard, and a description of many classes is long
+def _shape(path: Path, sha256: str) -> tuple[int, int, int, int]:
+    try:
+        description = read_description(path.with_suffix(".json"))
+        there = path.stat().st_size
+    except OSError as error:
+        raise DataMissingError(f"The bank {path} cannot be read ({error.strerror}).") from error
+    shape: tuple[int, int, int, int] = tuple(description["shape"])
+    if description["sha256"] != sha256 or there != npy_bytes("|u1", shape):
+        raise DataMissingError(f"The bank {path} is another one: its digest is not {sha256}.")
+    return shape
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mamldata.archive import (
-    END,
     INDEX,
     INDEX_SUM,
     MOST_EPISODES,
@@ -19,27 +17,26 @@ from mamldata.archive import (
     ArchiveSplit,
     EpisodeLayout,
     Shard,
-    check_size,
+    check_archive,
     index_sum,
-    is_archive,
     quarter_turns,
-    read_archive,
     shard_file,
     shard_sizes,
 )
 from mamldata.bank import Bank
-from mamldata.digest import canonical_json, sha256_file
-from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
-from mamldata.errors import DamagedError, RequestError, WriteError
-from mamldata.files import commit, locked, make_folder, temporary, write_atomic, writing
+from mamldata.digest import sha256_bytes
+from mamldata.episodes import EpisodeSampler, class_table
+from mamldata.errors import RequestError, WriteError
 from mamldata.manifest import ROTATIONS, SPLITS, Manifest
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
+from mamldata.shards import PLAN, ShardMade, ShardTask, make_shard, receipt
 from mamldata.splits import divide
+from mamldata.store import BUILD, OURS, Store, store_at
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}
 _SHARD_BYTES = 64 << 20  # a shard's size unless it is chosen: small enough to share out, large enough to stream
-_CHUNK_BYTES = 8 << 20  # made in memory at a time
+_TRIES = 3  # each fails only if another process clears up in the very moment
 
 
 @dataclass(frozen=True)
@@ -78,45 +75,109 @@ class BuildRequest:
             raise RequestError(f"episodes_per_shard must be at least 1, not {self.episodes_per_shard}.")
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Which shards of a build one call writes: of every ``of`` consecutive ones the ``number``-th, counted from 1."""
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            last = max(self.of, 1)
+            raise RequestError(f"There is no portion {self}: they are counted from 1/{last} to {last}/{last}.")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+@dataclass(frozen=True)
+class PortionBuilt:
+    """What a portion's shards are: how many, how many of them this call wrote, and how many the archive has."""
+
+    shards: int
+    written: int
+    of_shards: int
+
+
 def build(
     manifest: Manifest,
     bank: Bank,
-    out: Path,
+    out: Path | str,
     request: BuildRequest | None = None,
     *,
     workers: int = 1,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> Archive:
-    """Build an archive in the folder ``out``, or go on with one that was interrupted there.
+    """Build an archive at ``out``, or go on with one that was interrupted there.
 
-    A folder that already holds the very archive is left as it is; a shard that is missing there, or has not its
+    A place that already holds the very archive is left as it is; a shard that is missing there, or has not its
     length, is written again, and then the others are hashed too.
 
     Args:
         manifest: the dataset.
         bank: its images.
-        out: the archive's folder; made if it is not there.
+        out: the archive's folder, made if it is not there; or an address that fsspec writes to.
         request: what to build.
-        workers: processes that write shards.
+        workers: processes on this machine that write shards, where there is no executor.
+        executor: writes the shards, and is left open. Its workers, wherever they are, see the bank and ``out`` under
+            the same names as this process.
         progress: told of episodes.
 
     Raises:
-        RequestError: episodes that cannot be made; or the folder holds something else.
-        WriteError: the folder cannot be written to.
+        RequestError: episodes that cannot be made; or the place holds something else, or cannot be written to at all.
+        WriteError: the place cannot be written to.
+        MamldataError: a worker died, or does not see the same files.
     """
     plan = plan_archive(manifest, bank, request or BuildRequest())
-    _refuse_other_content(out, plan)
-    if is_archive(out) and not (out / ".build").exists() and _has_all_shards(out, archive := read_archive(out)):
+    store = store_at(out)
+    _refuse_other_content(store, plan)
+    if (archive := _finished(store)) is not None:
         return archive
-    make_folder(out)
-    with locked(out / ".lock"):
-        _refuse_other_content(out, plan)  # again: another process may have begun meanwhile
-        archive = _build(plan, bank, out, workers, progress)
-        # Only now: whoever waits for a lock that is gone finds nothing left to write. And in this order: while .build
-        # is there the next build clears up, should this process die here.
-        (out / ".lock").unlink(missing_ok=True)
-        shutil.rmtree(out / ".build", ignore_errors=True)
+    store.prepare()
+    with store.alone():
+        _refuse_other_content(store, plan)  # again: another process may have begun meanwhile
+        archive = _build(plan, bank, store, workers if executor is None else executor, progress)
+        # Only now: whoever waits for a lock that is gone finds nothing left to write.
+        store.clear()
         return archive
+
+
+def build_portion(
+    manifest: Manifest,
+    bank: Bank,
+    out: Path | str,
+    portion: Portion,
+    request: BuildRequest | None = None,
+    *,
+    workers: int = 1,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> PortionBuilt:
+    """Write a portion of an archive's shards. The archive is closed by a ``build`` that finds all of them there.
+
+    Any portions, also overlapping ones, may be built at the same time, on several machines, and beside a ``build``.
+
+    Args:
+        manifest, bank, out, request, workers, executor, progress: as for ``build``.
+        portion: which shards.
+
+    Raises:
+        RequestError, WriteError, MamldataError: as for ``build``.
+    """
+    plan = plan_archive(manifest, bank, request or BuildRequest())
+    store = store_at(out)
+    _refuse_other_content(store, plan)
+    names = [shard.file for shard in plan.shards()]
+    chosen = names[portion.number - 1 :: portion.of]
+    if _finished(store) is not None:
+        return PortionBuilt(len(chosen), 0, len(names))
+    _undisturbed(store, lambda: _begin(store, plan))
+    made = _make(plan, bank, store, chosen, workers if executor is None else executor, progress)
+    if store.size(INDEX) is not None:  # closed meanwhile by a build that did our work, too
+        store.clear()
+    return PortionBuilt(len(chosen), sum(shard.written for shard in made.values()), len(names))
 
 
 def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archive:
@@ -159,42 +220,34 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
     return archive
 
 
-def _refuse_other_content(out: Path, plan: Archive) -> None:
+def _refuse_other_content(store: Store, plan: Archive) -> None:
     """An archive is never written over another one, nor among files that are not its own."""
-    if out.exists() and not out.is_dir():
-        raise WriteError(f"{out} is a file. Choose a folder for the archive.")
-    if is_archive(out):
-        there = read_archive(out)
-        if _without_digests(there) != plan.to_json():
+    # In this order: whatever another build does meanwhile, what it leaves is not taken for a stranger's.
+    strangers = store.entries().keys() - OURS
+    started = store.read(PLAN)
+    there = _read_archive(store)
+    if there is not None:
+        if there.plan().to_json() != plan.to_json():
             raise RequestError(
-                f"{out} already holds another archive ({_difference(there, plan)}). Choose another folder, or "
+                f"{store} already holds another archive ({_difference(there, plan)}). Choose another folder, or "
                 "delete that one."
             )
-    elif (out / ".build").is_dir():
-        started = _plan_file(out)
-        if started.is_file() and started.read_bytes() != plan.to_json():
-            other = _started_difference(started, plan)
+    elif started is not None:
+        if started != plan.to_json():
+            other = _started_difference(started, plan, store)
             raise RequestError(
-                f"{out} holds an unfinished build of another archive ({other}). Choose another folder, or delete "
+                f"{store} holds an unfinished build of another archive ({other}). Choose another folder, or delete "
                 "that one."
             )
-    elif out.is_dir() and any(entry.name != ".lock" for entry in out.iterdir()):
-        raise RequestError(f"{out} is not empty and not an archive. Choose another folder for the archive.")
+    elif strangers:
+        raise RequestError(f"{store} is not empty and not an archive. Choose another folder for the archive.")
 
 
-def _started_difference(started: Path, plan: Archive) -> str:
+def _started_difference(started: bytes, plan: Archive, store: Store) -> str:
     try:
-        return _difference(json.loads(started.read_bytes()), plan)
+        return _difference(json.loads(started), plan)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{started} is damaged"
-
-
-def _without_digests(archive: Archive) -> bytes:
-    document = json.loads(archive.to_json())
-    for split in document["splits"].values():
-        for shard in split["shards"]:
-            shard["sha256"] = ""
-    return canonical_json(document)
+        return f"{PLAN} in {store} is damaged"
 
 
 def _difference(there: Archive | dict[str, Any], plan: Archive) -> str:
@@ -215,129 +268,91 @@ def _difference(there: Archive | dict[str, Any], plan: Archive) -> str:
     return ", ".join(parts) or "other shard sizes or classes"
 
 
-def _plan_file(out: Path) -> Path:
-    return out / ".build" / "plan.json"
+def _read_archive(store: Store) -> Archive | None:
+    """The finished archive at a place, if there is one.
+
+    Raises:
+        DamagedError: its ``archive.json`` is not what was written.
+    """
+    data = store.read(INDEX)
+    return None if data is None else check_archive(data, store.read(INDEX_SUM), f"{store}/{INDEX}")
 
 
-def _build(plan: Archive, bank: Bank, out: Path, workers: int, progress: Progress) -> Archive:
-    there = read_archive(out) if is_archive(out) else None
-    if there is not None and _has_all_shards(out, there):
+def _finished(store: Store) -> Archive | None:
+    """The archive at a place where nothing is left to do."""
+    archive = _read_archive(store)
+    return archive if archive and BUILD not in store.entries() and not _missing(store, archive) else None
+
+
+def _missing(store: Store, archive: Archive) -> list[str]:
+    """The shards that are not there, or have not their length."""
+    sizes = store.entries()
+    doubtful = [shard for shard in archive.shards() if sizes.get(shard.file) != shard.bytes]
+    # On a file system that machines share, a listing may be older than what another machine wrote.
+    return [shard.file for shard in doubtful if store.size(shard.file) != shard.bytes]
+
+
+def _build(plan: Archive, bank: Bank, store: Store, workers: int | Executor, progress: Progress) -> Archive:
+    there = _read_archive(store)
+    if there is not None and not _missing(store, there):
         return there
-    make_folder(out / ".build")
-    write_atomic(_plan_file(out), plan.to_json())
-    if there is not None:
-        _reopen(out, there)
-    digests: dict[str, str] = {}
-    todo = []
-    total = sum(split.episodes for split in plan.splits.values())
-    with progress("build", total, "episodes") as advance:
-        for task in _tasks(plan, bank, out):
-            digest = _finished(out, task.shard)
-            if digest is None:
-                todo.append(task)
-            else:
-                digests[task.shard.file] = digest
-                advance(task.shard.episodes)
-        for task, digest in run_tasks(write_shard, todo, workers):
-            digests[task.shard.file] = digest
-            advance(task.shard.episodes)
-    archive = _with_digests(plan, digests)
-    write_atomic(out / INDEX_SUM, index_sum(archive.digest))
-    write_atomic(out / INDEX, archive.to_json())
+    _undisturbed(store, lambda: _begin(store, plan))
+    made = _make(plan, bank, store, [shard.file for shard in plan.shards()], workers, progress)
+    archive = plan.with_digests({file: shard.sha256 for file, shard in made.items()})
+    if missing := _missing(store, archive):
+        raise WriteError(
+            f"{len(missing)} of {len(made)} shards are not in {store} though workers wrote them, the first of them "
+            f"{missing[0]}. All workers need the same file system, at the same path; or give an address that all of "
+            "them reach, such as s3://bucket/folder."
+        )
+    _refuse_other_content(store, plan)  # again: at an address nothing keeps two builds from beginning at once
+    _undisturbed(store, lambda: _close(store, archive))
     return archive
 
 
-def _has_all_shards(out: Path, archive: Archive) -> bool:
-    """Whether all shards of a finished archive are there and have their length."""
-    try:
-        for split in archive.splits.values():
-            for shard in split.shards:
-                check_size(out / shard.file, shard)
-    except DamagedError:
-        return False
-    return True
+def _begin(store: Store, plan: Archive) -> None:
+    """Make the place an unfinished build of this plan; also one whose finished archive lacks a shard."""
+    store.write_new(PLAN, plan.to_json())
+    _refuse_other_content(store, plan)  # another process may have been first
+    there = _read_archive(store)
+    if there is not None and _missing(store, there):
+        # What archive.json says becomes the shards' receipts.
+        for shard in there.shards():
+            store.write(receipt(shard), [shard.sha256.encode()])
+        store.remove(INDEX)
 
 
-def _reopen(out: Path, archive: Archive) -> None:
-    """Make a finished archive an unfinished build again: what ``archive.json`` says becomes the shards' receipts."""
-    for split in archive.splits.values():
-        for shard in split.shards:
-            write_atomic(_receipt(out, shard), shard.sha256.encode())
-    (out / INDEX).unlink()
+def _close(store: Store, archive: Archive) -> None:
+    store.write(INDEX_SUM, [index_sum(archive.digest)])
+    store.write(INDEX, [archive.to_json()])
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """All that a process needs to write one shard, and nothing that it could not be sent."""
-
-    bank: Bank
-    spec: EpisodeSpec
-    table: ClassTable
-    image_shape: tuple[int, int, int]
-    shard: Shard
-    out: Path
-
-
-def _tasks(plan: Archive, bank: Bank, out: Path) -> Iterator[ShardTask]:
-    for name, split in plan.splits.items():
-        for shard in split.shards:
-            yield ShardTask(bank, plan.spec(name), split.classes, plan.image_shape, shard, out)
+def _undisturbed(store: Store, act: Callable[[], None]) -> None:
+    """Do something that needs ``.build``, anew if another process has just closed the archive and cleared it away."""
+    for _ in range(_TRIES):
+        store.prepare()
+        try:
+            act()
+            return
+        except FileNotFoundError:
+            continue
+    raise WriteError(f"{store}/{BUILD} is removed again and again. Let one build at a time run there.")
 
 
-def write_shard(task: ShardTask) -> str:
-    """Write one shard and its receipt; gives the shard's sha256."""
-    path = task.out / task.shard.file
-    digest = hashlib.sha256()
-    with writing(path):
-        with temporary(path).open("wb") as stream:
-            for piece in shard_pieces(task):
-                digest.update(piece)
-                stream.write(piece)
-        commit(path)
-        receipt = _receipt(task.out, task.shard)
-        write_atomic(receipt, digest.hexdigest().encode())
-    return digest.hexdigest()
-
-
-def shard_pieces(task: ShardTask) -> Iterator[memoryview]:
-    """The bytes of a shard, a few megabytes at a time."""
-    spec, shard = task.spec, task.shard
-    layout = EpisodeLayout(spec.n_way, spec.k_shot, spec.k_query, task.image_shape)
-    sampler = EpisodeSampler(spec, task.table)
-    images = task.bank.open_images()
-    for start, count in shard_sizes(shard.episodes, max(1, _CHUNK_BYTES // layout.stride)):
-        first = shard.first_episode + start
-        block = layout.frame(first, count)
-        source = sampler.sample(first, count)
-        layout.view(block, layout.source)[...] = source
-        gather(
-            images,
-            task.table,
-            source,
-            spec.k_shot,
-            layout.view(block, layout.support),
-            layout.view(block, layout.query),
-        )
-        yield block.reshape(-1).data
-    yield memoryview(bytes(END))
-
-
-def _receipt(out: Path, shard: Shard) -> Path:
-    return out / ".build" / f"{shard.file}.sha256"
-
-
-def _finished(out: Path, shard: Shard) -> str | None:
-    """The digest of a shard that an interrupted build finished, if its bytes are still those."""
-    path, receipt = out / shard.file, _receipt(out, shard)
-    if not (path.is_file() and receipt.is_file() and path.stat().st_size == shard.bytes):
-        return None
-    digest = receipt.read_text(errors="replace")
-    return digest if sha256_file(path) == digest else None
-
-
-def _with_digests(plan: Archive, digests: Mapping[str, str]) -> Archive:
-    splits = {
-        name: replace(split, shards=tuple(replace(shard, sha256=digests[shard.file]) for shard in split.shards))
+def _make(
+    plan: Archive, bank: Bank, store: Store, files: Collection[str], workers: int | Executor, progress: Progress
+) -> dict[str, ShardMade]:
+    """Write shards, or find them there, in whatever order; gives each by its file name."""
+    chosen, digest, path = frozenset(files), sha256_bytes(plan.to_json()), bank.path.absolute()
+    shards = {
+        ShardTask(store, digest, path, name, number): shard
         for name, split in plan.splits.items()
+        for number, shard in enumerate(split.shards)
+        if shard.file in chosen
     }
-    return replace(plan, splits=splits)
+    made = {}
+    with progress("build", sum(shard.episodes for shard in shards.values()), "episodes") as advance:
+        for task, result in run_tasks(make_shard, shards, workers):
+            made[shards[task].file] = result
+            advance(shards[task].episodes)
+    return made

@@ -20,7 +20,11 @@ def temporary(path: Path) -> Path:
 
 def commit(path: Path) -> None:
     """Flush the temporary file of ``path`` to disk and give it its final name."""
-    part = temporary(path)
+    publish(temporary(path), path)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Flush the file ``part`` to disk and give it the name ``path``, on the same file system."""
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     part.replace(path)

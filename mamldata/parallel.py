@@ -1,4 +1,4 @@
-"""Run the same pure task many times, in this process or in several."""
+"""Run the same pure task many times: in this process, in several, or wherever an executor runs them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
+from itertools import islice
+from queue import SimpleQueue
 from typing import TypeVar
 
 from mamldata.errors import MamldataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_MOST_IN_FLIGHT = 4096  # keeps a large cluster busy, and memory small
 
 
 def default_workers() -> int:
@@ -23,18 +26,21 @@ def default_workers() -> int:
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int = 1
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int | Executor = 1
 ) -> Iterator[tuple[Task, Result]]:
     """``function(task)`` for every task, as they finish, in no particular order.
 
     Args:
         function: importable by name, because other processes import it.
         tasks: values that can be pickled.
-        workers: processes; with 1 everything happens in this one.
+        workers: processes; with 1 everything happens in this one. Or an executor, which is left open.
 
     Raises:
-        MamldataError: a worker process died; what is finished stays finished.
+        MamldataError: a worker process died, or the executor gave up; what is finished stays finished.
     """
+    if isinstance(workers, Executor):
+        yield from _collect(workers, function, tasks)
+        return
     todo = list(tasks)
     if min(workers, len(todo)) <= 1:
         for task in todo:
@@ -42,23 +48,43 @@ def run_tasks(
         return
     # Spawned, not forked: a fork copies the locks of threads that do not exist in the child.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent) as pool:
-        yield from _collect(pool, function, todo)
-
-
-def _collect(pool: Executor, function: Callable[[Task], Result], tasks: list[Task]) -> Iterator[tuple[Task, Result]]:
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent)
     try:
-        # Within the try: a worker may die while tasks are still being handed in.
-        futures = {pool.submit(function, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
+        yield from _collect(pool, function, todo)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(
+    executor: Executor, function: Callable[[Task], Result], tasks: Iterable[Task]
+) -> Iterator[tuple[Task, Result]]:
+    left = iter(tasks)
+    pending: dict[Future[Result], Task] = {}
+    finished: SimpleQueue[Future[Result]] = SimpleQueue()
+    try:
+        while True:
+            # Within the try: a worker may die while tasks are still being handed in.
+            for task in islice(left, _MOST_IN_FLIGHT - len(pending)):
+                future = executor.submit(function, task)
+                pending[future] = task
+                future.add_done_callback(finished.put)
+            if not pending:
+                return
+            future = finished.get()
+            yield pending.pop(future), future.result()
+    except BrokenExecutor as error:
         raise MamldataError(
             "A worker process died (killed, or out of memory). Run the same command again: it goes on from "
             "what is finished; fewer --workers need less memory."
         ) from error
+    except CancelledError as error:
+        raise MamldataError(
+            "The executor gave up a task: it was shut down, or lost its workers. Run the same command again: it goes "
+            "on from what is finished."
+        ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in pending:
+            future.cancel()
 
 
 def _end_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,11 @@ def local_path(place: str) -> Path | None:
     raise RequestError(f"--from {place}: {path} is neither a folder, a file nor a URL.")
 
 
+def local_address(url: str) -> Path | None:
+    """The path that a ``file://`` address names, None if it is another kind of address."""
+    return Path(unquote(urlsplit(url).path)) if _scheme(url) in {"file", "local"} else None
+
+
 def _require_readable(place: str) -> None:
     if is_http(place):
         if not _host(place):
@@ -97,6 +103,22 @@ def _require_readable(place: str) -> None:
     instead = "Give a folder, an http(s) address, or a URL that fsspec reads, such as s3://bucket/folder."
     for protocol in _scheme(place).split("::"):
         require_protocol(protocol, f"--from {place}", instead)
+
+
+def require_address(url: str) -> None:
+    """Refuse what is no plain address: nothing that starts a program, and no chains of file systems.
+
+    Raises:
+        RequestError: with the reason.
+    """
+    scheme = _scheme(url)
+    if scheme in _HTTP:
+        return
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or scheme.startswith("pipe") or "::" in url:
+        raise RequestError(
+            f"{url}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
+        )
+    require_protocol(scheme, url, "Give https://…, or one that fsspec reads.")
 
 
 def require_protocol(protocol: str, asked: str, instead: str) -> None:

@@ -8,7 +8,6 @@ only when its last byte is hashed, and by then the file is here.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from mamldata.digest import chunks, sha256_bytes, sha256_file
 from mamldata.download import Network, Part, SourceError, UnusableRangeError, open_session, transfer, without_password
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.files import commit, locked, make_folder, writing
-from mamldata.places import is_http, join, require_protocol
+from mamldata.places import is_http, join, require_address
 from mamldata.sources import ArchiveSource
 
 _MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
@@ -41,7 +40,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
         FetchError: one of the two files could not be had.
         DamagedError: ``archive.json`` is not what was written.
     """
-    _require_readable(url)
+    require_address(url)
     shown = without_password(join(url, INDEX))
     with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
         found = []
@@ -304,19 +303,3 @@ def _require_digest(path: Path, shard: Shard) -> None:
         with writing(path):
             path.unlink()
         raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}")
-
-
-def _require_readable(url: str) -> None:
-    """Refuse what is no plain address: nothing that starts a program, and no chains of file systems.
-
-    Raises:
-        RequestError: with the reason.
-    """
-    scheme = url.partition("://")[0].lower()
-    if is_http(url):
-        return
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or scheme.startswith("pipe") or "::" in url:
-        raise RequestError(
-            f"{url}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
-        )
-    require_protocol(scheme, url, "Give https://…, or one that fsspec reads.")

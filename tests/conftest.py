@@ -7,11 +7,16 @@ import io
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sysconfig
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import hypothesis
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +82,77 @@ def glyphs_root(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manif
 def glyphs_bank(glyphs_manifest: Manifest, glyphs_root: Path) -> Bank:
     """The bank of glyphs."""
     return make_bank(glyphs_manifest, glyphs_root)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A place on a real server on this machine: its address, and the folder that the server keeps it in.
+
+    The server remembers what is in a folder: add and remove files through it.
+    """
+
+    url: str
+    folder: Path
+
+
+def _serve(kind: str, folder: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Start ``rclone serve``; gives the process, and the host and port."""
+    program = shutil.which("rclone", path=sysconfig.get_path("scripts"))
+    if program is None:
+        pytest.skip("rclone is not installed: it is the server of this test, and comes with the test group")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [program, "serve", kind, str(folder), "--addr", place, "--config", os.devnull, *options]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.with_name(f"{kind}-cache"))}
+    log = folder.with_name(f"{kind}.log")
+    with log.open("w") as stream:  # and no pipe, which nobody would empty
+        server = subprocess.Popen(command, stderr=stream, env=environment)
+    while server.poll() is None:
+        if place in log.read_text():
+            return server, place
+        time.sleep(0.01)
+    raise AssertionError(f"rclone does not serve {kind}: {log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """An S3 server, a program of its own: its host and port, and the folder of its buckets."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed; the test group has it")
+    folder = tmp_path_factory.mktemp("s3")
+    server, place = _serve("s3", folder, "--auth-key", "anyone,opensesame")
+    with server:
+        yield place, folder
+        server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A new bucket, and the environment that gives the right to use it; processes inherit it."""
+    place, folder = s3_server
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{place}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "opensesame")
+    name = f"bucket-{sum(1 for _ in folder.iterdir())}"
+    fsspec.filesystem("s3").mkdir(name)
+    return Bucket(f"s3://{name}", folder / name)
+
+
+@pytest.fixture
+def ftp(tmp_path: Path) -> Iterator[Bucket]:
+    """An FTP server: a place where files can be seen while they grow."""
+    folder = tmp_path / "ftp"
+    folder.mkdir()
+    options = ("--user", "anyone", "--pass", "opensesame", "--vfs-cache-mode", "writes", "--vfs-write-back", "0s")
+    server, place = _serve("ftp", folder, *options)
+    with server:
+        yield Bucket(f"ftp://anyone:opensesame@{place}", folder)
+        server.kill()
 
 
 def _omniglot_root(name: str, real_data: Path, root: Path) -> Path:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,36 @@ def test_datasets_says_what_is_here(glyphs_root: Path):
     assert list(entries) == builtin_names()
     assert entries["glyphs"]["files_here"] == 1
     assert [scheme["name"] for scheme in entries["omniglot"]["split_schemes"]] == ["maml", "vinyals", "lake"]
+
+
+def test_build_in_portions(archive: Path, glyphs_root: Path, tmp_path: Path):
+    """A job array's two portions, and the call that closes the archive: what each says, and the same digest."""
+    counts = ("--train", 20, "--val", 4, "--test", 6, "--k-query", 3, "--workers", 1)
+    build = ("build", "glyphs", "--out", tmp_path / "a", *counts)
+    first = run(*build, "--shards", "1/2", root=glyphs_root)
+    assert f"{tmp_path / 'a'}: portion 1/2, 2 of 3 shards, 2 of them written by this call" in first.stdout
+    assert "the same command without --shards closes the archive" in first.stderr
+    second = json.loads(run(*build, "--shards", "2/2", "--json", root=glyphs_root).stdout)
+    assert second == {
+        "archive": str(tmp_path / "a"),
+        "portion": "2/2",
+        "shards": 1,
+        "written": 1,
+        "of_shards": 3,
+    }
+    refused(run("inspect", tmp_path / "a"), 2, "unfinished build")
+    closed = run(*build, "--json", root=glyphs_root)
+    assert json.loads(closed.stdout)["digest"] == json.loads(run("inspect", archive, "--json").stdout)["digest"]
+
+
+def test_build_to_an_address(s3: Any, archive: Path, glyphs_root: Path):
+    """Build to S3, then inspect and verify there: the digest of the folder's archive."""
+    counts = ("--train", 20, "--val", 4, "--test", 6, "--k-query", 3, "--workers", 1)
+    built = run("build", "glyphs", "--out", f"{s3.url}/a", *counts, "--json", root=glyphs_root)
+    digest = json.loads(run("inspect", archive, "--json").stdout)["digest"]
+    assert json.loads(built.stdout)["digest"] == digest
+    assert json.loads(run("inspect", f"{s3.url}/a", "--json").stdout)["digest"] == digest
+    assert f"{s3.url}/a is whole, digest {digest}" in run("verify", f"{s3.url}/a").stdout
 
 
 def test_fetch_then_build_then_verify(tmp_path: Path):
@@ -435,6 +466,33 @@ class TestBadInput:
         remedy = "mamldata build" if verb == "inspect" else "class/image"
         more = {"train": ["--out", tmp_path / "run"], "preview": ["--out", tmp_path / "p.png"]}.get(verb, [])
         refused(run(verb, tmp_path / "folder", *more), 2, "archive", remedy)
+
+    @pytest.mark.parametrize(
+        ("portion", "text"),
+        [
+            ("0/3", "no portion 0/3: they are counted from 1/3 to 3/3"),
+            ("4/3", "no portion 4/3"),
+            ("3", "'3' is not of the form 3/100"),
+            ("-1/3", "'-1/3' is not of the form 3/100"),
+            ("a/b", "'a/b' is not of the form 3/100"),
+        ],
+    )
+    def test_a_portion_that_is_none(self, portion: str, text: str, glyphs_root: Path, tmp_path: Path):
+        """How portions are written and counted is said; nothing is written."""
+        refused(run("build", "glyphs", "--out", tmp_path / "a", "--shards", portion, root=glyphs_root), 2, text)
+        assert not (tmp_path / "a").exists()
+
+    def test_a_cluster_that_is_not_there(self, glyphs_root: Path, tmp_path: Path):
+        """An address that is none is wrong usage, before anything is written."""
+        pytest.importorskip("distributed", reason="the package distributed is not installed; the test group has it")
+        result = run("build", "glyphs", "--out", tmp_path / "a", "--dask", "nonsense", root=glyphs_root)
+        refused(result, 2, "'nonsense' is no address of a Dask scheduler")
+        assert not (tmp_path / "a").exists()
+
+    def test_a_web_server_to_build_to(self, glyphs_root: Path):
+        """Why http cannot be written to is said."""
+        result = run("build", "glyphs", "--out", "https://example.org/a", root=glyphs_root)
+        refused(result, 2, "a web server takes no files")
 
     def test_more_ways_than_classes(self, glyphs_root: Path, tmp_path: Path):
         """Have and need are named; nothing is written."""

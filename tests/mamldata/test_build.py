@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import mamldata.build as build_module
+from mamldata import shards, store
 from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build, plan_archive, write_shard
+from mamldata.build import BuildRequest, Portion, PortionBuilt, build, build_portion, plan_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
 from mamldata.manifest import load_manifest
 
@@ -32,7 +37,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import BuildRequest, Portion, build, build_portion
 from mamldata.errors import MamldataError
 from mamldata.manifest import load_manifest
 
@@ -51,8 +56,9 @@ def main(root, out, workers=1, train=7):
 """
 PLAIN = SCRIPT + "\nif __name__ == '__main__':\n    main(*sys.argv[1:])\n"
 
-# Builds in a child that kills itself with SIGKILL at its n-th operation on a file, for n = 1, 2, ... until one gets
-# through; after each the parent runs the very same build and prints the digest and what it found finished.
+# Builds a portion and then the rest in a child that kills itself with SIGKILL at its n-th operation on a file, for
+# n = 1, 2, ... until one gets through; after each the parent runs the whole build and prints the digest and what it
+# found finished.
 KILLED_EVERYWHERE = (
     SCRIPT
     + """
@@ -75,6 +81,7 @@ for moment in range(1, 400):
     child = os.fork()
     if child == 0:
         left[0] = moment
+        build_portion(manifest, bank, Path(out), Portion(1, 2), request())
         build(manifest, bank, Path(out), request())
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -173,7 +180,7 @@ class TestSameBytes:
 
     def test_pieces_made_in_memory_change_nothing(self, reference, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """A shard made one episode at a time has the same bytes."""
-        monkeypatch.setattr(build_module, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(shards, "_CHUNK_BYTES", 1)
         build(glyphs_manifest, glyphs_bank, tmp_path / "pieces", REQUEST)
         assert contents(tmp_path / "pieces") == contents(reference)
 
@@ -255,13 +262,13 @@ class TestInterrupted:
         args = [sys.executable, str(script), str(glyphs_root), str(out), str(workers), "600"]
         wanted = dataclasses.replace(REQUEST, episodes={"train": 600, "val": 2, "test": 3})
         plan = plan_archive(glyphs_manifest, glyphs_bank, wanted)
-        for shards in (1, 60, 150):
+        for enough in (1, 60, 150):
             with subprocess.Popen(
                 args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             ) as process:
                 deadline = time.monotonic() + 60
                 while process.poll() is None and time.monotonic() < deadline:
-                    if len(list((out / ".build").glob("*.tar.sha256"))) >= shards:
+                    if len(list((out / ".build").glob("*.tar.sha256"))) >= enough:
                         break
                     time.sleep(0.005)
                 process.kill()  # the parent alone: its workers must end by themselves
@@ -306,26 +313,24 @@ class TestInterrupted:
         """A build that goes on writes only what is not there."""
         out = tmp_path / "out"
         _interrupt_after(3, glyphs_manifest, glyphs_bank, out, monkeypatch)
-        written = []
-        monkeypatch.setattr(
-            build_module, "write_shard", lambda task: (written.append(task.shard.file), write_shard(task))[1]
-        )
+        before = {path: path.stat().st_ino for path in out.glob("*.tar")}
         build(glyphs_manifest, glyphs_bank, out, REQUEST)
-        assert written == ["val-00000.tar", "test-00000.tar"]
+        assert sorted(path.name for path in before) == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
+        assert {path: path.stat().st_ino for path in before} == before
 
 
-def _interrupt_after(shards: int, manifest, bank, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interrupt_after(finished: int, manifest, bank, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build until some shards are finished."""
-    left = [shards]
+    left = [finished]
 
-    def writing(task):
+    def making(task):
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        return write_shard(task)
+        return shards.make_shard(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "write_shard", writing)
+        patch.setattr(build_module, "make_shard", making)
         with pytest.raises(KeyboardInterrupt):
             build(manifest, bank, out, REQUEST)
     assert not (out / INDEX).exists()
@@ -354,6 +359,130 @@ def _group(process: Path) -> int | None:
     except OSError:
         return None
     return None if state == "Z" else int(group)
+
+
+PORTION = """
+import sys
+from pathlib import Path
+from mamldata.bank import make_bank
+from mamldata.build import BuildRequest, Portion, build_portion
+from mamldata.manifest import load_manifest
+root, out, number, of = sys.argv[1:]
+request = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3,
+                       episodes_per_shard=3)
+manifest = load_manifest("glyphs")
+build_portion(manifest, make_bank(manifest, Path(root)), Path(out), Portion(int(number), int(of)), request)
+"""
+
+
+class TestPortions:
+    @hypothesis.given(st.data())
+    @hypothesis.settings(max_examples=8)
+    def test_any_partition_in_any_order(self, reference, tmp_path_factory, glyphs_manifest, glyphs_bank, data):
+        """Whatever portions are built, in whatever order and number, the closing build gives the same bytes."""
+        of = data.draw(st.integers(1, 7))
+        numbers = data.draw(st.lists(st.integers(1, of), max_size=8))
+        out = tmp_path_factory.mktemp("portions") / "out"
+        written = [
+            build_portion(glyphs_manifest, glyphs_bank, out, Portion(number, of), REQUEST).written for number in numbers
+        ]
+        assert sum(written) == sum(len(range(number - 1, 5, of)) for number in set(numbers))
+        assert not (out / INDEX).exists()
+        kept = {path: path.stat().st_ino for path in out.glob("*.tar")}
+        build(glyphs_manifest, glyphs_bank, out, REQUEST)
+        assert contents(out) == contents(reference)
+        assert {path: path.stat().st_ino for path in kept} == kept
+
+    def test_what_a_portion_says(self, tmp_path, glyphs_manifest, glyphs_bank):
+        """How many shards it has, how many of them it wrote, and how many there are; none is fine."""
+
+        def built(number: int, of: int) -> PortionBuilt:
+            return build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(number, of), REQUEST)
+
+        assert built(2, 2) == PortionBuilt(shards=2, written=2, of_shards=5)
+        assert built(2, 2) == PortionBuilt(shards=2, written=0, of_shards=5)
+        assert built(6, 6) == PortionBuilt(shards=0, written=0, of_shards=5)
+        build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST)
+        assert built(1, 1) == PortionBuilt(shards=5, written=0, of_shards=5)
+        (tmp_path / "out" / "train-00000.tar").unlink()
+        assert built(1, 1) == PortionBuilt(shards=5, written=1, of_shards=5)
+
+    @pytest.mark.parametrize(
+        ("number", "of", "message"),
+        [
+            (0, 3, "There is no portion 0/3: they are counted from 1/3 to 3/3"),
+            (4, 3, "There is no portion 4/3: they are counted from 1/3 to 3/3"),
+            (1, 0, "There is no portion 1/0: they are counted from 1/1 to 1/1"),
+        ],
+    )
+    def test_that_there_is_not(self, number, of, message):
+        """A portion out of range is refused, and it is said how they are counted."""
+        with pytest.raises(RequestError, match=message):
+            Portion(number, of)
+
+    def test_at_the_same_time_and_beside_a_whole_build(self, reference, script, glyphs_root, tmp_path):
+        """Portions, some of them twice, and builds of the whole, all at once: all succeed, and the bytes are right."""
+        out = tmp_path / "out"
+        portions = [
+            [sys.executable, "-c", PORTION, str(glyphs_root), str(out), str(number), "3"] for number in (1, 2, 3, 1, 2)
+        ]
+        whole = [[sys.executable, str(script), str(glyphs_root), str(out)]] * 2
+        processes = [
+            subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for args in portions + whole
+        ]
+        outputs = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0] * 7, outputs
+        build(load_manifest("glyphs"), make_bank(load_manifest("glyphs"), glyphs_root), out, REQUEST)
+        assert contents(out) == contents(reference)
+
+    def test_another_archive_is_refused(self, built, tmp_path, glyphs_manifest, glyphs_bank):
+        """A portion is never written into another archive, finished or not."""
+        other = dataclasses.replace(REQUEST, seed=4)
+        with pytest.raises(RequestError, match=r"already holds another archive \(seed 3 there, 4 asked for\)"):
+            build_portion(glyphs_manifest, glyphs_bank, built, Portion(1, 2), other)
+        build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(1, 2), REQUEST)
+        with pytest.raises(RequestError, match=r"an unfinished build of another archive \(seed 3 there, 4 asked for\)"):
+            build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(2, 2), other)
+
+
+class TestExecutor:
+    @pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+    def test_any_executor_writes_the_same_bytes(self, reference, tmp_path, glyphs_manifest, glyphs_bank, kind):
+        """Whoever runs the tasks, the bytes are the same; the executor stays open."""
+        options = {} if kind is ThreadPoolExecutor else {"mp_context": multiprocessing.get_context("spawn")}
+        with kind(2, **options) as executor:
+            build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
+            assert executor.submit(abs, -1).result() == 1
+        assert contents(tmp_path / "out") == contents(reference)
+
+    def test_workers_that_write_elsewhere(self, tmp_path, glyphs_manifest, glyphs_bank):
+        """Workers that have the same path on a disk of their own are noticed before the archive is closed."""
+
+        class Elsewhere(ThreadPoolExecutor):
+            def submit(self, make, task):
+                shutil.copytree(task.store.path, tmp_path / "elsewhere", dirs_exist_ok=True)
+                other = dataclasses.replace(task.store, path=tmp_path / "elsewhere")
+                return super().submit(make, dataclasses.replace(task, store=other))
+
+        with (
+            Elsewhere(1) as executor,
+            pytest.raises(WriteError, match=r"5 of 5 shards are not in .*out though workers wrote them, .*train-00000"),
+        ):
+            build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
+        assert not (tmp_path / "out" / INDEX).exists()
+
+    def test_a_relative_place(self, reference, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
+        """Workers have other current folders: what they are told is absolute."""
+        monkeypatch.chdir(tmp_path)
+        bank = dataclasses.replace(glyphs_bank, path=Path(os.path.relpath(glyphs_bank.path)))
+        seen = []
+        with ThreadPoolExecutor(1) as executor:
+            submit = executor.submit
+            monkeypatch.setattr(executor, "submit", lambda make, task: (seen.append(task), submit(make, task))[1])
+            build(glyphs_manifest, bank, Path("out"), REQUEST, executor=executor)
+        assert {(task.store.path, task.bank.is_absolute()) for task in seen} == {(tmp_path / "out", True)}
+        assert contents(tmp_path / "out") == contents(reference)
 
 
 class TestAgain:
@@ -561,14 +690,14 @@ class TestPlaces:
             shutil.copytree(reference, out, dirs_exist_ok=True)  # another process was here first
             yield
 
-        monkeypatch.setattr(build_module, "locked", waited)
+        monkeypatch.setattr(store, "locked", waited)
         with pytest.raises(RequestError, match=r"already holds another archive .*seed 3 there, 4 asked for"):
             build(glyphs_manifest, glyphs_bank, out, dataclasses.replace(REQUEST, seed=4))
         assert contents(out) == contents(reference)
 
     def test_a_worker_that_dies(self, tmp_path, glyphs_manifest, glyphs_bank, monkeypatch):
         """A worker killed from outside ends in an error that says so, and the same build then finishes."""
-        monkeypatch.setattr(build_module, "write_shard", _Die())
+        monkeypatch.setattr(build_module, "make_shard", _Die())
         with pytest.raises(MamldataError, match=r"A worker process died .* Run the same command again"):
             build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, workers=2)
         monkeypatch.undo()

@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from operator import call
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mamldata import parallel
 from mamldata.errors import MamldataError
 from mamldata.parallel import default_workers, run_tasks
 
@@ -81,6 +85,59 @@ def test_a_caller_that_stops_early() -> None:
     next(results)
     results.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
+
+
+class Counting(ThreadPoolExecutor):
+    """Knows how many tasks were in its hands at once."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.taken = self.most = 0
+
+    def submit(self, *arguments: Any) -> Future[Any]:  # type: ignore[override]
+        self.taken += 1
+        self.most = max(self.most, self.taken)
+        future = super().submit(*arguments)
+        future.add_done_callback(lambda _: setattr(self, "taken", self.taken - 1))
+        return future
+
+
+def test_an_executor_has_a_bounded_number_in_its_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are taken from their source as they are needed, and all come back once."""
+    monkeypatch.setattr(parallel, "_MOST_IN_FLIGHT", 5)
+    with Counting() as executor:
+        results = run_tasks(abs, iter(range(-300, 0)), executor)
+        assert sorted(result for _, result in results) == list(range(1, 301))
+        assert 2 <= executor.most <= 5
+        assert executor.submit(abs, -1).result() == 1, "it was left open"
+
+
+def test_an_executor_that_is_shut_down() -> None:
+    """Tasks that an executor throws away are a clear error, not a hang."""
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        results = run_tasks(call, [partial(gate.wait, 60), *[partial(abs, -1)] * 3], executor)
+        threading.Timer(0.2, lambda: (executor.shutdown(wait=False, cancel_futures=True), gate.set())).start()
+        with pytest.raises(MamldataError, match=r"The executor gave up a task: .*Run the same command again"):
+            list(results)
+
+
+def test_an_executor_whose_worker_dies() -> None:
+    """A pool of the caller's that breaks is the same clear error as ours."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        tasks = [partial(signal.raise_signal, signal.SIGKILL), partial(abs, -1)]
+        with pytest.raises(MamldataError, match="A worker process died"):
+            list(run_tasks(call, tasks, executor))
+
+
+def test_a_failure_takes_the_other_tasks_back() -> None:
+    """After an error an executor is not left with work that nobody waits for."""
+    done: list[int] = []
+    with ThreadPoolExecutor(1) as executor:
+        tasks = [partial(math.sqrt, -1.0), *(partial(done.append, number) for number in range(10_000))]
+        with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+            list(run_tasks(call, tasks, executor))
+    assert len(done) < 10_000
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:

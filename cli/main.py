@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
 import mamldata
-from mamldata.errors import MamldataError
+from mamldata.errors import MamldataError, PeerError, StoppedError
 
 # verb: the module that has it as ``command``, and its line in the overview.
 VERBS = {
@@ -65,11 +70,37 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except MamldataError as error:
+            _tell_torchrun(error)
+            if isinstance(error, PeerError):  # the other process shows it
+                raise click.exceptions.Exit(error.exit_code) from error
+            if isinstance(error, StoppedError):  # what was asked for is no error to show as one
+                if _speaks("RANK"):
+                    click.echo(str(error), err=True)
+                raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
+        except click.UsageError as error:
+            if _speaks("LOCAL_RANK"):
+                raise
+            raise click.exceptions.Exit(error.exit_code) from error
         except KeyboardInterrupt:
+            if not _speaks("RANK"):
+                raise click.exceptions.Exit(1) from None
             raise click.ClickException(
                 "Interrupted. Run the same command again (train: with --resume): it goes on."
             ) from None
+
+
+def _speaks(rank: str) -> bool:
+    """Whether this process shows what all processes of a job would show, or of those on its machine."""
+    return os.environ.get(rank, "0") == "0"
+
+
+def _tell_torchrun(error: MamldataError) -> None:
+    """Leave the message where torchrun looks for the cause of a failure that it reports."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the message is shown in any case
+            Path(place).write_text(json.dumps({"message": told}))
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -98,29 +98,39 @@ def command(
 ) -> None:
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
-    Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder.
+    Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder. SIGTERM and
+    SIGUSR1 end it with a checkpoint after the step under way, and exit code 75.
+
+    Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
     from trainer.algorithms import ALGORITHMS as POINTS
+    from trainer.distributed import joined
     from trainer.settings import TrainSettings
     from trainer.train import train
 
-    chosen = given(**settings)
-    if recipe is not None:
-        from trainer.recipe import load_recipe
+    world = click.get_current_context().with_resource(joined())
+    with world.together():
+        chosen = given(**settings)
+        if recipe is not None:
+            from trainer.recipe import load_recipe
 
-        plan = load_recipe(recipe)
-        chosen = {**plan.settings, **chosen}
-        if archive_folder(target) is None:
-            episodes = {**plan.episodes, **episodes}
-    chosen.setdefault("bn", POINTS[chosen.get("algorithm", TrainSettings.algorithm)].bn)
-    data = episode_data(target, root, episodes, remix=remix)
-    if recipe is not None:
-        for difference in plan.differences(data.describe()):
-            say(f"Not as the recipe {plan.name} has it: {difference}")
-    if "eval_episodes" not in chosen:
-        chosen["eval_episodes"] = min(TrainSettings.eval_episodes, data.available("val") or TrainSettings.eval_episodes)
+            plan = load_recipe(recipe)
+            chosen = {**plan.settings, **chosen}
+            if archive_folder(target) is None:
+                episodes = {**plan.episodes, **episodes}
+        chosen.setdefault("bn", POINTS[chosen.get("algorithm", TrainSettings.algorithm)].bn)
+        data = episode_data(target, root, episodes, remix=remix)
+        if recipe is not None and world.first:
+            for difference in plan.differences(data.describe()):
+                say(f"Not as the recipe {plan.name} has it: {difference}")
+        if "eval_episodes" not in chosen:
+            there = data.available("val") or TrainSettings.eval_episodes
+            chosen["eval_episodes"] = min(TrainSettings.eval_episodes, there)
+        plain = TrainSettings(**chosen)
     start = time.monotonic()
-    result = train(TrainSettings(**chosen), data, out, resume=resume, report=say)
+    result = train(plain, data, out, resume=resume, report=say, world=world)
+    if not world.first:
+        return
     if as_json:
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return

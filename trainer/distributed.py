@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,6 +229,11 @@ def joined() -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield world
+    except BaseException:
+        # torchrun ends all processes when one has failed: this one, which ends by itself, shall say why before.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -261,8 +268,8 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise LostPeerError(
-            f"A process of this job was killed, or cannot be reached ({reason}). Start the job again (train: with "
-            "--resume, and as many processes as you like): it goes on from the last checkpoint."
+            "A process of this job was killed, or cannot be reached. Start the job again; training goes on from its "
+            f"last checkpoint (--resume), with fewer processes, too. What was seen of it: {reason}"
         ) from error

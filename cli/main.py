@@ -79,6 +79,7 @@ class Verbs(click.Group):
                 raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
         except click.UsageError as error:
+            _tell_torchrun(error)
             if _speaks("LOCAL_RANK"):
                 raise
             raise click.exceptions.Exit(error.exit_code) from error
@@ -95,7 +96,7 @@ def _speaks(rank: str) -> bool:
     return os.environ.get(rank, "0") == "0"
 
 
-def _tell_torchrun(error: MamldataError) -> None:
+def _tell_torchrun(error: Exception) -> None:
     """Leave the message where torchrun looks for the cause of a failure that it reports."""
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}

@@ -111,6 +111,12 @@ def failing(folder: Path, world: World) -> None:
         with world.together():
             assert world.rank == 0, "a bug"
 
+    def spread() -> None:
+        values = torch.full((2, 3, 4, 4), float(world.rank)).to(memory_format=torch.channels_last)
+        world.spread_([values])
+        world.require_same([values], "What rank 0 had")
+        assert not values.any()
+
     scenes: dict[str, Callable[[], object]] = {
         "too many": lambda: train(replace(settings, meta_batch_size=1), data, folder / "few", world=world),
         "locked": locked,
@@ -123,6 +129,8 @@ def failing(folder: Path, world: World) -> None:
         ),
         "no checkpoint": lambda: evaluate_checkpoint(folder / "nothing.pt", data, world=world),
         "bug": bug,
+        "spread": spread,
+        "apart": lambda: world.require_same([torch.full((3,), world.rank)], "The weights at step 7"),
     }
     told = {}
     for name, scene in scenes.items():

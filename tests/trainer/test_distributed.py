@@ -202,6 +202,7 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
         "diverged": (0, "MamldataError", "The validation loss at step 2 is nan: training has diverged.", 1),
         "no checkpoint": (0, "RequestError", "There is no checkpoint ", 2),
         "bug": (1, "AssertionError", "a bug", None),
+        "apart": (0, "MamldataError", "The weights at step 7 differ between rank 0 and 1: ", 1),
     }
     assert first.keys() == second.keys() == expected.keys()
     for name, (rank, kind, message, code) in expected.items():

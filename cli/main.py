@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import mamldata
-from mamldata.errors import MamldataError, PeerError, StoppedError
+from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
 
 # verb: the module that has it as ``command``, and its line in the overview.
 VERBS = {
@@ -71,29 +71,36 @@ class Verbs(click.Group):
             return super().invoke(ctx)
         except MamldataError as error:
             _tell_torchrun(error)
-            if isinstance(error, PeerError):  # the other process shows it
+            if not _shows(error):
                 raise click.exceptions.Exit(error.exit_code) from error
             if isinstance(error, StoppedError):  # what was asked for is no error to show as one
-                if _speaks("RANK"):
-                    click.echo(str(error), err=True)
+                click.echo(str(error), err=True)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
         except click.UsageError as error:
             _tell_torchrun(error)
-            if _speaks("LOCAL_RANK"):
-                raise
-            raise click.exceptions.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            if not _speaks("RANK"):
+            if not _shows(error):
+                raise click.exceptions.Exit(error.exit_code) from error
+            raise
+        except KeyboardInterrupt as error:
+            if not _shows(error):
                 raise click.exceptions.Exit(1) from None
             raise click.ClickException(
                 "Interrupted. Run the same command again (train: with --resume): it goes on."
             ) from None
 
 
-def _speaks(rank: str) -> bool:
-    """Whether this process shows what all processes of a job would show, or of those on its machine."""
-    return os.environ.get(rank, "0") == "0"
+def _shows(error: BaseException) -> bool:
+    """Whether this process of a job shows an error, which others may have, too."""
+    if isinstance(error, PeerError):
+        return False  # the other one does
+    if isinstance(error, StoppedError | KeyboardInterrupt):
+        return os.environ.get("RANK", "0") == "0"
+    if isinstance(error, click.UsageError):
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong may be that machine's: a file is missing
+    if isinstance(error, LostPeerError):
+        return os.environ.get("LOCAL_RANK", "0") in {"0", "1"}  # one of them may be the one that is gone
+    return True
 
 
 def _tell_torchrun(error: Exception) -> None:

@@ -226,7 +226,7 @@ def _loop(
             asked = time.perf_counter()
             with world.together(stop):
                 batch = next(batches)
-            waited = time.perf_counter() - asked
+                waited = time.perf_counter() - asked
 
             step += 1
             validating = step % settings.eval_every == 0 or step == settings.steps

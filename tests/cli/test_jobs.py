@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
 from cli.main import main
+from mamldata.errors import LostPeerError, PeerError, StoppedError, WriteError
 from trainer.checkpoint import find_last, load_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and signals as on Linux")
@@ -61,6 +63,49 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     last = find_last(run_dir)
     assert last is not None
     return load_checkpoint(last).weights
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "local_rank", "code", "shown"),
+    [
+        (WriteError("no space"), 5, 1, 1, "Error: no space"),
+        (PeerError(3, "no space", 1), 0, 0, 1, ""),
+        (PeerError(3, "no such way", 2), 4, 0, 2, ""),
+        (LostPeerError("gone"), 0, 0, 1, "Error: gone"),
+        (LostPeerError("gone"), 9, 1, 1, "Error: gone"),
+        (LostPeerError("gone"), 2, 2, 1, ""),
+        (StoppedError("saved"), 0, 0, 75, "saved"),
+        (StoppedError("saved"), 8, 0, 75, ""),
+        (click.UsageError("no such option"), 8, 0, 2, "Error: no such option"),
+        (click.UsageError("no such option"), 1, 1, 2, ""),
+        (KeyboardInterrupt(), 0, 0, 1, "Error: Interrupted."),
+        (KeyboardInterrupt(), 8, 0, 1, ""),
+    ],
+)
+def test_what_a_process_of_a_job_shows(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    rank: int,
+    local_rank: int,
+    code: int,
+    shown: str,
+) -> None:
+    """Of what all processes meet each line is shown once, of what one meets by that one; torchrun is told all."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cli.datasets.list_datasets", fail)
+    told = tmp_path / "error.json"
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "TORCHELASTIC_ERROR_FILE": str(told)}
+    result = CliRunner().invoke(main, ["datasets"], env=environment)
+    assert result.exit_code == code
+    lines = result.stderr.splitlines()
+    assert (lines[-1] if lines else "").startswith(shown)
+    assert bool(lines) == bool(shown)
+    if not isinstance(error, KeyboardInterrupt):
+        assert json.loads(told.read_text())["message"]["message"] == str(error)
 
 
 def test_torchrun(archive: Path, tmp_path: Path) -> None:

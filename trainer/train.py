@@ -311,7 +311,7 @@ def _learn(
 
 def _average(outcome: Outcome, share: float, world: World) -> Outcome:
     """What the whole meta-batch taught; all at once, since each exchange has its price."""
-    *slopes, loss, accuracy = world.average([*outcome.gradient.values(), outcome.loss, outcome.accuracy], share)
+    *slopes, loss, accuracy = world.average([*outcome.gradient.values(), *outcome[1:]], share)
     return Outcome(dict(zip(outcome.gradient, slopes, strict=True)), loss, accuracy)
 
 

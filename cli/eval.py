@@ -37,11 +37,18 @@ def command(
     as_json: bool,
 ) -> None:
     """Evaluate a checkpoint, or the best one of a run's folder: accuracy with its 95 % interval over episodes."""
+    from trainer.distributed import joined
     from trainer.evaluate import evaluate_checkpoint
 
-    data = episode_data(target, root, episodes)
-    number = count or data.available(split) or LIVE_EPISODES
-    result = evaluate_checkpoint(checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device)
+    world = click.get_current_context().with_resource(joined())
+    with world.together():
+        data = episode_data(target, root, episodes)
+        number = count or data.available(split) or LIVE_EPISODES
+    result = evaluate_checkpoint(
+        checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
+    )
+    if not world.first:
+        return
     if as_json:
         print_json(result.to_json())
         return

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
 import mamldata
-from mamldata.errors import MamldataError
+from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
 
 # verb: the module that has it as ``command``, and its line in the overview.
 VERBS = {
@@ -66,11 +71,45 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except MamldataError as error:
+            _tell_torchrun(error)
+            if not _shows(error):
+                raise click.exceptions.Exit(error.exit_code) from error
+            if isinstance(error, StoppedError):  # what was asked for is no error to show as one
+                click.echo(str(error), err=True)
+                raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
-        except KeyboardInterrupt:
+        except click.UsageError as error:
+            _tell_torchrun(error)
+            if not _shows(error):
+                raise click.exceptions.Exit(error.exit_code) from error
+            raise
+        except KeyboardInterrupt as error:
+            if not _shows(error):
+                raise click.exceptions.Exit(1) from None
             raise click.ClickException(
                 "Interrupted. Run the same command again (train: with --resume): it goes on."
             ) from None
+
+
+def _shows(error: BaseException) -> bool:
+    """Whether this process of a job shows an error, which others may have, too."""
+    if isinstance(error, PeerError):
+        return False  # the other one does
+    if isinstance(error, StoppedError | KeyboardInterrupt):
+        return os.environ.get("RANK", "0") == "0"
+    if isinstance(error, click.UsageError):
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong may be that machine's: a file is missing
+    if isinstance(error, LostPeerError):
+        return os.environ.get("LOCAL_RANK", "0") in {"0", "1"}  # one of them may be the one that is gone
+    return True
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the message where torchrun looks for the cause of a failure that it reports."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the message is shown in any case
+            Path(place).write_text(json.dumps({"message": told}))
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

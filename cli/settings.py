@@ -108,7 +108,11 @@ def setting_options(*, leave_out: Iterable[str] = ()) -> Callable[[Callable[...,
 
 
 def begin(
-    target: str, root: str | None, episodes: dict[str, Any], chosen: dict[str, Any]
+    target: str,
+    root: str | None,
+    episodes: dict[str, Any],
+    chosen: dict[str, Any],
+    tell: Callable[[str], object] = say,
 ) -> tuple[EpisodeData, dict[str, Any]]:
     """The episodes to train on, and arguments for ``TrainSettings``: the recipe's, and over them those chosen.
 
@@ -117,6 +121,7 @@ def begin(
         root: the data root.
         episodes: the options for live episodes that the user gave.
         chosen: those of ``setting_options`` that the user gave.
+        tell: told how the episodes differ from the recipe's.
 
     Raises:
         RequestError: no such recipe, or ``target`` is neither an archive nor a dataset.
@@ -137,7 +142,7 @@ def begin(
     data = episode_data(target, root, episodes, remix=remix)
     if plan is not None:
         for difference in plan.differences(data.describe()):
-            say(f"Not as the recipe {plan.name} has it: {difference}")
+            tell(f"Not as the recipe {plan.name} has it: {difference}")
     most = data.available("val") or TrainSettings.eval_episodes
     values.setdefault("eval_episodes", min(TrainSettings.eval_episodes, most))
     return data, values

@@ -37,15 +37,24 @@ def command(
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder, and curves.png
-    where matplotlib is installed.
+    where matplotlib is installed. SIGTERM and SIGUSR1 end it with a checkpoint after the step under way, and exit
+    code 75.
+
+    Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
+    from trainer.distributed import joined
     from trainer.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
     from trainer.train import train
 
-    data, values = begin(target, root, episodes, chosen)
+    world = click.get_current_context().with_resource(joined())
+    with world.together():
+        data, values = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
+        settings = TrainSettings(**values)
     start = time.monotonic()
-    result = train(TrainSettings(**values), data, out, resume=resume, report=say)
+    result = train(settings, data, out, resume=resume, report=say, world=world)
+    if not world.first:
+        return
     if have_matplotlib():
         plot_run(result.run_dir)
     if as_json:

@@ -53,6 +53,30 @@ class DivergedError(MamldataError):
     """Training whose loss is no number any more."""
 
 
+class StoppedError(MamldataError):
+    """A signal asked a run to stop: what it has is saved, and it can go on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+
+
+class PeerError(MamldataError):
+    """Another process of the same job failed, and says itself what happened.
+
+    Args:
+        rank: of that process.
+        message: what it says.
+        exit_code: that it ends with.
+    """
+
+    def __init__(self, rank: int, message: str, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"The process of rank {rank} failed: {message}")
+
+
+class LostPeerError(MamldataError):
+    """Another process of the same job is gone without a word."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with a dataset's raw files.

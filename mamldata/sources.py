@@ -280,8 +280,9 @@ class LiveSource:
 
     def _draw(self, index: Indices) -> npt.NDArray[np.int32]:
         breaks = np.flatnonzero(np.diff(index) != 1) + 1
+        runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
         return np.concatenate(
-            [self.sampler.sample(int(run[0]), len(run)) for run in np.split(index, breaks) if len(run)]
+            [self.sampler.sample(int(run[0]), len(run)) for run in runs] or [self.sampler.sample(0, 0)]
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from trainer.adapt import Parameters, accuracy
+from trainer.distributed import ALONE, World, sum_over_ranks
 from trainer.engines import Outcome
-from trainer.models import batch_statistics, head_names
+from trainer.models import Norm, Statistics, batch_statistics, given_statistics, head_names
 from trainer.precision import call
 
 WIDE = "joint:"
@@ -29,7 +30,9 @@ def joint_parameters(network: nn.Module, wide: nn.Module) -> Parameters:
     return own | {WIDE + name: value.requires_grad_() for name, value in values.items()}
 
 
-def joint(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, classes: Tensor) -> Outcome:
+def joint(
+    network: nn.Module, parameters: Parameters, batch: EpisodeBatch, classes: Tensor, world: World = ALONE
+) -> Outcome:
     """The gradient of one step of plain classification, with the signature and the outcome of an engine.
 
     Args:
@@ -37,12 +40,32 @@ def joint(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, class
         parameters: those of ``joint_parameters``.
         batch: B episodes, all of whose images are one batch.
         classes: int64 ``[B, n_way]``, which of all training classes each label of an episode stands for.
+        world: the processes whose images are normalised as one batch. The mean of their outcomes, each weighted by
+            its number of images, is that of the whole batch.
     """
     x = torch.cat([batch.support_x.flatten(0, 1), batch.query_x.flatten(0, 1)])
     labels = [classes.to(part.device).gather(1, part).flatten() for part in (batch.support_y, batch.query_y)]
     y = torch.cat(labels)
     weights = {name.removeprefix(WIDE): value for name, value in parameters.items()}
-    logits = call(network, weights, x, batch_statistics)
+    norm = batch_statistics if world.ranks == 1 else statistics_of_all(len(x))
+    logits = call(network, weights, x, norm)
     loss = F.cross_entropy(logits, y)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
     return Outcome(dict(zip(parameters, slopes, strict=True)), loss.detach(), accuracy(logits.detach(), y)[None])
+
+
+def statistics_of_all(count: int) -> Norm:
+    """Batch norm by the mean and variance of the images of all ranks.
+
+    Args:
+        count: images of this rank.
+    """
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        values = x.new_tensor([x.numel() / x.shape[1]])  # of one channel
+        sums = sum_over_ranks(torch.cat([x.sum((0, 2, 3)), values]), count)
+        mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+        variance = sum_over_ranks((x - mean[:, None, None]).square().sum((0, 2, 3)), count) / total
+        return given_statistics([Statistics(mean, variance)])(x, weight, bias)
+
+    return norm

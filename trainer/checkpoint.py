@@ -1,4 +1,7 @@
-"""Checkpoints: ``maml_step{step}_acc{accuracy}.pt``. The best one and the last one are kept."""
+"""Checkpoints: ``maml_step{step}_acc{accuracy}.pt``. The best one and the last one are kept.
+
+One that a signal asked for between two validations is ``maml_step{step}.pt``, and only ever the last one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import io
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from trainer.adapt import RATE, STEP_NORM, Parameters
 from trainer.models import build_network
 
 _FORMAT = "mamldata-checkpoint/1"
-_NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)_acc\d\.\d{4}\.pt(?P<part>\.part)?")
+_NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)(_acc\d\.\d{4})?\.pt(?P<part>\.part)?")
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,18 @@ class Checkpoint:
 
     Attributes:
         step: outer steps done.
-        accuracy: of the validation at this step, in [0, 1].
-        best_step, best_accuracy: the best validation so far; the earliest among equals.
+        accuracy: of the validation at this step, in [0, 1]; None if there was none.
+        best_step, best_accuracy: the best validation so far; the earliest among equals. 0 and -1 before the first.
         settings: the fields of ``TrainSettings``.
         data: the description of the data.
         weights: all that was learned: the network's parameters and what ``meta_parameters`` puts beside them.
         optimizer: its state.
         stream: where the training data stood.
+        window: what the next line of the metrics sums up, see ``metrics.Window``; empty right after a line.
     """
 
     step: int
-    accuracy: float
+    accuracy: float | None
     best_step: int
     best_accuracy: float
     settings: dict[str, Any]
@@ -47,11 +51,13 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     stream: dict[str, Any]
+    window: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.settings['algorithm']}_step{self.step}_acc{self.accuracy:.4f}.pt"
+        measured = "" if self.accuracy is None else f"_acc{self.accuracy:.4f}"
+        return f"{self.settings['algorithm']}_step{self.step}{measured}.pt"
 
     def network(self) -> nn.Module:
         """The network with its trained weights, on the CPU."""
@@ -96,7 +102,8 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     path = run_dir / checkpoint.name
     write_atomic(path, content.getvalue())
     for step, other in _files(run_dir, unfinished=True):
-        if step not in {checkpoint.step, checkpoint.best_step} or other.suffix == ".part":
+        best = step == checkpoint.best_step and step != checkpoint.step
+        if other != path and (not best or other.suffix == ".part"):
             other.unlink()
     return path
 
@@ -117,6 +124,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
     known = {field.name for field in fields(Checkpoint)}
+    if isinstance(content, dict):
+        content.setdefault("window", {})  # which the first ones did not have
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != known:
         raise RequestError(f"{path} is not a checkpoint of this trainer ({_FORMAT}).")
     return Checkpoint(**content)
@@ -158,6 +167,8 @@ def find_best(run_dir: Path) -> Path:
     for step, path in _files(run_dir):
         if step == best_step:
             return path
+    if not best_step:
+        raise RequestError(f"{run_dir} was stopped before its first validation. Go on with it, or evaluate {last}.")
     raise RequestError(f"{run_dir} holds no checkpoint of its best step, {best_step}. Evaluate {last} instead.")
 
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from trainer.allocator import keep_large_buffers, return_large_buffers
-from trainer.precision import pick_precision, set_precision
+from trainer.learner import Learner
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
-from trainer.train import descend, fresh_network, learn, make_optimizer, outer_parameters
 
 ROUNDS = 7
 
@@ -90,7 +89,9 @@ class _Sample:
 
 
 def _sample(settings: TrainSettings, data: TrainData) -> _Sample:
-    stream = data.train(settings.meta_batch_size, settings.seed, torch.device("cpu"), normalise=settings.normalise)
+    stream = data.train(
+        settings.meta_batch_size, settings.seed, torch.device("cpu"), normalise=settings.normalise, rank=0, ranks=1
+    )
     batches = iter(stream)
     batch = EpisodeBatch(*(part.clone() for part in next(batches)))
     return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
@@ -99,15 +100,12 @@ def _sample(settings: TrainSettings, data: TrainData) -> _Sample:
 def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
     """All that a step does but reading the meta-batch."""
     device = pick_device(settings.device)
-    network = fresh_network(settings, sample.about).to(device)
-    set_precision(network, pick_precision(settings.precision, device))
-    parameters = outer_parameters(settings, network, sample, sample.about)
-    optimizer = make_optimizer(settings, parameters)
+    learner = Learner(settings, sample, sample.about, device)
     batch = EpisodeBatch(*(part.to(device) for part in sample.batch))
 
     def step() -> None:
-        outcome = learn(settings, network, parameters, sample, batch, settings.steps - 1, every_step=False)
-        descend(settings, parameters, optimizer, outcome, settings.steps - 1)
+        outcome = learner.gradient(batch, settings.steps - 1, every_step=False)
+        learner.descend(outcome, settings.steps - 1)
         outcome.loss.item()  # waits for the device
 
     return step

@@ -33,15 +33,40 @@ class EpisodeData:
         self._open = open_source
         self._trained_on: Source | None = None
 
-    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> DeviceStream:
+    def train(
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        normalise: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> DeviceStream:
         """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
         source = self._open("train", None)
-        stream = EpisodeStream(source, batch_size=batch_size, seed=seed, remix=self.remix, normalise=normalise)
+        stream = EpisodeStream(
+            source,
+            batch_size=batch_size,
+            seed=seed,
+            remix=self.remix,
+            normalise=normalise,
+            rank=rank,
+            ranks=ranks,
+        )
         self._trained_on = stream.source
         return stream.to(device)
 
     def eval(
-        self, split: str, episodes: int, batch_size: int, device: torch.device, *, normalise: bool = False
+        self,
+        split: str,
+        episodes: int,
+        batch_size: int,
+        device: torch.device,
+        *,
+        normalise: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once and in order.
 
@@ -51,7 +76,10 @@ class EpisodeData:
         source = self._open(split, episodes)
         if source.episodes is None or source.episodes < episodes:
             raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} are asked for.")
-        return EpisodeStream(source, batch_size=batch_size, shuffle=False, normalise=normalise).to(device)
+        stream = EpisodeStream(
+            source, batch_size=batch_size, shuffle=False, normalise=normalise, rank=rank, ranks=ranks
+        )
+        return stream.to(device)
 
     def describe(self) -> dict[str, Any]:
         """What the episodes are, whatever their split."""

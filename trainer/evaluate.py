@@ -26,7 +26,8 @@ from trainer.adapt import (
     score_of,
 )
 from trainer.allocator import keep_large_buffers
-from trainer.checkpoint import find_best, load_checkpoint
+from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
+from trainer.distributed import ALONE, World
 from trainer.features import head_on_features
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
@@ -96,6 +97,7 @@ def evaluate(
     data: dict[str, Any],
     split: str,
     learned: Parameters | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
 
@@ -103,28 +105,38 @@ def evaluate(
 
     Args:
         network: on the device of the episodes.
-        batches: one pass over them.
+        batches: one pass over them; of several processes, over this one's part.
         inner: how to adapt; its order makes no difference here.
         data: what the episodes are, see ``TrainData.describe``.
         split: the episodes' split.
         learned: rates and per-step norms that ``inner`` asks for; see ``meta_parameters``.
+        world: the processes that evaluate together; all get the whole result.
 
     Raises:
         RequestError: fewer than two episodes, which give no interval.
     """
     parameters: Parameters = {**dict(network.named_parameters()), **(learned or {})}
-    with torch.no_grad():
-        rows = [measure(network, parameters, one, inner) for batch in batches for one in episodes(batch)]
-    if len(rows) < 2:
-        raise RequestError(f"An accuracy with its interval takes at least 2 episodes, not {len(rows)}.")
-    table = torch.stack(rows).cpu().double()  # [episodes, 1 + inner.steps + 1]
+    rows, index = [], []
+    with torch.no_grad(), world.together():
+        for batch in batches:
+            rows += [measure(network, parameters, one, inner) for one in episodes(batch)]
+            index.append(batch.index)
+    # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
+    table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
+    if world.ranks > 1:
+        # In the order of the episodes, so that sums come out the same to the bit for any number of processes.
+        parts = world.gather((torch.cat(index).cpu() if index else torch.empty(0, dtype=torch.int64), table))
+        order = torch.cat([places for places, _ in parts]).argsort()
+        table = torch.cat([measured for _, measured in parts])[order]
+    if len(table) < 2:
+        raise RequestError(f"An accuracy with its interval takes at least 2 episodes, not {len(table)}.")
     accuracies = table[:, 1:]
     return Evaluation(
         accuracy=accuracies[:, -1].mean().item(),
-        interval=1.96 * accuracies[:, -1].std(correction=1).item() / len(rows) ** 0.5,
+        interval=1.96 * accuracies[:, -1].std(correction=1).item() / len(table) ** 0.5,
         loss=table[:, 0].mean().item(),
         accuracy_by_step=tuple(accuracies.mean(0).tolist()),
-        episodes=len(rows),
+        episodes=len(table),
         bn=inner.bn,
         inner_steps=inner.steps,
         inner_lr=inner.lr,
@@ -170,6 +182,7 @@ def evaluate_checkpoint(
     episodes: int = 600,
     inner_steps: int | None = None,
     device: str = "auto",
+    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate a checkpoint, or the best one of a run folder.
 
@@ -180,6 +193,7 @@ def evaluate_checkpoint(
         episodes: how many; 600 are the field's custom.
         inner_steps: 0 measures the initialisation itself; None takes what the run was validated with.
         device: see ``TrainSettings``.
+        world: the processes that evaluate together, as ``trainer.distributed.joined`` gives it; all get the result.
 
     Raises:
         RequestError: no checkpoint, its network does not fit the data, or a wrong number.
@@ -187,23 +201,32 @@ def evaluate_checkpoint(
     """
     if inner_steps is not None and inner_steps < 0:
         raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
-    path = find_best(Path(place)) if Path(place).is_dir() else Path(place)
-    checkpoint = load_checkpoint(path)
-    about = data.describe()
-    for key in ("n_way", "image_shape"):
-        here, there = about[key], checkpoint.data[key]
-        if here != there:
-            raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
-    settings = TrainSettings(**checkpoint.settings)
-    inner = settings.inner_loop_at_test()
-    if inner_steps is not None:
-        inner = replace(inner, steps=inner_steps)
-    require_shots(inner, about["k_shot"])
-    keep_large_buffers()
-    where = pick_device(device)
-    batches = data.eval(split, episodes, settings.meta_batch_size, where, normalise=settings.normalise)
-    learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
-    network = checkpoint.network().to(where)
-    # What was trained in tf32 is evaluated in fp32 where there is no tf32.
-    set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    return evaluate(network, batches, inner, about, split, learned)
+
+    def read() -> tuple[Path, Checkpoint]:
+        path = find_best(Path(place)) if Path(place).is_dir() else Path(place)
+        return path, load_checkpoint(path)
+
+    path, checkpoint = world.from_first(read)
+    with world.together():
+        about = data.describe()
+        for key in ("n_way", "image_shape"):
+            here, there = about[key], checkpoint.data[key]
+            if here != there:
+                raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
+        settings = TrainSettings(**checkpoint.settings)
+        inner = settings.inner_loop_at_test()
+        if inner_steps is not None:
+            inner = replace(inner, steps=inner_steps)
+        require_shots(inner, about["k_shot"])
+        keep_large_buffers()
+        where = world.device(pick_device(device))
+        # So that each process has an episode of every meta-batch, whose size makes no difference here.
+        size = max(settings.meta_batch_size, world.ranks)
+        batches = data.eval(
+            split, episodes, size, where, normalise=settings.normalise, rank=world.rank, ranks=world.ranks
+        )
+        learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
+        network = checkpoint.network().to(where)
+        # What was trained in tf32 is evaluated in fp32 where there is no tf32.
+        set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
+    return evaluate(network, batches, inner, about, split, learned, world)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,21 +60,40 @@ class Window:
     """The outer steps since the last line of the log.
 
     Losses and accuracies stay on the device until they are summed up: asking for one makes the CPU wait.
+
+    Args:
+        step: of the last line.
+        state: what ``state_dict`` gave amid such a window, which is gone on with.
     """
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self._losses: list[Tensor] = []
-        self._accuracies: list[Tensor] = []
+    def __init__(self, step: int, state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self._losses: list[Tensor] = list(state["losses"]) if state else []
+        self._accuracies: list[Tensor] = list(state["accuracies"]) if state else []
+        self.step = step - len(self._losses)
+        self._before = len(self._losses)  # steps of another process, whose time is not known
         self._images = 0
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float) -> None:
-        """Count one outer step, for whose meta-batch the loop waited so many seconds."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The losses ``[steps]`` and accuracies ``[steps, 1]`` so far, on the CPU; empty if there are none."""
+        if not self._losses:
+            return {}
+        last = torch.stack([by_step[-1:] for by_step in self._accuracies])
+        return {"losses": torch.stack(self._losses).cpu(), "accuracies": last.cpu()}
+
+    def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float, share: float = 1.0) -> None:
+        """Count one outer step, for whose meta-batch the loop waited so many seconds.
+
+        Args:
+            batch: the part of the meta-batch that this process learned from.
+            outcome: what the whole meta-batch taught.
+            waited: in seconds.
+            share: how large that part is.
+        """
         self._losses.append(outcome.loss)
         self._accuracies.append(outcome.score)
-        self._images += batch.support_y.numel() + batch.query_y.numel()
+        self._images += round((batch.support_y.numel() + batch.query_y.numel()) / share)
         self._waited += waited
 
     def sum_up(self) -> dict[str, Any]:
@@ -91,7 +112,7 @@ class Window:
             "loss": sum(losses) / steps,
             "accuracy": torch.stack([by_step[-1] for by_step in self._accuracies]).mean().item(),
             "accuracy_by_step": self._accuracies[-1].tolist(),
-            "ms_per_step": 1000 * seconds / steps,
+            "ms_per_step": 1000 * seconds / (steps - self._before),
             "images_per_second": self._images / seconds,
             "data_wait_percent": 100 * self._waited / seconds,
         }

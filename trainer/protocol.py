@@ -47,17 +47,31 @@ class ClassData(Protocol):
 class TrainData(ClassData, Protocol):
     """Episodes to train and to evaluate on."""
 
-    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool) -> TrainStream:
+    def train(
+        self, batch_size: int, seed: int, device: torch.device, *, normalise: bool, rank: int, ranks: int
+    ) -> TrainStream:
         """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``.
 
-        Images are in [0, 1], or normalised by the mean and deviation of the train split.
+        Images are in [0, 1], or normalised by the mean and deviation of the train split. Of several processes each
+        gets its part of every meta-batch, ``batch_size`` episodes in all.
         """
         ...
 
     def eval(
-        self, split: str, episodes: int, batch_size: int, device: torch.device, *, normalise: bool
+        self,
+        split: str,
+        episodes: int,
+        batch_size: int,
+        device: torch.device,
+        *,
+        normalise: bool,
+        rank: int,
+        ranks: int,
     ) -> Iterable[EpisodeBatch]:
-        """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice."""
+        """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice.
+
+        Of several processes each gets its part of every meta-batch, which can be empty at the end.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

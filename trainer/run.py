@@ -17,6 +17,7 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.files import locked, make_folder, write_atomic
 from trainer import metrics
 from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
+from trainer.distributed import World
 from trainer.settings import CHANGEABLE, TrainSettings
 
 CONFIG = "config.json"
@@ -41,6 +42,24 @@ def alone_in(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any]) -> None:
+    """Make sure that all processes were told the same, and have the same data. Called by all.
+
+    Raises:
+        RequestError: they were not; the message says in what they differ.
+    """
+    told = world.gather(json.loads(json.dumps([settings.resolved(), data])))  # lists in place of tuples
+    with world.together():
+        for rank, (its_settings, its_data) in enumerate(told):
+            pairs = [(told[0][0], its_settings, frozenset()), (told[0][1], its_data, frozenset({"source"}))]
+            if lines := [line for before, now, free in pairs for line in _differences(before, now, free)]:
+                raise RequestError(
+                    f"Rank {rank} of this job (here) was told otherwise than rank 0 (there):\n"
+                    + "\n".join(f"  {line}" for line in lines)
+                    + "\nGive all processes the same command and the same data."
+                )
 
 
 def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, resume: bool) -> Checkpoint | None:

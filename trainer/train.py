@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from mamldata.batch import EpisodeBatch
-from mamldata.errors import RequestError
+from mamldata.errors import RequestError, StoppedError
 from trainer import metrics
-from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters, require_shots
+from trainer.adapt import require_shots
 from trainer.allocator import keep_large_buffers
-from trainer.baselines import joint, joint_parameters
 from trainer.board import Board, require_tensorboard
-from trainer.checkpoint import Checkpoint, all_weights, find_best, load_weights, save_checkpoint
-from trainer.engines import Outcome, pick_engine
+from trainer.checkpoint import Checkpoint, find_best, save_checkpoint
+from trainer.distributed import ALONE, World
+from trainer.engines import pick_engine
 from trainer.evaluate import Evaluation, evaluate
-from trainer.models import build_network
-from trainer.precision import pick_precision, set_precision
-from trainer.protocol import ClassData, TrainData, TrainStream, endless
+from trainer.learner import Learner
+from trainer.preemption import Stop, stop_at_signals
+from trainer.protocol import TrainData, TrainStream, endless
 from trainer.rates import rate_lines
-from trainer.run import alone_in, begin_run, open_run
+from trainer.run import alone_in, begin_run, open_run, require_agreement
 from trainer.settings import TrainSettings, pick_device
 
 
@@ -58,11 +56,12 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[str], object] = lambda _: None,
+    world: World = ALONE,
 ) -> RunResult:
     """Meta-train a network; what comes of it is in ``run_dir``.
 
     Killed at any moment and resumed, it ends with the weights, to the bit, that it would have ended with on the same
-    CPU without the interruption.
+    CPU without the interruption. SIGTERM and SIGUSR1 end it with a checkpoint after the outer step under way.
 
     Args:
         settings: what to do.
@@ -70,24 +69,45 @@ def train(
         run_dir: made if need be.
         resume: go on with the run in ``run_dir``; start it if there is nothing yet.
         report: told of the progress, a line at a time.
+        world: the processes that train together, as ``trainer.distributed.joined`` gives it. The first one writes and
+            reports; ``run_dir`` need not be there for the others.
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
+        StoppedError: SIGTERM or SIGUSR1 came; the run is saved, and can be resumed.
         DivergedError: training has diverged.
+        PeerError: it is another process that fails, and says why.
+        LostPeerError: another process is gone.
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
     """
     run_dir = Path(run_dir)
-    device = pick_device(settings.device)
-    pick_engine(settings.engine)  # its package may not be there
-    if settings.tensorboard:
-        require_tensorboard()
-    about = data.describe()
-    require_shots(settings.inner_loop(), about["k_shot"])
-    network = fresh_network(settings, about)  # before anything is written: the images may not fit it
-    set_precision(network, pick_precision(settings.precision, device))
-    with alone_in(run_dir):
-        return _train(settings, data, run_dir, about, network, device, resume=resume, report=report)
+    with world.together():
+        if world.ranks > settings.meta_batch_size:
+            raise RequestError(
+                f"{world.ranks} processes cannot share a meta-batch of {settings.meta_batch_size}: each must get an "
+                f"episode. Start at most {settings.meta_batch_size}, or raise meta_batch_size."
+            )
+        device = world.device(pick_device(settings.device))
+        pick_engine(settings.engine)  # its package may not be there
+        if settings.tensorboard:
+            require_tensorboard()
+        about = data.describe()
+        require_shots(settings.inner_loop(), about["k_shot"])
+        keep_large_buffers()
+        learner = Learner(settings, data, about, device)  # before anything is written: the images may not fit it
+    require_agreement(world, settings, about)
+    with stop_at_signals() as stop, ExitStack() as held:
+        with world.together():
+            if world.first:
+                held.enter_context(alone_in(run_dir))
+        if not world.first:
+            report = _silent
+        return _train(settings, data, run_dir, about, learner, device, world, stop, resume=resume, report=report)
+
+
+def _silent(line: str) -> None:
+    """The report of all processes but the first."""
 
 
 def _train(
@@ -95,23 +115,36 @@ def _train(
     data: TrainData,
     run_dir: Path,
     about: dict[str, Any],
-    network: nn.Module,
+    learner: Learner,
     device: torch.device,
+    world: World,
+    stop: Stop,
     *,
     resume: bool,
     report: Callable[[str], object],
 ) -> RunResult:
     """What is before the loop and after it, with nobody else in the run folder."""
-    checkpoint = open_run(run_dir, settings, about, resume=resume)
-    if checkpoint and checkpoint.step >= settings.outer_steps:
+    # One process looks which checkpoint is the last: all go on from that one, wherever they run.
+    checkpoint = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
+    if checkpoint and checkpoint.step >= settings.outer_steps and checkpoint.accuracy is not None:
         report(f"{run_dir} is done: {checkpoint.step} of {settings.outer_steps} steps.")
-        return _result(run_dir, checkpoint)
+        return _result(run_dir, checkpoint, world)
 
-    stream = data.train(settings.meta_batch_size, settings.seed, device, normalise=settings.normalise)
-    begin_run(run_dir, settings, about, checkpoint)
-    board = Board(run_dir, checkpoint.step if checkpoint else 0) if settings.tensorboard else None
+    board = None
+    with world.together():
+        stream = data.train(
+            settings.meta_batch_size,
+            settings.seed,
+            device,
+            normalise=settings.normalise,
+            rank=world.rank,
+            ranks=world.ranks,
+        )
+        if world.first:
+            begin_run(run_dir, settings, about, checkpoint)
+            board = Board(run_dir, checkpoint.step if checkpoint else 0) if settings.tensorboard else None
     try:
-        return _loop(settings, data, run_dir, about, network, device, stream, checkpoint, board, report)
+        return _loop(settings, data, run_dir, about, learner, device, stream, checkpoint, board, world, stop, report)
     finally:
         if board:
             board.close()
@@ -122,159 +155,129 @@ def _loop(
     data: TrainData,
     run_dir: Path,
     about: dict[str, Any],
-    network: nn.Module,
+    learner: Learner,
     device: torch.device,
     stream: TrainStream,
     checkpoint: Checkpoint | None,
     board: Board | None,
+    world: World,
+    stop: Stop,
     report: Callable[[str], object],
 ) -> RunResult:
-    """The loop itself."""
-    keep_large_buffers()
-    network.to(device)
-    parameters = outer_parameters(settings, network, data, about)
-    optimizer = make_optimizer(settings, parameters)
+    """The loop itself.
+
+    All processes hold the same weights at every step: they begin with those of the first one, and then each applies
+    the same averaged gradient, equal to the bit on all, by the same arithmetic. Validations make sure of it.
+    """
     step, best_step, best_accuracy = 0, 0, -1.0
     if checkpoint:
-        load_weights(network, parameters, checkpoint.weights)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        learner.load(checkpoint.weights, checkpoint.optimizer)
         stream.load_state_dict(checkpoint.stream)
         step, best_step, best_accuracy = checkpoint.step, checkpoint.best_step, checkpoint.best_accuracy
         report(f"Going on after step {step} of {settings.steps}.")
+    world.spread_(learner.learned)
 
     def note(row: dict[str, Any]) -> None:
-        metrics.append(run_dir, row)
+        if world.first:
+            metrics.append(run_dir, row)
         if board:
             board.add(row)
 
-    def validate() -> Checkpoint:
-        evaluation = _validate(network, parameters, settings, data, about, device, step)
-        note({"event": "val", "step": step, **evaluation.to_json()})
-        report(f"step {step}  val {evaluation}")
-        better = evaluation.accuracy > best_accuracy
+    def save(accuracy: float | None) -> Checkpoint:
+        better = accuracy is not None and accuracy > best_accuracy
         made = Checkpoint(
             step=step,
-            accuracy=evaluation.accuracy,
+            accuracy=accuracy,
             best_step=step if better else best_step,
-            best_accuracy=evaluation.accuracy if better else best_accuracy,
+            best_accuracy=accuracy if accuracy is not None and better else best_accuracy,
             settings=settings.resolved(),
             data=about,
-            weights=all_weights(network, parameters),
-            optimizer=optimizer.state_dict(),
+            weights=learner.weights(),
+            optimizer=learner.optimizer.state_dict(),
             stream=stream.state_dict(),
+            window=window.state_dict() if accuracy is None else {},
         )
-        save_checkpoint(run_dir, made)
+        if world.first:
+            save_checkpoint(run_dir, made)
         return made
 
+    def validate() -> Checkpoint:
+        world.require_same(learner.learned, f"The weights at step {step}")
+        evaluation = _validate(learner, data, about, device, step, world)
+        with world.together():
+            note({"event": "val", "step": step, **evaluation.to_json()})
+            report(f"step {step}  val {evaluation}")
+            return save(evaluation.accuracy)
+
+    begun = {name: value.to(device) for name, value in checkpoint.window.items()} if checkpoint else {}
+    window = metrics.Window(step, begun)
     if not settings.outer_steps:
-        return _result(run_dir, validate())
-    window = metrics.Window(step)
+        return _result(run_dir, validate(), world)
     with closing(endless(stream)) as batches:
         while step < settings.steps:
             asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
+            with world.together(stop):
+                batch = next(batches)
+                waited = time.perf_counter() - asked
 
             step += 1
             validating = step % settings.eval_every == 0 or step == settings.steps
             logging = step % settings.log_every == 0 or validating
-            outcome = learn(settings, network, parameters, data, batch, step - 1, every_step=logging)
-            descend(settings, parameters, optimizer, outcome, step - 1)
-            window.add(batch, outcome, waited)
+            share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
+            outcome = learner.gradient(batch, step - 1, share, world, every_step=logging)
+            learner.descend(outcome, step - 1)
+            window.add(batch, outcome, waited, share)
             del batch  # its memory can be used again while the next one is read
 
             if logging:
-                row = window.sum_up()
-                note({"event": "train", **row})
-                report(_progress(row, settings))
+                with world.together():
+                    row = window.sum_up()
+                    note({"event": "train", **row})
+                    report(_progress(row, settings))
             if validating:
                 checkpoint = validate()
                 best_step, best_accuracy = checkpoint.best_step, checkpoint.best_accuracy
             if logging:
                 window = metrics.Window(step)  # only now, so that validation is not timed
-    for line in rate_lines(parameters, settings.point.rates):
+            if stop.agreed and step < settings.steps:
+                with world.together():
+                    if not validating:
+                        save(None)
+                raise StoppedError(
+                    f"Stopped by {stop.agreed}: step {step} of {settings.steps} is saved in {run_dir}. The same "
+                    "command with --resume goes on."
+                )
+    if checkpoint is not None and checkpoint.accuracy is None:
+        checkpoint = validate()  # stopped at a step that has become the last one
+    for line in rate_lines(learner.parameters, settings.point.rates):
         report(line)
     assert checkpoint is not None  # the last step validates
-    return _result(run_dir, checkpoint)
-
-
-def outer_parameters(settings: TrainSettings, network: nn.Module, data: ClassData, about: dict[str, Any]) -> Parameters:
-    """All that the outer loop learns."""
-    if settings.point.outer == "joint":
-        return joint_parameters(network, fresh_network(settings, {**about, "n_way": data.class_count()}))
-    return meta_parameters(network, settings.inner_loop())
-
-
-def make_optimizer(settings: TrainSettings, parameters: Parameters) -> torch.optim.Optimizer:
-    """Of the outer loop."""
-    values = list(parameters.values())
-    if settings.meta_optimizer == "sgd":
-        return torch.optim.SGD(values, lr=settings.meta_lr)
-    return torch.optim.Adam(values, lr=settings.meta_lr)
-
-
-def descend(
-    settings: TrainSettings,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-    outcome: Outcome,
-    step: int,
-) -> None:
-    """Change the parameters by what one outer step, counted from 0, has taught."""
-    for name, parameter in parameters.items():
-        parameter.grad = outcome.gradient[name]
-    if settings.meta_clip_norm is not None:
-        nn.utils.clip_grad_norm_(parameters.values(), settings.meta_clip_norm)
-    if settings.meta_clip_value is not None:
-        nn.utils.clip_grad_value_(parameters.values(), settings.meta_clip_value)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.meta_lr_at(step)
-    optimizer.step()
-
-
-def learn(
-    settings: TrainSettings,
-    network: nn.Module,
-    parameters: Parameters,
-    data: ClassData,
-    batch: EpisodeBatch,
-    step: int,
-    *,
-    every_step: bool,
-) -> Outcome:
-    """The gradient of one outer step, counted from 0."""
-    if settings.point.outer == "joint":
-        return joint(network, parameters, batch, data.classes(batch.index))
-    inner, objective = settings.inner_loop(step), settings.objective(step)
-    engine = pick_engine(settings.engine)
-    return engine(network, parameters, batch, inner, objective, every_step=every_step)
-
-
-def fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
-    """The network as the seed draws it, for what ``TrainData.describe`` says.
-
-    Raises:
-        RequestError: it does not take such images.
-    """
-    height, width, channels = about["image_shape"]
-    if height != width:
-        raise RequestError(f"The networks take square images, and these have {height}x{width} pixels.")
-    return build_network(settings.network, channels, height, about["n_way"], settings.seed, settings.filters)
+    return _result(run_dir, checkpoint, world)
 
 
 def _validate(
-    network: nn.Module,
-    parameters: Parameters,
-    settings: TrainSettings,
+    learner: Learner,
     data: TrainData,
     about: dict[str, Any],
     device: torch.device,
     step: int,
+    world: World,
 ) -> Evaluation:
-    batches = data.eval("val", settings.eval_episodes, settings.meta_batch_size, device, normalise=settings.normalise)
-    learned = {name: value for name, value in parameters.items() if name.startswith((RATE, STEP_NORM))}
-    evaluation = evaluate(network, batches, settings.inner_loop_at_test(), about, "val", learned)
-    metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
+    settings = learner.settings
+    with world.together():
+        batches = data.eval(
+            "val",
+            settings.eval_episodes,
+            settings.meta_batch_size,
+            device,
+            normalise=settings.normalise,
+            rank=world.rank,
+            ranks=world.ranks,
+        )
+    inner = settings.inner_loop_at_test()
+    evaluation = evaluate(learner.network, batches, inner, about, "val", learner.beside, world)
+    with world.together():
+        metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
     return evaluation
 
 
@@ -288,7 +291,8 @@ def _progress(row: dict[str, Any], settings: TrainSettings) -> str:
     )
 
 
-def _result(run_dir: Path, last: Checkpoint) -> RunResult:
+def _result(run_dir: Path, last: Checkpoint, world: World) -> RunResult:
+    assert last.accuracy is not None  # runs end with a validation
     return RunResult(
         run_dir=run_dir,
         step=last.step,
@@ -296,5 +300,5 @@ def _result(run_dir: Path, last: Checkpoint) -> RunResult:
         best_step=last.best_step,
         best_accuracy=last.best_accuracy,
         last=run_dir / last.name,
-        best=find_best(run_dir),
+        best=world.from_first(lambda: find_best(run_dir)),
     )

@@ -175,6 +175,22 @@ class TestBatches:
         assert [batch[4].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
         assert [tensor.shape[0] for tensor in batches[-1]] == [2] * 5
 
+    @pytest.mark.parametrize("is_live", [False, True])
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_the_part_of_a_rank_can_be_empty_at_the_end(self, folder, glyphs_root, is_live, device):
+        """Of a last meta-batch of one episode some ranks get nothing, and all together every episode once."""
+        source = (
+            live("glyphs", "val", root=glyphs_root, episodes=5) if is_live else ArchiveSource(folder, "val", episodes=5)
+        )
+        seen, sizes = [], []
+        for rank in range(4):
+            part = EpisodeStream(source, batch_size=4, shuffle=False, rank=rank, ranks=4)
+            for batch in part.to(device) if device else part:
+                seen += batch.index.tolist()
+                sizes.append(len(batch.query_y))
+        assert sorted(seen) == list(range(5))
+        assert sorted(sizes) == [0, 0, 0, 1, 1, 1, 1, 1]
+
     def test_live_episodes_are_those_of_an_archive(self, folder, glyphs_root):
         """The same seed and index give the same episode from a bank and from an archive."""
         for split in ("train", "val", "test"):

@@ -57,8 +57,17 @@ class Synthetic:
         support_y, query_y = (label.repeat(len(indices), 1) for label in labels)
         return EpisodeBatch(torch.stack(support), support_y, torch.stack(query), query_y, torch.tensor(indices))
 
-    def train(self, batch_size: int, seed: int, device: torch.device, *, normalise: bool = False) -> SyntheticStream:  # noqa: ARG002
-        return SyntheticStream(self, batch_size, seed)
+    def train(
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,  # noqa: ARG002
+        *,
+        normalise: bool = False,  # noqa: ARG002
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> SyntheticStream:
+        return SyntheticStream(self, batch_size, seed, rank, ranks)
 
     def eval(
         self,
@@ -68,9 +77,12 @@ class Synthetic:
         device: torch.device,  # noqa: ARG002
         *,
         normalise: bool = False,  # noqa: ARG002
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Iterator[EpisodeBatch]:
         for start in range(0, episodes, batch_size):
-            yield self.batch(split, list(range(start, min(start + batch_size, episodes))))
+            if mine := part(range(start, min(start + batch_size, episodes)), rank, ranks):
+                yield self.batch(split, mine)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -85,20 +97,26 @@ class Synthetic:
         }
 
 
+def part(indices: range, rank: int, ranks: int) -> list[int]:
+    """Those of one of several processes."""
+    return list(indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks])
+
+
 class SyntheticStream:
     """Epochs of seven meta-batches; the state is that of the consumer."""
 
     EPOCH = 7
 
-    def __init__(self, data: Synthetic, batch_size: int, seed: int) -> None:
+    def __init__(self, data: Synthetic, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.rank, self.ranks = rank, ranks
         self.next_batch = 0
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
         for t in range(self.next_batch, (self.next_batch // self.EPOCH + 1) * self.EPOCH):
             first = (self.seed * 100_000 + t) * self.batch_size
             self.next_batch = t + 1
-            yield self.data.batch("train", list(range(first, first + self.batch_size)))
+            yield self.data.batch("train", part(range(first, first + self.batch_size), self.rank, self.ranks))
 
     def state_dict(self) -> dict[str, Any]:
         return {"next_batch": self.next_batch, "seed": self.seed}

@@ -64,6 +64,29 @@ def test_name_says_algorithm_step_and_accuracy(tmp_path: Path) -> None:
     assert path.name == "maml_step1200_acc0.9877.pt"
 
 
+def test_one_without_a_validation(tmp_path: Path) -> None:
+    """It is called after its step, and is kept beside the best one until the next one comes, at the same step, too."""
+    save_checkpoint(tmp_path, checkpoint(step=10, accuracy=0.5))
+    between = replace(checkpoint(step=12, best_step=10), accuracy=None, window={"losses": torch.ones(2)})
+    loaded = load_checkpoint(save_checkpoint(tmp_path, between))
+    assert loaded.accuracy is None
+    assert torch.equal(loaded.window["losses"], torch.ones(2))
+    assert names(tmp_path) == {"maml_step10_acc0.5000.pt", "maml_step12.pt"}
+    assert find_last(tmp_path) == tmp_path / "maml_step12.pt"
+    assert find_best(tmp_path) == tmp_path / "maml_step10_acc0.5000.pt"
+    save_checkpoint(tmp_path, checkpoint(step=12, accuracy=0.75))
+    assert names(tmp_path) == {"maml_step12_acc0.7500.pt"}
+
+
+def test_one_of_before_windows_were_saved(tmp_path: Path) -> None:
+    """A checkpoint without a window is read as one right after a line of the metrics."""
+    path = save_checkpoint(tmp_path, checkpoint())
+    content = torch.load(path, weights_only=True)
+    del content["window"]
+    torch.save(content, path)
+    assert load_checkpoint(path).window == {}
+
+
 def test_same_state_gives_same_bytes(tmp_path: Path) -> None:
     """A checkpoint holds nothing but the run's state: no time, no path."""
     (tmp_path / "a").mkdir()

@@ -74,3 +74,30 @@ def test_what_is_not_finite_is_refused(loss: float) -> None:
     require_finite(1e30, "This")
     with pytest.raises(MamldataError, match=r"^This is"):
         require_finite(loss, "This")
+
+
+def test_a_window_goes_on_in_another_process() -> None:
+    """Cut anywhere and put together again, a window sums up to the same; the time is that of the steps timed here."""
+    batch = Synthetic(size=8).batch("train", [0, 1])
+    outcomes = [Outcome({}, torch.rand(()), torch.rand(1 if step < 4 else 3)) for step in range(5)]
+    whole = Window(20)
+    for outcome in outcomes:
+        whole.add(batch, outcome, 0.0)
+    expected = whole.sum_up()
+    assert expected["step"] == 25
+    for cut in range(5):
+        first = Window(20)
+        for outcome in outcomes[:cut]:
+            first.add(batch, outcome, 0.0)
+        assert bool(first.state_dict()) == bool(cut)
+        second = Window(20 + cut, first.state_dict())
+        for outcome in outcomes[cut:]:
+            second.add(batch, outcome, 0.0)
+        row = second.sum_up()
+        assert {key: row[key] for key in ("step", "loss", "accuracy", "accuracy_by_step")} == {
+            key: expected[key] for key in ("step", "loss", "accuracy", "accuracy_by_step")
+        }
+    diverged = Window(22, {"losses": torch.tensor([1.0, float("nan")]), "accuracies": torch.ones(2, 1)})
+    diverged.add(batch, outcomes[0], 0.0)
+    with pytest.raises(MamldataError, match=r"The training loss at step 22 is nan"):
+        diverged.sum_up()

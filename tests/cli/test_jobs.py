@@ -1,0 +1,169 @@
+"""Commands in processes of their own: started together by torchrun, and stopped by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cli.main import main
+from mamldata.errors import LostPeerError, PeerError, StoppedError, WriteError
+from trainer.checkpoint import find_last, load_checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and signals as on Linux")
+
+PATIENCE = 300  # seconds, on a machine with other things to do, before a command is taken for hung
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+OPTIONS = ("--steps", "12", "--meta-batch-size", "3", "--eval-every", "8", "--log-every", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def archive(glyphs_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small archive of small images."""
+    out = tmp_path_factory.mktemp("jobs") / "archive"
+    options = ("--train", "20", "--val", "5", "--test", "7", "--k-query", "2", "--image-size", "16", "--workers", "1")
+    result = CliRunner().invoke(main, ["build", "glyphs", "--out", str(out), *options, "--root", str(glyphs_root)])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def run(*command: object) -> tuple[int, str, str]:
+    process = start(*command)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
+    return process.returncode, stdout, stderr
+
+
+def here(*arguments: object) -> str:
+    """A command in this process; its output."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    last = find_last(run_dir)
+    assert last is not None
+    return load_checkpoint(last).weights
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "local_rank", "code", "shown"),
+    [
+        (WriteError("no space"), 5, 1, 1, "Error: no space"),
+        (PeerError(3, "no space", 1), 0, 0, 1, ""),
+        (PeerError(3, "no such way", 2), 4, 0, 2, ""),
+        (LostPeerError("gone"), 0, 0, 1, "Error: gone"),
+        (LostPeerError("gone"), 9, 1, 1, "Error: gone"),
+        (LostPeerError("gone"), 2, 2, 1, ""),
+        (StoppedError("saved"), 0, 0, 75, "saved"),
+        (StoppedError("saved"), 8, 0, 75, ""),
+        (click.UsageError("no such option"), 8, 0, 2, "Error: no such option"),
+        (click.UsageError("no such option"), 1, 1, 2, ""),
+        (KeyboardInterrupt(), 0, 0, 1, "Error: Interrupted."),
+        (KeyboardInterrupt(), 8, 0, 1, ""),
+    ],
+)
+def test_what_a_process_of_a_job_shows(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    rank: int,
+    local_rank: int,
+    code: int,
+    shown: str,
+) -> None:
+    """Of what all processes meet each line is shown once, of what one meets by that one; torchrun is told all."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cli.datasets.list_datasets", fail)
+    told = tmp_path / "error.json"
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "TORCHELASTIC_ERROR_FILE": str(told)}
+    result = CliRunner().invoke(main, ["datasets"], env=environment)
+    assert result.exit_code == code
+    lines = result.stderr.splitlines()
+    assert (lines[-1] if lines else "").startswith(shown)
+    assert bool(lines) == bool(shown)
+    if not isinstance(error, KeyboardInterrupt):
+        assert json.loads(told.read_text())["message"]["message"] == str(error)
+
+
+def test_torchrun(archive: Path, tmp_path: Path) -> None:
+    """Train and eval share their work, and print once what one process prints."""
+    # Plain descent, as Adam would make steps of rounding errors where there is next to no gradient.
+    options = (*OPTIONS, "--meta-optimizer", "sgd", "--meta-lr", "0.1")
+    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", *options)
+    assert code == 0, stderr
+    assert stdout.startswith(f"best {tmp_path / 'run'}/maml_step")
+    for text in ("step 5/12  loss ", "step 8  val ", "Done in ", "Next: mamldata eval "):
+        assert stderr.count(text) == 1
+    here("train", archive, "--out", tmp_path / "alone", *options)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+    question = ("eval", tmp_path / "run", archive, "--device", "cpu", "--json")
+    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", *question)
+    assert code == 0, stderr
+    assert json.loads(stdout) == json.loads(here(*question))
+
+
+def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
+    """What is wrong with a command is said once, before torchrun's report, whose cause it is, too."""
+    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "train", tmp_path / "no-archive", "--out", tmp_path / "run")
+    assert code != 0
+    assert stdout == ""
+    before, _, report = stderr.partition("Traceback")  # torchrun's own
+    assert before.count("Error: ") == 1
+    assert "is neither the folder of an archive nor a dataset" in before
+    assert "cli/main.py" not in report
+    assert "is neither the folder of an archive nor a dataset" in report.partition("Root Cause")[2]
+    code, _, stderr = run(*TORCHRUN, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", "--steps", "many")
+    assert code != 0
+    assert stderr.count("Error: Invalid value for '--steps'") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A signal ends training with exit code 75 and no traceback; resumed, it ends the same to the bit."""
+    train = (sys.executable, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", *OPTIONS, "--resume")
+    process = start(*train)
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("step 2/"):
+        assert line
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    last = find_last(tmp_path / "run")
+    assert last is not None
+    step = load_checkpoint(last).step
+    assert 2 <= step < 12
+    said = f"Stopped by {number.name}: step {step} of 12 is saved in {tmp_path / 'run'}."
+    assert stderr.splitlines()[-1] == f"{said} The same command with --resume goes on."
+    code, _, stderr = run(*train)
+    assert code == 0, stderr
+    here("train", archive, "--out", tmp_path / "whole", *OPTIONS)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())

@@ -1,0 +1,120 @@
+"""What the outer loop learns, and one step of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mamldata.batch import EpisodeBatch
+from mamldata.errors import RequestError
+from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters
+from trainer.baselines import joint, joint_parameters
+from trainer.checkpoint import all_weights, load_weights
+from trainer.distributed import ALONE, World
+from trainer.engines import Outcome, pick_engine
+from trainer.models import build_network
+from trainer.precision import pick_precision, set_precision
+from trainer.protocol import ClassData
+from trainer.settings import TrainSettings
+
+
+class Learner:
+    """A network as the settings draw it, all else that is learned beside it, and the outer loop's optimizer.
+
+    Args:
+        settings: what to do.
+        data: which classes episodes show, for joint training.
+        about: what ``TrainData.describe`` says of them.
+        device: where the network is.
+
+    Attributes:
+        network: on the device.
+        parameters: all that the outer loop learns.
+        optimizer: of the outer loop.
+
+    Raises:
+        RequestError: the network does not take such images, or the device not such arithmetic.
+    """
+
+    def __init__(self, settings: TrainSettings, data: ClassData, about: dict[str, Any], device: torch.device) -> None:
+        self.settings = settings
+        self._data = data
+        self.network = _fresh_network(settings, about).to(device)
+        set_precision(self.network, pick_precision(settings.precision, device))
+        self.parameters: Parameters
+        if settings.point.outer == "joint":
+            wide = _fresh_network(settings, {**about, "n_way": data.class_count()})
+            self.parameters = joint_parameters(self.network, wide)
+        else:
+            self.parameters = meta_parameters(self.network, settings.inner_loop())
+        values = list(self.parameters.values())
+        self.optimizer: torch.optim.Optimizer
+        if settings.meta_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(values, lr=settings.meta_lr)
+        else:
+            self.optimizer = torch.optim.Adam(values, lr=settings.meta_lr)
+
+    @property
+    def beside(self) -> Parameters:
+        """What an evaluation needs beside the network: learned rates and per-step norms."""
+        return {name: value for name, value in self.parameters.items() if name.startswith((RATE, STEP_NORM))}
+
+    @property
+    def learned(self) -> list[torch.Tensor]:
+        """Every tensor that several processes must hold alike."""
+        return [*self.network.parameters(), *self.parameters.values()]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """For a checkpoint; no copies."""
+        return all_weights(self.network, self.parameters)
+
+    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
+        """Put back what a checkpoint holds."""
+        load_weights(self.network, self.parameters, weights)
+        self.optimizer.load_state_dict(optimizer)
+
+    def gradient(
+        self, batch: EpisodeBatch, step: int, share: float = 1.0, world: World = ALONE, *, every_step: bool
+    ) -> Outcome:
+        """What the meta-batch of an outer step, counted from 0, teaches. Called by all processes of ``world``.
+
+        Args:
+            batch: this process's part of it.
+            step: which one.
+            share: how large that part is, in [0, 1].
+            world: the processes that have the others.
+            every_step: report the score before and after each inner step.
+        """
+        settings = self.settings
+        if settings.point.outer == "joint":
+            classes = self._data.classes(batch.index)
+            outcome = joint(self.network, self.parameters, batch, classes, world)
+        else:
+            inner, objective = settings.inner_loop(step), settings.objective(step)
+            engine = pick_engine(settings.engine)
+            outcome = engine(self.network, self.parameters, batch, inner, objective, every_step=every_step)
+        # All at once, since each exchange has its price.
+        *slopes, loss, score = world.average([*outcome.gradient.values(), *outcome[1:]], share)
+        return Outcome(dict(zip(outcome.gradient, slopes, strict=True)), loss, score)
+
+    def descend(self, outcome: Outcome, step: int) -> None:
+        """Change all that is learned by what the outer step, counted from 0, has taught."""
+        settings, values = self.settings, self.parameters.values()
+        for name, parameter in self.parameters.items():
+            parameter.grad = outcome.gradient[name]
+        if settings.meta_clip_norm is not None:
+            nn.utils.clip_grad_norm_(values, settings.meta_clip_norm)
+        if settings.meta_clip_value is not None:
+            nn.utils.clip_grad_value_(values, settings.meta_clip_value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.meta_lr_at(step)
+        self.optimizer.step()
+
+
+def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
+    height, width, channels = about["image_shape"]
+    if height != width:
+        raise RequestError(f"The networks take square images, and these have {height}x{width} pixels.")
+    return build_network(settings.network, channels, height, about["n_way"], settings.seed, settings.filters)

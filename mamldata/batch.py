@@ -9,7 +9,7 @@ import torch
 
 from mamldata.buffers import BufferPool
 from mamldata.normalisation import Normalisation
-from mamldata.order import Indices, Order, share
+from mamldata.order import Indices, Order, shard_runs, share
 from mamldata.remote import RemoteSource
 from mamldata.sources import Source
 
@@ -71,9 +71,7 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.ranks = rank, ranks
-        self._shard_batches = 0
-        if isinstance(source, RemoteSource):
-            self._shard_batches = -(-max(source.shard_episodes) // order.batch_size)
+        self._epoch, self._runs = -1, (np.empty(0, np.int64), np.empty(0, np.int64))
         self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -90,11 +88,16 @@ class BatchReader:
         return share(self.order.indices(t), self.rank, self.ranks)
 
     def look_ahead(self, t: int) -> None:
-        """Tell a source that fetches shards which one is next in this epoch, once meta-batch ``t`` is read."""
+        """Tell a source that fetches shards which ones meta-batch ``t`` and those after it in its epoch need."""
         per_epoch = self.order.batches_per_epoch
-        if isinstance(self.source, RemoteSource) and per_epoch is not None:
-            last = (t // per_epoch + 1) * per_epoch - 1
-            self.source.prefetch(int(self.order.indices(min(t + self._shard_batches, last))[-1]))
+        if not isinstance(self.source, RemoteSource) or per_epoch is None:
+            return
+        epoch, step = divmod(t, per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._runs = epoch, shard_runs(self.order, epoch, self.source.shard_episodes)
+        numbers, ends = self._runs
+        first = int(np.searchsorted(ends, step * self.order.batch_size, side="right"))
+        self.source.prefetch(numbers[first : first + self.source.window].tolist())
 
     def read(self, t: int) -> EpisodeBatch:
         """Meta-batch ``t`` on the CPU, in memory from the pools."""
@@ -110,8 +113,8 @@ class BatchReader:
         """The images of meta-batch ``t`` as they are stored, uint8, in memory from the pools."""
         index = self.indices(t)
         (support, support_memory), (query, query_memory) = (pool.take() for pool in self._stored)
-        self.source.read(index, support_memory, query_memory)
         self.look_ahead(t)
+        self.source.read(index, support_memory, query_memory)
         if len(index) < self.batch_size:
             support, query = support[: len(index)], query[: len(index)]
         return Stored(support, query, torch.from_numpy(index.copy()))

@@ -18,9 +18,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def commit(path: Path) -> None:
-    """Flush the temporary file of ``path`` to disk and give it its final name."""
+def commit(path: Path, *, lasting: bool = True) -> None:
+    """Give the temporary file of ``path`` its final name; flush it to disk first, if it is ``lasting``."""
     part = temporary(path)
+    if not lasting:
+        part.replace(path)
+        return
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     part.replace(path)
@@ -32,15 +35,20 @@ def commit(path: Path) -> None:
         os.close(folder)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write ``data`` to ``path`` through a temporary file and a rename.
+
+    Args:
+        path: of the file.
+        data: what it is to hold.
+        lasting: flush it to disk, as what must outlive a loss of power has to be.
 
     Raises:
         WriteError: the place cannot be written to.
     """
     with writing(path):
         temporary(path).write_bytes(data)
-        commit(path)
+        commit(path, lasting=lasting)
 
 
 @contextmanager

@@ -81,6 +81,22 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64)
 
 
+def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
+    """How an epoch goes through shards: their numbers in turn, and at which place of the epoch each of them ends.
+
+    Args:
+        order: one that takes shard after shard: plain, or with ``shards``.
+        epoch: which one.
+        shards: how many episodes each has.
+
+    Returns:
+        int64 ``[shards]``, twice.
+    """
+    count = len(shards)
+    numbers = np.arange(count) if order.shards is None else permutation(order.seed, epoch, count, "shards")
+    return numbers, np.cumsum(np.array(shards, dtype=np.int64)[numbers])
+
+
 def share(indices: Indices, rank: int, ranks: int) -> Indices:
     """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
 

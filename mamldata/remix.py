@@ -9,14 +9,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mamldata.episodes import ClassTable
 from mamldata.errors import DamagedError
 from mamldata.order import Indices, permutation
-from mamldata.sources import EpisodeInfo, Images, Source
-
-Classes = npt.NDArray[np.int32]
+from mamldata.sources import Classes, EpisodeInfo, Images, Source
 
 _KEPT = 4  # epochs; read-ahead and a second pass look at neighbours
 

@@ -54,7 +54,7 @@ def stored(draw) -> np.ndarray:
 
 def by_the_book(classes: np.ndarray, seed: int, epoch: int) -> list[list[int]]:
     """What docs/format.md says an epoch of remix is, with no thought of speed."""
-    episodes, n_way = classes.shape
+    n_way = classes.shape[1]
     class_of = classes.reshape(-1).tolist()
     ways = permutation(seed, epoch, classes.size, "remix").tolist()
     size = len(ways)

@@ -25,7 +25,7 @@ import mamldata
 from mamldata.errors import RequestError
 from mamldata.files import temporary, write_atomic, writing
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
 _LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
 _HEAD = 1 << 10  # a page's first bytes, however much white space it begins with
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)

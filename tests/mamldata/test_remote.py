@@ -319,6 +319,7 @@ class TestFaults:
             (busy, "HTTP 503"),
             (flips, "another file came: sha256"),
             (longer, "it announces"),
+            (shorter, "it ended after"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )

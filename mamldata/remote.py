@@ -243,7 +243,8 @@ class RemoteSource(ArchiveSource):
 def _remove(folder: str, owner: int, ahead: Ahead[int, Path]) -> None:
     if os.getpid() == owner:  # and not a worker that was forked from it
         ahead.join(1)  # one that has just begun would make the folder again, for its lock
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # under another name no thread that still waits for a server puts a file into it
+            shutil.rmtree(Path(folder).rename(f"{folder}.gone"))
 
 
 class _HashedPart(Part):

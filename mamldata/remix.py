@@ -13,11 +13,11 @@ import numpy as np
 
 from mamldata.episodes import ClassTable
 from mamldata.errors import DamagedError
-from mamldata.order import Indices, permutation
+from mamldata.order import Indices, permute
 from mamldata.sources import Classes, EpisodeInfo, Images, Source
 
 _STEPS = 32  # episodes that are looked at before a list is made
-_KEPT = 4  # epochs; read-ahead and a second pass look at neighbours
+_KEPT = 2  # epochs; read-ahead and a second pass look at neighbours
 
 
 class WaySource(Source, Protocol):
@@ -129,7 +129,7 @@ def remix(classes: Classes, seed: int, epoch: int) -> Indices:
             f"Episode {twins[0] // classes.shape[1]} of the train split holds a class twice: the archive was "
             "not made by mamldata build. Check it with: mamldata verify ARCHIVE"
         )
-    ways = permutation(seed, epoch, classes.size, "remix").reshape(classes.shape).copy()
+    ways = permute(seed, epoch, classes.size, "remix").reshape(classes.shape)
     _part_twins(ways, classes.reshape(-1)[ways])
     ways.flags.writeable = False
     return ways

@@ -312,6 +312,19 @@ class TestFaults:
         ranges = [asked for name, asked in server.asked if name == "train-00000.tar"]
         assert ranges == [None, f"bytes={size // 2}-"]
 
+    def test_a_server_that_cannot_go_on(self, folder, server):
+        """One that sends the whole file again, whatever was asked for, is taken at its word."""
+
+        def whole(handler: Handler, data: bytes, start: int) -> None:
+            assert start
+            handler.head(data, 0)
+            handler.wfile.write(data)
+
+        server.faults = [dies, whole]
+        source = remote(server, episodes=5)
+        assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
+        assert not server.faults
+
     @pytest.mark.parametrize(
         ("fault", "message"),
         [

@@ -1,81 +1,117 @@
 """Episodes a second from an archive over loopback HTTP, against plain webdataset over the same server.
 
-Plain webdataset reads an address through its own opener (curl in a pipe). Nothing is cached from one pass to the next,
-but for the last candidate, whose shards are all in its cache.
+The server is nginx (or a process that does nothing but sendfile), so that neither reader waits for it. Each candidate
+is one process that reads all shards once, from its start to its last episode; nothing is left from one pass to the
+next, but for the candidate whose shards are all in its cache. Plain webdataset reads an address through its own opener,
+which is curl in a pipe; it hashes nothing. The stream hashes every byte before it hands out an episode, and shuffles.
+``curl`` to nowhere is what this machine can download at all. Processor time is that of the reading process and of its
+children, curl among them, without the server's: on a machine with other work it says more than the rates do.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.server
+import resource
+import shutil
+import statistics
+import subprocess
 import tempfile
-import threading
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import webdataset
 from common import arguments, bank, in_turn, ratio, report
+from server import serving
 
 from mamldata.build import BuildRequest, build
 from mamldata.parallel import default_workers
 from mamldata.stream import EpisodeStream
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """The standard library's server of files, with no log."""
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Silent."""
-
-
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--episodes", type=int, default=2000)
-    parser.add_argument("--episodes-per-shard", type=int, default=250)
+    parser.add_argument("--episodes", type=int, default=6000)
+    parser.add_argument("--episodes-per-shard", type=int, help="(default: as many as fit into 64 MiB)")
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "archive"
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            run(options, folder, f"http://127.0.0.1:{server.server_address[1]}", Path(place) / "cache")
-            server.shutdown()
+        run(options, Path(place))
 
 
-def run(o: argparse.Namespace, folder: Path, url: str, cache: Path) -> None:
-    """Build an archive, serve it, and time both readers."""
+def run(o: argparse.Namespace, place: Path) -> None:
+    """Build an archive, serve it, and time all readers."""
     manifest, images = bank(o)
     request = BuildRequest(5, 1, 15, {"train": o.episodes}, episodes_per_shard=o.episodes_per_shard)
-    archive = build(manifest, images, folder, request, workers=default_workers())
-    shards = [f"{url}/{shard.file}" for shard in archive.splits["train"].shards]
-    cached = EpisodeStream(url, batch_size=o.batch_size, dtype=torch.uint8, cache_dir=cache)
+    archive = build(manifest, images, place / "archive", request, workers=default_workers())
+    with serving(place / "archive") as (url, server):
+        shards = [f"{url}/{shard.file}" for shard in archive.splits["train"].shards]
+        cached = EpisodeStream(url, batch_size=o.batch_size, dtype=torch.uint8, cache_dir=place / "cache")
 
-    def remote() -> int:
-        fresh = EpisodeStream(url, batch_size=o.batch_size, dtype=torch.uint8)
-        return sum(len(batch.index) for batch in fresh.to("cpu"))
+        def remote(**options) -> int:
+            fresh = EpisodeStream(url, batch_size=o.batch_size, dtype=torch.uint8, **options)
+            return sum(len(batch.index) for batch in fresh.to("cpu"))
 
-    results = in_turn(
-        {
+        def into_a_cache() -> int:
+            try:
+                return remote(cache_dir=place / "fresh")
+            finally:
+                shutil.rmtree(place / "fresh")
+
+        def plain_webdataset() -> int:
+            return sum(1 for _ in webdataset.WebDataset(shards, shardshuffle=False).decode())
+
+        def curl() -> int:
+            subprocess.run(
+                ["curl", "-sSf", *(word for shard in shards for word in ("-o", "/dev/null", shard))], check=True
+            )
+            return o.episodes
+
+        spent: dict[str, list[float]] = {}
+
+        def timed(name: str, work: Callable[[], int]) -> Callable[[], int]:
+            def run() -> int:
+                before = _processor_time()
+                done = work()
+                spent.setdefault(name, []).append((_processor_time() - before) / done * 1e6)
+                return done
+
+            return run
+
+        candidates: dict[str, Callable[[], int]] = {
+            "curl to nowhere": curl,
             "stream over HTTP": remote,
+            "stream over HTTP, kept in a cache": into_a_cache,
             "stream, cached": lambda: sum(len(batch.index) for batch in cached),
-            "plain webdataset over HTTP": lambda: sum(
-                1 for _ in webdataset.WebDataset(shards, shardshuffle=False).decode()
-            ),
-        },
-        o.repeats,
-    )
+            "plain webdataset over HTTP": plain_webdataset,
+        }
+        results = in_turn({name: timed(name, work) for name, work in candidates.items()}, o.repeats)
+    for name, values in spent.items():
+        results[name]["processor time, microseconds an episode"] = statistics.median(values[1:])
     settings = {
         "dataset": manifest.name,
         "unit": "episodes/s",
         "episodes": o.episodes,
         "shards": len(shards),
+        "bytes_per_episode": archive.layout.stride,
         "batch_size": o.batch_size,
+        "server": server,
         "torch": torch.__version__,
         "webdataset": webdataset.__version__,
     }
-    over = ratio(results, "stream over HTTP", "plain webdataset over HTTP")
-    report("remote", settings, {**results, "stream over webdataset": over})
+    one, other = (results[name] for name in ("plain webdataset over HTTP", "stream over HTTP"))
+    measure = "processor time, microseconds an episode"
+    quotients = {
+        "webdataset's processor time over the stream's": one[measure] / other[measure],
+        "stream over webdataset": ratio(results, "stream over HTTP", "plain webdataset over HTTP"),
+        "stream over curl": ratio(results, "stream over HTTP", "curl to nowhere"),
+    }
+    report("remote", settings, {**results, **quotients})
+
+
+def _processor_time() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

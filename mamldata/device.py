@@ -147,8 +147,8 @@ class _PinnedRing:
         if (earlier := self.copied[slot]) is not None:
             earlier.synchronize()  # only this thread waits: until the buffer may be written to again
         index = self.reader.indices(t)
-        self.reader.source.read(index, *self.memory[slot])
         self.reader.look_ahead(t)
+        self.reader.source.read(index, *self.memory[slot])
         pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
         pinned.index.numpy()[:] = index
         with torch.cuda.stream(self.copies):

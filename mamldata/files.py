@@ -18,9 +18,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def commit(path: Path) -> None:
-    """Flush the temporary file of ``path`` to disk and give it its final name."""
-    publish(temporary(path), path)
+def commit(path: Path, *, lasting: bool = True) -> None:
+    """Give the temporary file of ``path`` its final name; flush it to disk first, if it is ``lasting``."""
+    if lasting:
+        publish(temporary(path), path)
+    else:
+        temporary(path).replace(path)
 
 
 def publish(part: Path, path: Path) -> None:
@@ -36,15 +39,20 @@ def publish(part: Path, path: Path) -> None:
         os.close(folder)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write ``data`` to ``path`` through a temporary file and a rename.
+
+    Args:
+        path: of the file.
+        data: what it is to hold.
+        lasting: flush it to disk, as what must outlive a loss of power has to be.
 
     Raises:
         WriteError: the place cannot be written to.
     """
     with writing(path):
         temporary(path).write_bytes(data)
-        commit(path)
+        commit(path, lasting=lasting)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from mamldata.errors import RequestError
 
 Indices = npt.NDArray[np.int64]
 
+_KEPT = 2  # epochs: read-ahead and a second pass look at neighbours
+
 
 @dataclass(frozen=True)
 class Order:
@@ -81,6 +83,22 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64)
 
 
+def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
+    """How an epoch goes through shards: their numbers in turn, and at which place of the epoch each of them ends.
+
+    Args:
+        order: one that takes shard after shard: plain, or with ``shards``.
+        epoch: which one.
+        shards: how many episodes each has.
+
+    Returns:
+        int64 ``[shards]``, twice.
+    """
+    count = len(shards)
+    numbers = np.arange(count) if order.shards is None else permutation(order.seed, epoch, count, "shards")
+    return numbers, np.cumsum(np.array(shards, dtype=np.int64)[numbers])
+
+
 def share(indices: Indices, rank: int, ranks: int) -> Indices:
     """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
 
@@ -89,9 +107,8 @@ def share(indices: Indices, rank: int, ranks: int) -> Indices:
     return indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks]
 
 
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
-    """The order of an epoch: the positions of sorted random keys. int64 ``[count]``, read-only.
+def permute(seed: int, epoch: int, count: int, order: str) -> Indices:
+    """A permutation: the positions of sorted random keys. int64 ``[count]``.
 
     The keys are the raw output of Philox, keyed by the first 16 bytes of the SHA-256 of (seed, epoch, order), where
     ``order`` is ``shuffle`` for episodes, ``remix`` for ways, ``shards`` for shards and ``shard 7`` for the episodes
@@ -100,12 +117,18 @@ def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> In
     digest = bytes.fromhex(sha256_bytes(canonical_json({"epoch": epoch, "order": order, "seed": seed})))
     key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
     raw = np.random.Philox(key=key).random_raw(count)
-    positions = np.argsort(raw, kind="stable").astype(np.int64)
+    return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=_KEPT)
+def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
+    """The order of an epoch, see ``permute``; read-only, and kept for those who ask next."""
+    positions = permute(seed, epoch, count, order)
     positions.flags.writeable = False
     return positions
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=_KEPT)
 def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices:
     """The order of an epoch that goes through shards one after the other: int64 ``[episodes]``, read-only.
 
@@ -115,6 +138,6 @@ def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices
     """
     starts = np.cumsum([0, *shards])
     order = permutation(seed, epoch, len(shards), "shards").tolist()
-    positions = np.concatenate([starts[s] + permutation(seed, epoch, shards[s], f"shard {s}") for s in order])
+    positions = np.concatenate([starts[s] + permute(seed, epoch, shards[s], f"shard {s}") for s in order])
     positions.flags.writeable = False
     return positions

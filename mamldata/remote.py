@@ -3,33 +3,48 @@
 A shard is brought whole into a folder on this machine, hashed, and only then given its name there; from then on it
 is memory-mapped like a local one. It is not parsed as a tar on the way: the first episode of a shard can be trusted
 only when its last byte is hashed, and by then the file is here.
+Shards are hashed as they come, several at once, each in a thread: receiving, hashing and writing let others run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import requests
+
+from mamldata.ahead import Ahead
 from mamldata.archive import INDEX, INDEX_SUM, Archive, Shard, index_sum, open_shard, parse_archive
-from mamldata.digest import chunks, sha256_bytes, sha256_file
-from mamldata.download import Network, Part, SourceError, UnusableRangeError, open_session, transfer, without_password
+from mamldata.digest import chunks, sha256_bytes
+from mamldata.download import (
+    Network,
+    Part,
+    SourceError,
+    UnusableRangeError,
+    Writable,
+    open_session,
+    transfer,
+    without_password,
+)
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.files import commit, locked, make_folder, writing
 from mamldata.places import is_http, join, require_address
-from mamldata.sources import ArchiveSource
+from mamldata.sources import ArchiveSource, Classes
 
 _MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
 _HEADWAY = 1 << 20  # bytes that make a try worth its while
-_WINDOW = 3  # shards that are kept without a cache: the one in use, the one before, and the next
+_AHEAD = 2  # shards that are fetched while one is read from
+_WINDOW = 2 + _AHEAD  # shards that are kept without a cache: the one in use, the one before, and the next ones
 
 
 def read_remote_archive(url: str, network: Network | None = None) -> Archive:
@@ -46,7 +61,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
         found = []
         for name, bound in ((INDEX, _MOST_INDEX), (INDEX_SUM, 1 << 10)):
             path = Path(place) / name
-            _obtain(join(url, name), path, bound, lambda _: None, network or Network())
+            _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
             found.append(path.read_bytes())
     data, digest = found
     if digest != index_sum(sha256_bytes(data)):
@@ -66,11 +81,14 @@ class ShardCache:
         bytes: the most that they may take together, but for those that other processes fetch at this moment; the
             least recently used ones make room. None: no bound.
         network: how patient to be.
+        lasting: whether the folder outlives the process: shards are then on the disk before they have their names.
     """
 
     folder: Path
     bytes: int | None = None
     network: Network = field(default_factory=Network)
+    lasting: bool = True
+    _coming: dict[tuple[int, Path], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def get(self, url: str, shard: Shard) -> Path:
         """A shard's file; fetched and verified first if it is not there, by one process at a time.
@@ -85,36 +103,52 @@ class ShardCache:
                 with suppress(OSError):  # its date is when it was used last; another process may have removed it
                     os.utime(path)
             else:
-                self._make_room(shard.bytes)
-                _obtain(url, path, shard.bytes, lambda part: _require_digest(part, shard), self.network)
+                part = _HashedPart(path)
+                with self._room(path, shard.bytes):
+                    check = partial(_require_digest, part, shard)
+                    _obtain(url, part, path, shard.bytes, check, self.network, lasting=self.lasting)
         return path
 
-    def _make_room(self, need: int) -> None:
+    @contextmanager
+    def _room(self, path: Path, need: int) -> Iterator[None]:
+        """Room for a shard, also beside those that other threads of this process are fetching."""
         if self.bytes is None:
+            yield
             return
+        ours = os.getpid()  # a forked process has a copy of what its parent fetches
         with locked(self.folder / ".room.lock"):
-            files = [(path.stat(), path) for path in self.folder.glob("*.tar")]
+            self._coming[ours, path] = need
+            files = [(found.stat(), found) for found in self.folder.glob("*.tar")]
+            here = {found for _, found in files}
             total = sum(stat.st_size for stat, _ in files)
-            for stat, path in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
-                if total + need <= self.bytes:
-                    return
-                path.unlink(missing_ok=True)  # who has it mapped keeps it until the map is closed
+            total += sum(size for (pid, part), size in list(self._coming.items()) if pid == ours and part not in here)
+            for stat, found in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
+                if total <= self.bytes:
+                    break
+                found.unlink(missing_ok=True)  # who has it mapped keeps it until the map is closed
                 total -= stat.st_size
+        try:
+            yield
+        finally:
+            del self._coming[ours, path]
 
 
 class RemoteSource(ArchiveSource):
     """A split of an archive at an address; at most its first ``episodes``.
 
-    While a shard is read from, a thread fetches the next one.
+    While a shard is read from, threads fetch the next ones.
 
     Args:
         url: of the archive's folder.
         split: ``train``, ``val`` or ``test``.
         verify: hash a shard again when it is opened, though it was hashed when it came.
         episodes: the limit.
-        cache_dir: where shards are kept; None: a temporary folder, which holds three of them and goes with the source.
+        cache_dir: where shards are kept; None: a temporary folder, which holds four of them and goes with the source.
         cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
         network: how patient to be.
+
+    Attributes:
+        window: the shard that is read from, and those that are fetched meanwhile.
 
     Raises:
         RequestError: the address or an argument cannot be, or the archive has no such split.
@@ -137,8 +171,7 @@ class RemoteSource(ArchiveSource):
         network = network or Network()
         self.url = url
         self._set_up(read_remote_archive(url, network), split, verify, episodes)
-        self._ahead: list[threading.Thread] = []  # at most one
-        self._asked = -1
+        self._ahead: Ahead[int, Path] = Ahead()
         largest = max(shard.bytes for shard in self._split.shards)
         if cache_bytes is not None and (cache_dir is None or cache_bytes < 2 * largest):
             raise RequestError(
@@ -148,10 +181,11 @@ class RemoteSource(ArchiveSource):
         if cache_dir is None:
             folder = tempfile.mkdtemp(prefix="mamldata-")
             weakref.finalize(self, _remove, folder, os.getpid(), self._ahead)
-            self.cache = ShardCache(Path(folder), _WINDOW * largest, network)
+            self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
         else:
             make_folder(Path(cache_dir))
             self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
+        self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
 
     @property
     def shard_episodes(self) -> tuple[int, ...]:
@@ -165,24 +199,30 @@ class RemoteSource(ArchiveSource):
         """Whether all shards of the split can be here at once."""
         return self.cache.bytes is None or sum(shard.bytes for shard in self._split.shards) <= self.cache.bytes
 
-    def prefetch(self, index: int) -> None:
-        """Fetch the shard of an episode that will be read soon, in the background, one shard at a time.
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """Fetch shards in the background, ``window`` at a time at the most.
 
-        A failure is not reported here: whoever needs the shard meets it again.
+        A failure is not reported here: whoever needs the shard meets it.
+
+        Args:
+            upcoming: the shard that is read from now, and those after it; only the first ``window`` are looked at.
         """
-        number = self._shard_of(index)
-        if number in self._open or number == self._asked or any(thread.is_alive() for thread in self._ahead):
-            return
-        self._asked = number
-        shard = self._split.shards[number]
-        arguments = (self.cache, join(self.url, shard.file), shard)
-        self._ahead[:] = [threading.Thread(target=_try_to_get, args=arguments, name="mamldata-fetch", daemon=True)]
-        self._ahead[0].start()
+        for number in upcoming[: self.window]:
+            if number not in self._open and number not in self._ahead and self._ahead.running < self.window:
+                shard = self._split.shards[number]
+                self._ahead.start(number, partial(self.cache.get, join(self.url, shard.file), shard))
+
+    def way_classes(self) -> Classes:
+        """The class of each way, see ``ArchiveSource.way_classes``; all shards are fetched for it."""
+        for number in range(len(self.shard_episodes)):
+            self.prefetch(range(number, len(self.shard_episodes)))
+            self._map(number)
+        return super().way_classes()
 
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
         url = join(self.url, shard.file)
-        path = self.cache.get(url, shard)
+        path = self._ahead.take(number) if number in self._ahead else self.cache.get(url, shard)
         try:
             mapped = open_shard(path, shard, self.archive.layout, verify=self.verify)
         except DamagedError:  # damaged since it came, or removed to make room for another
@@ -193,61 +233,107 @@ class RemoteSource(ArchiveSource):
         while self.cache.bytes is not None and self._mapped_bytes() + shard.bytes > self.cache.bytes:
             del self._open[next(iter(self._open))]
         self._open[number] = mapped.data
-        self._asked = -1
         return self._open[number]
 
     def _mapped_bytes(self) -> int:
         return sum(self._split.shards[number].bytes for number in self._open)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ahead": []}
 
-
-def _try_to_get(cache: ShardCache, url: str, shard: Shard) -> None:
-    with suppress(Exception):
-        cache.get(url, shard)
-
-
-def _remove(folder: str, owner: int, ahead: list[threading.Thread]) -> None:
+def _remove(folder: str, owner: int, ahead: Ahead[int, Path]) -> None:
     if os.getpid() == owner:  # and not a worker that was forked from it
-        for thread in ahead:
-            thread.join(1)  # one that has just begun would make the folder again, for its lock
-        shutil.rmtree(folder, ignore_errors=True)
+        ahead.join(1)  # one that has just begun would make the folder again, for its lock
+        with suppress(OSError):  # under another name no thread that still waits for a server puts a file into it
+            shutil.rmtree(Path(folder).rename(f"{folder}.gone"))
 
 
-def _obtain(url: str, final: Path, bound: int, check: Callable[[Path], object], network: Network) -> None:
+class _HashedPart(Part):
+    """A part whose SHA-256 is taken as its bytes come."""
+
+    def __init__(self, final: Path) -> None:
+        super().__init__(final)
+        self._digest, self._hashed = hashlib.sha256(), 0
+
+    @contextmanager
+    def writer(self, offset: int) -> Iterator[Writable]:
+        """As ``Part.writer``."""
+        if offset != self._hashed:
+            self._digest, self._hashed = hashlib.sha256(), 0
+            if offset:
+                self._hash_what_there_is()
+        with super().writer(offset) as stream:
+            yield _Hashing(stream, self._add)
+
+    def sha256(self) -> str:
+        """Of what there is, in hex."""
+        if self._hashed != self.size:  # brought by another process, or cut short by a full disk
+            self._digest, self._hashed = hashlib.sha256(), 0
+            self._hash_what_there_is()
+        return self._digest.hexdigest()
+
+    def _hash_what_there_is(self) -> None:
+        with self.path.open("rb") as stream:
+            for chunk in chunks(stream):
+                self._add(chunk)
+
+    def _add(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._hashed += len(data)
+
+
+@dataclass(frozen=True)
+class _Hashing:
+    """Writes bytes, and then tells of them."""
+
+    stream: Writable
+    wrote: Callable[[bytes], object]
+
+    def write(self, data: bytes, /) -> None:
+        self.stream.write(data)
+        self.wrote(data)
+
+
+def _obtain(
+    url: str, part: Part, final: Path, bound: int, check: Callable[[], object], network: Network, *, lasting: bool
+) -> None:
     """Fetch a file, going on where a try broke off; check it, and give it its name.
 
     Args:
         url: its address.
+        part: its bytes so far.
         final: its path; a lock must keep others away.
         bound: the most bytes that it may have.
         check: raises ``SourceError`` if the whole file is not the one; it is then fetched anew.
         network: how patient to be.
+        lasting: whether to flush it to disk.
 
     Raises:
         FetchError: it could not be had.
         WriteError: the place cannot be written to.
     """
-    part = Part(final)
     vain, most = 0, part.size
     while True:
         try:
             _attempt(url, part, bound, network)
-            check(part.path)
+            check()
             break
         except SourceError as error:
             vain = 0 if part.size >= most + _HEADWAY else vain + 1
             most = max(most, part.size)
-            if error.final or vain >= network.rounds:
+            if error.final or error.refused or vain >= network.rounds:
                 raise FetchError(
                     f"{without_password(url)} could not be had: {error}. Check the address and the network, and "
                     "try again."
                 ) from error
             time.sleep(network.pause(vain, error.retry_after))
     with writing(final):
-        commit(final)
+        commit(final, lasting=lasting)
     part.forget()
+
+
+@lru_cache(maxsize=1)
+def _session(process: int) -> requests.Session:  # noqa: ARG001  # what a process has open is not for its children
+    """The one session of a process: connections are kept from shard to shard."""
+    return open_session()
 
 
 def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
@@ -258,8 +344,7 @@ def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
     """
     if is_http(url):
         try:
-            with open_session() as session:
-                transfer(session, url, part, bound, network, lambda _: None)
+            transfer(_session(os.getpid()), url, part, bound, network, lambda _: None)
         except UnusableRangeError:
             if part.size < bound:
                 part.drop()
@@ -290,16 +375,14 @@ def _remaining(stream: Any, start: int) -> Any:
         raise SourceError(f"reading it broke off ({error or type(error).__name__})") from error
 
 
-def _require_digest(path: Path, shard: Shard) -> None:
+def _require_digest(part: _HashedPart, shard: Shard) -> None:
     """Check that a shard came whole and right; what is not right is removed.
 
     Raises:
         SourceError: it did not.
     """
-    size = path.stat().st_size
-    if size < shard.bytes:
-        raise SourceError(f"it ended after {size:,} of {shard.bytes:,} bytes")
-    if (got := sha256_file(path)) != shard.sha256:
-        with writing(path):
-            path.unlink()
+    if part.size < shard.bytes:
+        raise SourceError(f"it ended after {part.size:,} of {shard.bytes:,} bytes")
+    if (got := part.sha256()) != shard.sha256:
+        part.drop()
         raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}")

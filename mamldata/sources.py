@@ -23,6 +23,7 @@ from mamldata.root import data_root
 from mamldata.splits import divide
 
 Images = npt.NDArray[np.uint8]
+Classes = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class ArchiveSource:
             to_query[q : q + query_bytes] = episodes[from_query : from_query + query_bytes]
             q += query_bytes
 
-    def way_classes(self) -> npt.NDArray[np.int32]:
+    def way_classes(self) -> Classes:
         """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``.
 
         Four bytes of each way are read, from pages that the check of a shard's headers has just touched.
@@ -185,7 +186,7 @@ class ArchiveSource:
         layout = self.archive.layout
         found = np.empty((self._split.episodes, self._info.n_way), dtype=np.int32)
         for number, shard in enumerate(self._split.shards):
-            mapped = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            mapped = np.frombuffer(self._map(number), dtype=np.uint8)
             found[shard.first_episode :][: shard.episodes] = layout.view(mapped, layout.source)[..., 0]
         return found[: self._episodes]
 
@@ -204,12 +205,15 @@ class ArchiveSource:
         rows = np.empty((len(index), self._info.n_way), dtype=np.int64)
         for row, episode in zip(rows, index.tolist(), strict=True):
             number = self._shard_of(episode)
-            shard = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            shard = np.frombuffer(self._map(number), dtype=np.uint8)
             row[:] = layout.view(shard, layout.source)[episode - self._starts[number], :, 0]
         return rows
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _map(self, number: int) -> memoryview:
+        return self._open.get(number) or self._open_shard(number)
 
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]

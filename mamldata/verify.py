@@ -112,7 +112,7 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
         return [str(error)]
     largest = max(shard.bytes for split in archive.splits.values() for shard in split.shards)
     with TemporaryDirectory(prefix="mamldata-") as place:
-        cache = ShardCache(Path(place), largest)
+        cache = ShardCache(Path(place), largest, lasting=False)
         problems = _check_digest(url, archive, digest)
         return problems + _check_shards(
             join(url, INDEX), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)

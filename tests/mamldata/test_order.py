@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamldata.errors import RequestError
-from mamldata.order import Order, permutation
+from mamldata.order import Order, permutation, shard_runs
 
 SEEDS = st.integers(0, 2**70)
 EPOCHS = st.integers(0, 2**40)
@@ -89,6 +89,24 @@ class TestShuffled:
         permutation.cache_clear()
         backwards = [order.indices(t).tolist() for t in reversed(range(60))]
         assert forwards == backwards[::-1]
+
+
+class TestShardRuns:
+    @given(
+        shards=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
+        batch=st.integers(1, 30),
+        shuffle=st.booleans(),
+        epoch=st.integers(0, 50),
+    )
+    def test_they_are_those_of_the_meta_batches(self, shards, batch, shuffle, epoch):
+        """What is said to come is what comes: the shard of each place of an epoch."""
+        batch = min(batch, sum(shards))
+        order = Order(sum(shards), batch, shuffle, 3, shards=shards if shuffle else None)
+        numbers, ends = shard_runs(order, epoch, shards)
+        per_epoch = order.batches_per_epoch
+        found = np.concatenate([order.indices(t) for t in range(epoch * per_epoch, (epoch + 1) * per_epoch)])
+        of = np.searchsorted(np.cumsum(shards), found, side="right")
+        assert of.tolist() == np.repeat(numbers, np.diff(ends, prepend=0))[: len(found)].tolist()
 
 
 class TestPlain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -307,10 +308,23 @@ class TestFaults:
     def test_a_broken_transfer_goes_on_where_it_stopped(self, folder, server):
         """What came is not asked for again."""
         server.faults = [dies]
-        next(iter(EpisodeStream(remote(server), shuffle=False)))
+        next(iter(EpisodeStream(remote(server, episodes=5), shuffle=False)))
         size = (folder / "train-00000.tar").stat().st_size
         ranges = [asked for name, asked in server.asked if name == "train-00000.tar"]
         assert ranges == [None, f"bytes={size // 2}-"]
+
+    def test_a_server_that_cannot_go_on(self, folder, server):
+        """One that sends the whole file again, whatever was asked for, is taken at its word."""
+
+        def whole(handler: Handler, data: bytes, start: int) -> None:
+            assert start
+            handler.head(data, 0)
+            handler.wfile.write(data)
+
+        server.faults = [dies, whole]
+        source = remote(server, episodes=5)
+        assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
+        assert not server.faults
 
     @pytest.mark.parametrize(
         ("fault", "message"),
@@ -319,6 +333,7 @@ class TestFaults:
             (busy, "HTTP 503"),
             (flips, "another file came: sha256"),
             (longer, "it announces"),
+            (shorter, "it ended after"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )
@@ -330,6 +345,87 @@ class TestFaults:
         with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: .*{message.partition('d: ')[2]}"):
             next(iter(stream.to(device) if device else stream))
         assert not list((tmp_path / "cache").glob("*.tar"))
+
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_one_that_always_lies_about_a_later_shard(self, folder, tmp_path, device):
+        """What comes before it is given out, and then an error names it."""
+        own = Path(shutil.copytree(folder, tmp_path / "own"))
+        data = bytearray((own / "train-00002.tar").read_bytes())
+        data[7000] ^= 1
+        (own / "train-00002.tar").write_bytes(data)
+        server = Server(own)
+        try:
+            stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
+            passing = iter(stream.to(device) if device else stream)
+            assert [index for index, _ in kept(itertools.islice(passing, 2))] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+            with pytest.raises(FetchError, match=r"/train-00002\.tar could not be had: another file came: sha256"):
+                next(passing)
+        finally:
+            server.close()
+
+    def test_a_silent_server(self, server):
+        """One that says nothing for good is given up, and the error says how long it was silent."""
+        end = threading.Event()
+
+        def silent(handler: Handler, data: bytes, start: int) -> None:
+            handler.head(data, start)
+            end.wait(30)
+
+        server.faults = [silent] * 40
+        impatient = Network(connect_timeout=5, read_timeout=0.2, rounds=2, backoff=0, longest_pause=0)
+        stream = EpisodeStream(remote(server, network=impatient), shuffle=False)
+        try:
+            with pytest.raises(FetchError, match=r"/train-00000\.tar could not be had: silent for 0\.2 s"):
+                next(iter(stream))
+        finally:
+            end.set()
+
+    def test_a_dripping_server(self, server):
+        """One that sends a byte now and then is not waited for."""
+        end = threading.Event()
+
+        def drips(handler: Handler, data: bytes, start: int) -> None:
+            handler.head(data, start)
+            while start < len(data) and not end.wait(0.02):
+                handler.wfile.write(data[start : start + 1])
+                start += 1
+            handler.close_connection = True
+
+        server.faults = [drips] * 40
+        impatient = Network(read_timeout=5, rounds=2, backoff=0, longest_pause=0, min_speed=1e6, stall_seconds=0.1)
+        stream = EpisodeStream(remote(server, network=impatient), shuffle=False)
+        try:
+            with pytest.raises(FetchError, match=r"/train-00000\.tar could not be had: too slow: "):
+                next(iter(stream))
+        finally:
+            end.set()
+
+    @pytest.mark.parametrize("status", [401, 403, 404, 410])
+    def test_what_is_not_there_is_reported_at_once(self, server, status):
+        """An answer that no waiting changes is not asked for twice: not of archive.json, and not of a shard."""
+
+        def refuses(handler: Handler, data: bytes, start: int) -> None:
+            handler.send_error(status)
+
+        with pytest.raises(FetchError, match=r"/nothing/archive\.json could not be had: HTTP 404 .* Check the address"):
+            RemoteSource(server.url + "/nothing")  # with the patience that users have
+        assert [name for name, _ in server.asked] == ["nothing/archive.json"]
+        stream = EpisodeStream(remote(server), shuffle=False)
+        server.faults = [refuses] * 40
+        with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: HTTP {status}"):
+            next(iter(stream))
+        assert shards_asked(server).count("train-00000.tar") == 1
+
+    @pytest.mark.parametrize("status", [408, 425, 429])
+    def test_what_passes_by_waiting_is_waited_for(self, folder, server, status):
+        """The statuses that ask for another try get one."""
+
+        def later(handler: Handler, data: bytes, start: int) -> None:
+            handler.send_error(status)
+
+        server.faults = [later] * 2
+        stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
+        assert kept(stream) == kept(EpisodeStream(folder, None, BATCH, shuffle=False))
 
     def test_a_server_that_dies_and_returns(self, folder):
         """While nobody answers it is tried again; when someone does, it goes on."""
@@ -403,6 +499,78 @@ def occupied(folder):
         with suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
+
+
+class TestAhead:
+    def test_shards_come_several_at_a_time(self, server):
+        """The first and the next two are under way together; none is asked for twice."""
+        meeting = threading.Barrier(3, timeout=30)
+
+        def meets(handler: Handler, data: bytes, start: int) -> None:
+            meeting.wait()
+            handler.head(data, start)
+            handler.wfile.write(data[start:])
+
+        server.faults = [meets] * 3
+        stream = EpisodeStream(remote(server), batch_size=BATCH, seed=4)
+        assert len(kept(stream)) == 5
+        assert sorted(shards_asked(server)) == [f"train-{number:05d}.tar" for number in range(5)]
+
+    def test_remix_fetches_several_at_a_time(self, server, tmp_path):
+        """Also where all shards are needed before the first meta-batch."""
+        meeting = threading.Barrier(3, timeout=30)
+
+        def meets(handler: Handler, data: bytes, start: int) -> None:
+            meeting.wait()
+            handler.head(data, start)
+            handler.wfile.write(data[start:])
+
+        server.faults = [meets] * 3
+        next(iter(EpisodeStream(remote(server, cache_dir=tmp_path), batch_size=BATCH, remix=True)))
+        assert sorted(shards_asked(server)) == [f"train-{number:05d}.tar" for number in range(5)]
+
+    def test_nothing_is_fetched_that_the_epoch_does_not_need(self, server):
+        """An epoch over some episodes asks for their shards alone, in the order of the epoch."""
+        stream = EpisodeStream(remote(server, episodes=12), batch_size=BATCH, seed=4)
+        found = [index // 5 for index in itertools.chain(*(indices for indices, _ in kept(stream)))]
+        assert len(found) == 12
+        assert set(shards_asked(server)) == {f"train-{number:05d}.tar" for number in set(found)}
+
+    def test_connections_are_kept(self, server):
+        """Shards come over connections that are there already: as many as are under way at a time, and no more."""
+        connections = []
+        accept = server.process_request
+
+        def counted(request, client_address) -> None:
+            connections.append(client_address)
+            accept(request, client_address)
+
+        server.process_request = counted  # type: ignore[method-assign]
+        stream = EpisodeStream(remote(server), batch_size=1, shuffle=False)
+        for _ in range(3):
+            kept(stream)
+        assert len(shards_asked(server)) >= 9
+        assert len(connections) <= 3
+
+    def test_its_bound_holds_for_shards_under_way(self, folder, server, tmp_path):
+        """Those that are being fetched are counted as if they were here."""
+        size = (folder / "train-00000.tar").stat().st_size
+        most = []
+
+        def looks(handler: Handler, data: bytes, start: int) -> None:
+            handler.head(data, start)
+            for at in range(start, len(data), 1 << 13):
+                handler.wfile.write(data[at : at + (1 << 13)])
+                with contextlib.suppress(FileNotFoundError):  # a part has just got its name
+                    most.append(sum(path.stat().st_size for path in tmp_path.glob("*.tar*")))
+
+        server.faults = [looks] * 100
+        for room in (2, 3):
+            source = remote(server, cache_dir=tmp_path, cache_bytes=room * size)
+            for _ in range(2):
+                kept(EpisodeStream(source, batch_size=1, shuffle=False))
+            assert max(most) <= room * size
+            most.clear()
 
 
 class TestCache:

@@ -1,0 +1,74 @@
+"""Work done ahead of time: jobs in background threads, each waited for by whoever needs what it gives."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class Ahead(Generic[Key, Result]):
+    """Jobs under way and done. For one thread at a time.
+
+    Their threads are daemons, unlike those of an executor: a job that waits for a silent server does not keep the
+    program from ending.
+    """
+
+    def __init__(self) -> None:
+        self._mine: dict[Key, tuple[threading.Thread, Future[Result]]] = {}
+        self._process = os.getpid()
+
+    @property
+    def _jobs(self) -> dict[Key, tuple[threading.Thread, Future[Result]]]:
+        if self._process != os.getpid():  # a fork has the jobs' names, but not their threads
+            self._mine, self._process = {}, os.getpid()
+        return self._mine
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._jobs
+
+    @property
+    def running(self) -> int:
+        """How many jobs are under way."""
+        return sum(not future.done() for _, future in self._jobs.values())
+
+    def start(self, key: Key, job: Callable[[], Result]) -> None:
+        """Begin a job, under a key that none has."""
+        future: Future[Result] = Future()
+        thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
+        self._jobs[key] = thread, future
+        thread.start()
+
+    def take(self, key: Key) -> Result:
+        """Wait for a job, forget it, and give its result.
+
+        Raises:
+            BaseException: whatever the job raised.
+        """
+        _, future = self._jobs[key]
+        try:
+            return future.result()
+        finally:
+            if future.done():  # and not if the waiting was interrupted
+                del self._jobs[key]
+
+    def join(self, seconds: float) -> None:
+        """Wait for each thread, but not for ever."""
+        for thread, _ in list(self._jobs.values()):
+            thread.join(seconds)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Threads stay where they are: another process begins with none.
+        return {"_mine": {}, "_process": self._process}
+
+
+def _run(future: Future[Result], job: Callable[[], Result]) -> None:
+    try:
+        future.set_result(job())
+    except BaseException as error:  # raised again where the result is waited for
+        future.set_exception(error)

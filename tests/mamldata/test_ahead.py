@@ -1,0 +1,60 @@
+"""Work ahead of time: each result goes to whoever asks for it, and nothing waits for a job that nobody asks for."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+
+import pytest
+
+from mamldata.ahead import Ahead
+
+
+def test_results_and_errors_go_to_whoever_asks():
+    """A job's result, or what it raised, comes where it is taken, once; other jobs are not touched."""
+    ahead: Ahead[int, str] = Ahead()
+
+    def fails() -> str:
+        raise ValueError("of no use")
+
+    ahead.start(1, lambda: "one")
+    ahead.start(2, fails)
+    assert 1 in ahead
+    assert 3 not in ahead
+    assert ahead.take(1) == "one"
+    assert 1 not in ahead
+    assert 2 in ahead
+    with pytest.raises(ValueError, match="of no use"):
+        ahead.take(2)
+    assert 2 not in ahead
+    assert ahead.running == 0
+
+
+def test_jobs_run_at_the_same_time():
+    """Two jobs that wait for each other end; those under way are counted."""
+    ahead: Ahead[str, int] = Ahead()
+    meeting = threading.Barrier(3, timeout=30)
+    for name in "ab":
+        ahead.start(name, meeting.wait)
+    assert ahead.running == 2
+    meeting.wait()
+    assert sorted(ahead.take(name) for name in "ab") <= [0, 1, 2]
+    assert ahead.running == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_other_processes_begin_with_none():
+    """Neither a fork nor a pickle waits for a job whose thread it does not have."""
+    ahead: Ahead[int, bool] = Ahead()
+    end = threading.Event()
+    ahead.start(1, lambda: end.wait(30))
+    assert 1 not in pickle.loads(pickle.dumps(ahead))
+    child = os.fork()
+    if child == 0:
+        os._exit(1 in ahead)
+    assert os.waitpid(child, 0)[1] == 0
+    assert 1 in ahead
+    end.set()
+    assert ahead.take(1)

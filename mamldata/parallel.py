@@ -39,7 +39,7 @@ def run_tasks(
         MamldataError: a worker process died, or the executor gave up; what is finished stays finished.
     """
     if isinstance(workers, Executor):
-        yield from _collect(workers, function, tasks)
+        yield from _collect(workers, function, tasks, _MOST_IN_FLIGHT)
         return
     todo = list(tasks)
     if min(workers, len(todo)) <= 1:
@@ -50,13 +50,14 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent)
     try:
-        yield from _collect(pool, function, todo)
+        # Few at a time: a pool that breaks while tasks are handed in may leave a process behind (Python 3.11).
+        yield from _collect(pool, function, todo, 4 * workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _collect(
-    executor: Executor, function: Callable[[Task], Result], tasks: Iterable[Task]
+    executor: Executor, function: Callable[[Task], Result], tasks: Iterable[Task], most: int
 ) -> Iterator[tuple[Task, Result]]:
     left = iter(tasks)
     pending: dict[Future[Result], Task] = {}
@@ -64,7 +65,7 @@ def _collect(
     try:
         while True:
             # Within the try: a worker may die while tasks are still being handed in.
-            for task in islice(left, _MOST_IN_FLIGHT - len(pending)):
+            for task in islice(left, most - len(pending)):
                 future = executor.submit(function, task)
                 pending[future] = task
                 future.add_done_callback(finished.put)
@@ -73,6 +74,8 @@ def _collect(
             future = finished.get()
             yield pending.pop(future), future.result()
     except BrokenExecutor as error:
+        # A broken pool fails its tasks itself, and breaks down for good if one is cancelled before its turn.
+        pending.clear()
         raise MamldataError(
             "A worker process died (killed, or out of memory). Run the same command again: it goes on from "
             "what is finished; fewer --workers need less memory."

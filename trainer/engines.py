@@ -57,7 +57,7 @@ def loop(
     *,
     every_step: bool = False,
 ) -> Outcome:
-    """One task after the other, so that memory holds the graph of one task only.
+    """One task after the other, on a CPU as many at once as torch has threads; memory holds the graphs of as many.
 
     The outer loss is that of equation 1 of Finn et al. 2017's section 2.2, with the mean over the tasks in place of
     the sum, so that the meta learning rate does not depend on the meta-batch size.
@@ -71,7 +71,7 @@ def loop(
         every_step: report the score before and after each inner step, at the price of as many forward passes.
     """
     if inner.order == "second":
-        inner = replace(inner, norm=batch_norm)
+        inner = replace(inner, norm=batch_norm)  # the same numbers as torch's, with a cheaper second derivative
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
         own, at, episode = head_on_features(own, parameters, episode, inner)

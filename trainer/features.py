@@ -18,9 +18,8 @@ def head_on_features(
 ) -> tuple[nn.Module, Parameters, Episode]:
     """A smaller problem with the same answers: the head as the network, and features in place of images.
 
-    The body's gradient goes through the features, so that they are computed, and differentiated, once (Raghu et al.
-    2020 describe ANIL so). Where the body is not the same in all steps, or cannot be told from the head, the problem
-    stays what it is.
+    The body's gradient goes through the features, which are computed, and differentiated, once. Where the body is not
+    the same in all steps, or cannot be told from the head, the problem stays what it is.
 
     Args:
         network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -65,6 +66,19 @@ class Verbs(click.Group):
         """The overview, from the table above instead of from the modules."""
         with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line, and end the process."""
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
+                # Threads of gloo that let go of their last tensors while the interpreter shuts down abort the process
+                # now and then (torch 2.15), which torchrun would take for a failure of a job that is done.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code or 0)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a verb; what a user can mend is shown without a traceback."""

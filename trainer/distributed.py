@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mamldata.errors import LostPeerError, MamldataError, PeerError, RequestError
+from mamldata.errors import LostPeerError, MamldataError, PeerError, RequestError, StoppedError
 from trainer.preemption import Stop
 
 T = TypeVar("T")
@@ -97,6 +97,7 @@ class World:
     def _fail(self, own: Exception | None) -> None:
         code = getattr(own, "exit_code", 1)
         failures = self.gather(None if own is None else (f"{own}" or repr(own), code))
+        _part()
         rank, (message, code) = next((rank, failure) for rank, failure in enumerate(failures) if failure)
         if own is not None and rank == self.rank:
             raise own
@@ -228,7 +229,12 @@ def joined() -> Iterator[World]:
     with _talking():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield world
+        try:
+            yield world
+        except StoppedError:  # on which all have agreed
+            _part()
+            raise
+        _part()
     except BaseException:
         # torchrun ends all processes when one has failed: this one, which ends by itself, shall say why before.
         if threading.current_thread() is threading.main_thread():
@@ -260,6 +266,12 @@ def world_of(environment: Mapping[str, str]) -> World:
             )
         )
     return World(*(int(number) for number in numbers))
+
+
+def _part() -> None:
+    """Wait for all before leaving, so that nobody closes a connection that another one still reads from."""
+    with _talking():
+        dist.barrier()
 
 
 @contextmanager

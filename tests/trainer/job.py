@@ -54,11 +54,7 @@ def slow(folder: Path, world: World) -> None:
         print(line, flush=True)
         time.sleep(0.1)
 
-    try:
-        train(SLOW, Synthetic(size=8), folder / "run", resume=True, report=tell, world=world)
-    except StoppedError as error:
-        print(error, flush=True)
-        raise SystemExit(error.exit_code) from None
+    train(SLOW, Synthetic(size=8), folder / "run", resume=True, report=tell, world=world)
 
 
 def rest(folder: Path, world: World) -> None:
@@ -145,5 +141,12 @@ if __name__ == "__main__":
     assert set(EQUAL) <= set(ALGORITHMS)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    with joined() as job:
-        {"equal": equal, "slow": slow, "rest": rest, "failing": failing}[sys.argv[2]](Path(sys.argv[1]), job)
+    code = 0
+    try:
+        with joined() as job:
+            {"equal": equal, "slow": slow, "rest": rest, "failing": failing}[sys.argv[2]](Path(sys.argv[1]), job)
+    except StoppedError as error:
+        print(error, flush=True)
+        code = error.exit_code
+    sys.stdout.flush()
+    os._exit(code)  # as cli.main does: torch's threads can abort a process that is shutting down

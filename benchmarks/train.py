@@ -31,6 +31,7 @@ from trainer.models import build_network
 from trainer.settings import pick_device
 
 ORDERS = ("second", "first")
+INNER_LR = 0.1
 PLAIN, PLAIN_KEPT = "plain example", "plain example with our allocator and layout"
 
 
@@ -38,7 +39,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.set_defaults(repeats=5)
     parser.add_argument("--candidates", nargs="+", default=["auto", "vmap", "higher", PLAIN, PLAIN_KEPT])
-    parser.add_argument("--network", default="conv4")
+    parser.add_argument("--network", choices=("conv4", "conv3-pool"), default="conv4")
+    parser.add_argument("--k-shot", type=int, default=1)
     parser.add_argument("--meta-batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5])
@@ -64,9 +66,9 @@ def main() -> None:
         "train",
         {
             "unit": "outer steps/s; cpu_seconds of all threads, a step",
-            "episodes": "5-way 1-shot 15-query, 28x28, made up",
+            "episodes": f"5-way {options.k_shot}-shot 15-query, 28x28, made up",
             "meta_batch_size": options.meta_batch_size,
-            "network": f"{options.network}; the plain example has conv4 as torch's own layers",
+            "network": f"{options.network}; the plain example has it as torch's own layers",
             "device": options.device,
             "torch": torch.__version__,
             "threads": options.threads,
@@ -115,7 +117,7 @@ class Worker:
 
 def take_steps(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
-    batch = made_up(options.meta_batch_size, device)
+    batch = made_up(options.meta_batch_size, device, shots=(options.k_shot, 15))
     if options.one == PLAIN:
         # As torch's own loaders give images.
         batch = batch._replace(support_x=batch.support_x.contiguous(), query_x=batch.query_x.contiguous())
@@ -124,7 +126,7 @@ def take_steps(options: argparse.Namespace) -> None:
     network = build_network(options.network, 1, 28, 5, seed=0).to(device)
     parameters = dict(network.named_parameters())
     plain = {
-        (steps, order): plain_example(batch, steps, 0.4, second=order == "second")
+        (steps, order): plain_example(options.network, batch, steps, INNER_LR, second=order == "second")
         for steps in options.inner_steps
         for order in ORDERS
     }
@@ -133,21 +135,25 @@ def take_steps(options: argparse.Namespace) -> None:
         if options.one in {PLAIN, PLAIN_KEPT}:
             loss = plain[steps, order]()
         else:
-            inner = InnerLoop(steps, 0.4, "second" if order == "second" else "first", "transductive")
+            inner = InnerLoop(steps, INNER_LR, "second" if order == "second" else "first", "transductive")
             loss = pick_engine(options.one)(network, parameters, batch, inner).loss
         assert float(loss) >= 0  # and wait for the device
         print(time.process_time() - start, flush=True)
 
 
-def plain_example(batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], Tensor]:
+def plain_example(name: str, batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], Tensor]:
     """A step as tutorials write it: torch's layers, ``functional_call``, and one backward pass for all tasks."""
-    widths = [1, 64, 64, 64, 64]
     layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)]
-        layers += [nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)]
-    network = nn.Sequential(*layers).to(batch.support_x.device)
+    if name == "conv3-pool":  # of the functional examples
+        for inputs, outputs in pairwise([1, 64, 64, 64]):
+            layers += [nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs, track_running_stats=False)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    else:
+        for inputs, outputs in pairwise([1, 64, 64, 64, 64]):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)]
+            layers += [nn.BatchNorm2d(outputs, track_running_stats=False), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1)]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5)).to(batch.support_x.device)
     start = dict(network.named_parameters())
 
     def work() -> Tensor:

@@ -79,7 +79,10 @@ def loop(
         return _gradient(goal, parameters), measured
 
     tasks = list(episodes(batch))
-    return _mean(each_task(one, network, tasks, batch.support_x.device), parameters, len(tasks))
+    # With one or two inner steps most of the work is the query set's, which two threads divide as well between them.
+    by_task = inner.steps > 2 or torch.get_num_threads() > 2
+    crew = each_task(one, network, tasks, batch.support_x.device) if by_task else (one(network, task) for task in tasks)
+    return _mean(crew, parameters, len(tasks))
 
 
 Gradient = tuple[Tensor, ...]

@@ -207,9 +207,9 @@ def _descend(
 
 def _less(value: Tensor, rate: Tensor | float, slope: Tensor) -> Tensor:
     """``value - rate * slope`` in one pass."""
-    if isinstance(rate, float):
-        return torch.sub(value, slope, alpha=rate)
-    return torch.addcmul(value, rate, slope, value=-1)
+    if isinstance(rate, Tensor):
+        return torch.addcmul(value, rate, slope, value=-1)
+    return torch.sub(value, slope, alpha=rate)
 
 
 def _descend_recomputed(

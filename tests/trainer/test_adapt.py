@@ -41,6 +41,14 @@ def test_each_step_is_gradient_descent_on_the_support_set() -> None:
             torch.testing.assert_close(after[name], before[name] - 0.1 * slope, rtol=1e-10, atol=1e-13)
 
 
+def test_a_whole_number_is_a_rate() -> None:
+    """1 is what 1.0 is, as a user writes it."""
+    network, episode = perceptron(), one()
+    at = dict(network.named_parameters())
+    whole, broken = (adapt(network, at, episode, replace(inner_loop(), lr=lr))[-1] for lr in (1, 1.0))
+    assert all(torch.equal(whole[name], broken[name]) for name in at)
+
+
 @pytest.mark.parametrize("make", [perceptron, small_convnet])
 def test_order_changes_the_graph_and_not_the_values(make) -> None:
     """First and second order adapt to the very same parameters."""

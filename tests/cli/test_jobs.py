@@ -130,7 +130,7 @@ def test_torchrun(archive: Path, tmp_path: Path) -> None:
     here("train", archive, "--out", tmp_path / "alone", *options)
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3)  # test_distributed has it in float64
 
     question = ("eval", tmp_path / "run", archive, "--device", "cpu", "--json")
     code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", *question)

@@ -101,7 +101,7 @@ def test_pairs_tell_more_than_two_intervals() -> None:
 
 def evaluation(accuracies: tuple[float, ...]) -> Evaluation:
     names = ("accuracy", "interval", "loss", "accuracy_by_step", "episodes", "bn", "inner_steps", "inner_lr", "rates")
-    rest = ("dataset", "split_scheme", "split", "n_way", "k_shot", "k_query")
+    rest = ("precision", "dataset", "split_scheme", "split", "n_way", "k_shot", "k_query")
     return Evaluation(**dict.fromkeys((*names, *rest)), accuracy_by_episode=accuracies)  # type: ignore[arg-type]
 
 

@@ -199,7 +199,7 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
         "otherwise": (0, "RequestError", "Rank 1 of this job (here) was told otherwise than rank 0 (there):", 2),
         "damaged": (1, "DamagedError", "train episode 1", 1),
         "damaged val": (1, "DamagedError", "val episode ", 1),
-        "diverged": (0, "MamldataError", "The validation loss at step 2 is nan: training has diverged.", 1),
+        "diverged": (0, "DivergedError", "The validation loss at step 2 is nan: training has diverged.", 1),
         "no checkpoint": (0, "RequestError", "There is no checkpoint ", 2),
         "bug": (1, "AssertionError", "a bug", None),
         "apart": (0, "MamldataError", "The weights at step 7 differ between rank 0 and 1: ", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import tomllib
 from collections.abc import Iterable
@@ -65,9 +66,12 @@ def command(
     goes on.
     """
     from trainer.compare import RESULT, compare, table
+    from trainer.distributed import world_of
     from trainer.plots import have_matplotlib, plot_comparison
     from trainer.settings import TrainSettings
 
+    if world_of(os.environ).ranks > 1:
+        raise click.UsageError("compare works in one process: start it without torchrun.")
     names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
     for name in names:
         if name not in ALGORITHMS:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mamldata.errors import DivergedError, RequestError
+from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.files import make_folder, write_atomic
 from trainer.costs import Costs, measure_costs
 from trainer.evaluate import Evaluation, evaluate_checkpoint
@@ -97,6 +97,7 @@ def compare(
     Raises:
         RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
         DivergedError: training has diverged; the message names the algorithm.
+        StoppedError: SIGTERM or SIGUSR1 came.
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
@@ -116,6 +117,8 @@ def compare(
             runs[name] = train(settings, data, out / name, resume=True, report=say)
         except DivergedError as error:
             raise DivergedError(f"{name}: {error}") from error
+        except StoppedError as error:
+            raise StoppedError(f"{name}: stopped. What is done is in {out}; the same command goes on.") from error
         evaluations[name] = evaluate_checkpoint(
             runs[name].best, data, split=split, episodes=episodes, device=settings.device
         )

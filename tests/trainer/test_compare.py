@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from synthetic import Synthetic
 
-from mamldata.errors import DivergedError, RequestError
+from mamldata.errors import DivergedError, RequestError, StoppedError
 from trainer import metrics
 from trainer.compare import compare, paired_difference, table
 from trainer.evaluate import Evaluation
@@ -145,6 +145,20 @@ def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
     plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml", inner_lr=1e30)}
     with pytest.raises(DivergedError, match=r"^wild: The training loss at step 1"):
         compare(plans, Synthetic(), tmp_path, episodes=4)
+
+
+def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
+    """What is saved is said in the words of a comparison, and the same call ends as if nothing had happened."""
+    expected, _ = compared
+
+    def report(line: str) -> None:
+        if line.startswith("maml  step 1/"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(StoppedError, match=rf"maml: stopped. What is done is in {tmp_path}; the same command goes on"):
+        compare(PLANS, Synthetic(), tmp_path, episodes=12, report=report)
+    result = compare(PLANS, Synthetic(), tmp_path, episodes=12)
+    assert [entry.evaluation for entry in result.entries] == [entry.evaluation for entry in expected.entries]
 
 
 KILLED = """

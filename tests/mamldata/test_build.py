@@ -461,7 +461,8 @@ class TestExecutor:
 
         class Elsewhere(ThreadPoolExecutor):
             def submit(self, make, task):
-                shutil.copytree(task.store.path, tmp_path / "elsewhere", dirs_exist_ok=True)
+                if not (tmp_path / "elsewhere").exists():  # once, lest the worker reads what is half copied
+                    shutil.copytree(task.store.path, tmp_path / "elsewhere")
                 other = dataclasses.replace(task.store, path=tmp_path / "elsewhere")
                 return super().submit(make, dataclasses.replace(task, store=other))
 

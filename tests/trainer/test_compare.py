@@ -44,6 +44,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("compared")
+    torch.set_num_threads(1)  # as in the tests themselves, which compare bits
     return compare(PLANS, Synthetic(), out, episodes=12), out
 
 

@@ -433,13 +433,6 @@ def test_compare_refuses(options: list[str], text: str, archive: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_is_for_one_process(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Several would train the same runs at the same time."""
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    refused(run("compare", archive, "--out", tmp_path / "out"), 2, "start it without torchrun")
-
-
 def test_doctor_prints_versions(tmp_path: Path):
     """``doctor`` has what a bug report needs."""
     report = json.loads(run("doctor", "--json", root=tmp_path).stdout)

@@ -153,6 +153,15 @@ def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
     assert stderr.count("Error: Invalid value for '--steps'") == 1
 
 
+def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
+    """Several would train the same runs at the same time."""
+    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "compare", archive, "--out", tmp_path / "out")
+    assert code != 0
+    assert stdout == ""
+    assert stderr.partition("Traceback")[0].count("start it without torchrun") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends training with exit code 75 and no traceback; resumed, it ends the same to the bit."""

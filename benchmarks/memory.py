@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from train import made_up
 
 from trainer.adapt import InnerLoop
 from trainer.allocator import keep_large_buffers
+from trainer.costs import most_memory
 from trainer.engines import loop
 from trainer.models import build_network
 from trainer.settings import pick_device
@@ -90,17 +90,10 @@ def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, 
         # Kernels that are loaded on first use are no part of the graph.
         small = batch._replace(support_x=batch.support_x[..., :4, :4], query_x=batch.query_x[..., :4, :4])
         loop(network, parameters, small, replace(inner, steps=1))
-    before, start = _most(device), time.perf_counter()
+    before, start = most_memory(device), time.perf_counter()
     loop(network, parameters, batch, inner)
-    after = _most(device)
-    return {"graph_mib": after - before, "process_mib": after, "seconds": time.perf_counter() - start}
-
-
-def _most(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    after = most_memory(device)
+    return {"graph_mib": (after - before) / 2**20, "process_mib": after / 2**20, "seconds": time.perf_counter() - start}
 
 
 def draw(lines: dict[str, dict[int, float]], path: Path, title: str) -> None:

@@ -147,6 +147,11 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
 
 
+def evaluated_episodes(data: EpisodeData, split: str, count: int | None) -> int:
+    """How many episodes to evaluate on: those asked for, else all of an archive, else 600, the field's custom."""
+    return count or data.available(split) or 600
+
+
 def say(message: str) -> None:
     """A message for people, on stderr."""
     click.echo(message, err=True)

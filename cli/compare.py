@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cli.common import episode_options, json_option, next_command, print_json, root_option, say
+from cli.common import episode_options, evaluated_episodes, json_option, next_command, print_json, root_option, say
 from cli.settings import ALGORITHMS, begin, setting_options
 from mamldata.errors import RequestError
 from mamldata.manifest import SPLITS, did_you_mean
@@ -29,7 +29,6 @@ _OF_ONE = (
     "epoch_steps",
     "checkpoint_inner",
 )
-LIVE_EPISODES = 600
 
 
 @click.command(
@@ -88,7 +87,7 @@ def command(
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
-    number = count or data.available(split) or LIVE_EPISODES
+    number = evaluated_episodes(data, split, count)
     result = compare(plans, data, out, split=split, episodes=number, report=say)
     if have_matplotlib():
         for picture in plot_comparison(result, out):

@@ -7,10 +7,17 @@ from typing import Any
 
 import click
 
-from cli.common import episode_data, episode_options, json_option, print_json, root_option, say
+from cli.common import (
+    episode_data,
+    episode_options,
+    evaluated_episodes,
+    json_option,
+    print_json,
+    root_option,
+    say,
+)
+from cli.settings import DEVICES
 from mamldata.manifest import SPLITS
-
-LIVE_EPISODES = 600
 
 
 @click.command(
@@ -21,7 +28,7 @@ LIVE_EPISODES = 600
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
 @click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
 @click.option("--inner-steps", type=click.IntRange(0), help="[default: as in the run's validation]")
-@click.option("--device", type=click.Choice(("auto", "cpu", "cuda", "mps")), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @episode_options()
 @root_option
 @json_option
@@ -43,7 +50,7 @@ def command(
     world = click.get_current_context().with_resource(joined())
     with world.together():
         data = episode_data(target, root, episodes)
-        number = count or data.available(split) or LIVE_EPISODES
+        number = evaluated_episodes(data, split, count)
     result = evaluate_checkpoint(
         checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
     )

@@ -102,9 +102,10 @@ def compare(
     """
     out = Path(out)
     _require_comparable(plans)
-    for settings in plans.values():  # refused now rather than after hours of training
-        for what, count in (("val", settings.eval_episodes), (split, episodes)):
-            data.eval(what, count, 1, torch.device("cpu"), normalise=settings.normalise, rank=0, ranks=1)
+    asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
+    normalise = next(iter(plans.values())).normalise
+    for what, count in asked:  # refused now rather than after hours of training
+        data.eval(what, count, 1, torch.device("cpu"), normalise=normalise, rank=0, ranks=1)
     make_folder(out)
     report(f"Measuring an outer step of {', '.join(plans)}, in turn.")
     costs = measure_costs(plans, data)

@@ -55,7 +55,9 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
         rounds: timed steps of each, after one that is not timed.
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
-    samples = {name: _sample(settings, data) for name, settings in plans.items()}
+    keys = {name: (settings.meta_batch_size, settings.seed, settings.normalise) for name, settings in plans.items()}
+    drawn = {key: _sample(*key, data) for key in set(keys.values())}  # one for all whose meta-batches are the same
+    samples = {name: drawn[key] for name, key in keys.items()}
     keep_large_buffers()
     steps = {name: _outer_step(settings, samples[name]) for name, settings in plans.items()}
     taken: dict[str, list[float]] = {name: [] for name in plans}
@@ -88,11 +90,8 @@ class _Sample:
         return self.labels
 
 
-def _sample(settings: TrainSettings, data: TrainData) -> _Sample:
-    stream = data.train(
-        settings.meta_batch_size, settings.seed, torch.device("cpu"), normalise=settings.normalise, rank=0, ranks=1
-    )
-    batches = iter(stream)
+def _sample(batch_size: int, seed: int, normalise: bool, data: TrainData) -> _Sample:
+    batches = iter(data.train(batch_size, seed, torch.device("cpu"), normalise=normalise, rank=0, ranks=1))
     batch = EpisodeBatch(*(part.clone() for part in next(batches)))
     return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
 
@@ -124,9 +123,9 @@ def _peak_here(settings: TrainSettings, sample: _Sample) -> float:
     _outer_step(settings, _one_image(sample))()  # kernels that are loaded on first use are no part of a step
     step = _outer_step(settings, sample)
     device = pick_device(settings.device)
-    before = _most_memory(device, restart=True)
+    before = most_memory(device, restart=True)
     step()
-    return (_most_memory(device) - before) / 2**20
+    return (most_memory(device) - before) / 2**20
 
 
 def _one_image(sample: _Sample) -> _Sample:
@@ -137,7 +136,7 @@ def _one_image(sample: _Sample) -> _Sample:
     return replace(sample, batch=few, labels=sample.labels[:1])
 
 
-def _most_memory(device: torch.device, *, restart: bool = False) -> int:
+def most_memory(device: torch.device, *, restart: bool = False) -> int:
     """The most memory so far, in bytes; since the last restart, where that can be told."""
     if device.type == "cuda":
         if restart:

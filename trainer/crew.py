@@ -16,7 +16,12 @@ Result = TypeVar("Result")
 
 
 def each_task(
-    work: Callable[[nn.Module, Item], Result], network: nn.Module, tasks: Sequence[Item], device: torch.device
+    work: Callable[[nn.Module, Item], Result],
+    network: nn.Module,
+    tasks: Sequence[Item],
+    device: torch.device,
+    *,
+    divide: bool = False,
 ) -> Iterator[Result]:
     """``work(network, task)`` of each task, in order.
 
@@ -29,9 +34,10 @@ def each_task(
         network: shared by all tasks; a thread has a copy of its own, with the same parameters.
         tasks: of a meta-batch.
         device: of the tasks.
+        divide: let torch divide single operations nevertheless, one task after the other.
     """
     threads = torch.get_num_threads()
-    crew = min(threads, len(tasks)) if device.type == "cpu" else 1
+    crew = min(threads, len(tasks)) if device.type == "cpu" and not divide else 1
     if crew == 1:
         yield from (work(network, task) for task in tasks)
         return

@@ -80,9 +80,8 @@ def loop(
 
     tasks = list(episodes(batch))
     # With one or two inner steps most of the work is the query set's, which two threads divide as well between them.
-    by_task = inner.steps > 2 or torch.get_num_threads() > 2
-    crew = each_task(one, network, tasks, batch.support_x.device) if by_task else (one(network, task) for task in tasks)
-    return _mean(crew, parameters, len(tasks))
+    divide = inner.steps <= 2 and torch.get_num_threads() <= 2
+    return _mean(each_task(one, network, tasks, batch.support_x.device, divide=divide), parameters, len(tasks))
 
 
 Gradient = tuple[Tensor, ...]

@@ -1,13 +1,16 @@
 """Episodes a second from a local archive, against a plain copy of the same bytes and against plain webdataset.
 
 The copy goes from one contiguous array to a buffer of a meta-batch that is used again and again: as fast as this
-machine copies. webdataset decodes the same shards with its own ``decode()``.
+machine copies. Way by way, it takes single ways of that array in a random order, as remix must. webdataset decodes the
+same shards with its own ``decode()``.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 import webdataset
 from common import arguments, bank, in_turn, ratio, report
 
+from mamldata.batch import EpisodeBatch
 from mamldata.build import BuildRequest, build
 from mamldata.parallel import default_workers
 from mamldata.stream import EpisodeStream
@@ -38,12 +42,16 @@ def run(o: argparse.Namespace, folder: Path) -> None:
     request = BuildRequest(o.n_way, o.k_shot, o.k_query, {"train": o.episodes})
     archive = build(manifest, images, folder, request, workers=default_workers())
     batch_size: int = o.batch_size
-    stored = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8)
-    remixed = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8, remix=True)
-    scaled = EpisodeStream(folder, batch_size=batch_size)
-    ahead = EpisodeStream(folder, batch_size=batch_size, dtype=torch.uint8).to("cpu")
-    whole = EpisodeStream(folder, batch_size=1, dtype=torch.uint8, shuffle=False)
-    flat = np.stack([np.concatenate([b.support_x.numpy().ravel(), b.query_x.numpy().ravel()]) for b in whole])
+    streams: dict[str, Iterable[EpisodeBatch]] = {}
+    for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
+        for order, remix in (("", False), (", remixed", True)):
+            stream = EpisodeStream(folder, batch_size=batch_size, dtype=dtype, remix=remix)
+            streams[f"stream, {name}{order}"] = stream
+            streams[f"stream, {name}{order}, read ahead by a thread"] = stream.to("cpu")
+    stored = EpisodeStream(folder, batch_size=1, dtype=torch.uint8, shuffle=False)
+    parts = ([part.reshape(o.n_way, -1).numpy() for part in (batch.support_x, batch.query_x)] for batch in stored)
+    flat = np.stack([np.concatenate(pair, axis=1) for pair in parts]).reshape(o.episodes, -1)
+    ways = flat.reshape(o.episodes * o.n_way, -1)
     buffer = np.empty((batch_size, flat.shape[1]), dtype=np.uint8)
     shards = [str(folder / shard.file) for shard in archive.splits["train"].shards]
 
@@ -52,8 +60,15 @@ def run(o: argparse.Namespace, folder: Path) -> None:
             np.copyto(buffer, flat[start : start + batch_size])
         return len(flat) // batch_size * batch_size
 
-    def stream(source: object) -> int:
-        return sum(len(batch.index) for batch in source)
+    def copy_ways() -> int:
+        mixed = np.random.default_rng(0).permutation(len(ways))
+        count = batch_size * o.n_way
+        for start in range(0, len(ways) - count + 1, count):
+            np.take(ways, mixed[start : start + count], axis=0, out=buffer.reshape(count, -1), mode="clip")
+        return len(flat) // batch_size * batch_size
+
+    def passing(stream: Iterable[EpisodeBatch]) -> int:
+        return sum(len(batch.index) for batch in stream)
 
     def plain_webdataset() -> int:
         return sum(1 for _ in webdataset.WebDataset(shards, shardshuffle=False).decode())
@@ -61,10 +76,8 @@ def run(o: argparse.Namespace, folder: Path) -> None:
     results = in_turn(
         {
             "plain copy": copy,
-            "stream, uint8": lambda: stream(stored),
-            "stream, uint8, remixed": lambda: stream(remixed),
-            "stream, float32": lambda: stream(scaled),
-            "stream, uint8, read ahead by a thread": lambda: stream(ahead),
+            "plain copy, way by way": copy_ways,
+            **{name: partial(passing, stream) for name, stream in streams.items()},
             "plain webdataset": plain_webdataset,
         },
         o.repeats,
@@ -83,7 +96,9 @@ def run(o: argparse.Namespace, folder: Path) -> None:
         {
             **results,
             "stream over copy": ratio(results, "stream, uint8", "plain copy"),
-            "remixed over plain stream": ratio(results, "stream, uint8, remixed", "stream, uint8"),
+            "remixed over plain, uint8": ratio(results, "stream, uint8, remixed", "stream, uint8"),
+            "remixed over plain, float32": ratio(results, "stream, float32, remixed", "stream, float32"),
+            "remixed over copy, way by way": ratio(results, "stream, uint8, remixed", "plain copy, way by way"),
             "stream over webdataset": ratio(results, "stream, uint8", "plain webdataset"),
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,6 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.ranks = rank, ranks
-        self._epoch, self._runs = -1, (np.empty(0, np.int64), np.empty(0, np.int64))
         self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -88,16 +88,22 @@ class BatchReader:
         return share(self.order.indices(t), self.rank, self.ranks)
 
     def look_ahead(self, t: int) -> None:
-        """Tell a source that fetches shards which ones meta-batch ``t`` and those after it in its epoch need."""
-        per_epoch = self.order.batches_per_epoch
-        if not isinstance(self.source, RemoteSource) or per_epoch is None:
+        """Tell a source that fetches shards which ones meta-batch ``t`` and those after it need.
+
+        At the end of a shuffled epoch the next one's are among them: whoever shuffles comes again.
+        """
+        source, per_epoch = self.source, self.order.batches_per_epoch
+        if not isinstance(source, RemoteSource) or per_epoch is None:
             return
         epoch, step = divmod(t, per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._runs = epoch, shard_runs(self.order, epoch, self.source.shard_episodes)
-        numbers, ends = self._runs
+        numbers, ends = shard_runs(self.order, epoch, source.shard_episodes)
         first = int(np.searchsorted(ends, step * self.order.batch_size, side="right"))
-        self.source.prefetch(numbers[first : first + self.source.window].tolist())
+        last = int(np.searchsorted(ends, per_epoch * self.order.batch_size))  # a rest that fills no batch is not read
+        upcoming = numbers[first : min(last + 1, first + source.window)].tolist()
+        if self.order.shuffle and len(upcoming) < source.window:
+            following, _ = shard_runs(self.order, epoch + 1, source.shard_episodes)
+            upcoming += [number for number in following.tolist() if number not in upcoming]
+        source.prefetch(upcoming)
 
     def read(self, t: int) -> EpisodeBatch:
         """Meta-batch ``t`` on the CPU, in memory from the pools."""
@@ -146,29 +152,42 @@ def _affine(normalisation: Normalisation) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scale(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-    """Stored images in [0, 1], or normalised, in pieces that torch works on with one thread.
+    """Stored images in [0, 1], or normalised, with one thread.
 
     A second thread that makes torch work in parallel starts a second team of OpenMP threads; with more threads than
     processors the teams then sleep between operations, and a training step beside it took 1.7 times as long.
     """
+    if out.dtype == torch.float32:
+        _scale_float32(images, out, affine)
+        return
     channels = images.shape[2]
     rows = (part.permute(0, 1, 3, 4, 2).reshape(-1, channels) for part in (images, out))
     for source, target in zip(*(torch.split(part, _PIECE // channels) for part in rows), strict=True):
-        if target.dtype == torch.float32:
-            # The same roundings as below, in steps that torch has vectorised: less than half the time.
-            target.copy_(source)
-            if affine is None:
-                target.mul_(_SCALE)
-            else:
-                target.mul_(affine[0]).add_(affine[1])
-        elif affine is None:
+        if affine is None:
             torch.mul(source, _SCALE, out=target)
         else:
             # Both in float32 and rounded once, as on every other device.
             torch.add(source * affine[0], affine[1], out=target)
 
 
+def _scale_float32(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """The same roundings by NumPy, which takes half the time: converted first, then scaled in place."""
+    count, channels, pixels = images.shape[0] * images.shape[1], images.shape[2], math.prod(images.shape[2:])
+    source, target = (part.permute(0, 1, 3, 4, 2).reshape(count, pixels).numpy() for part in (images, out))
+    scale, shift = _SCALE.numpy(), None
+    if affine is not None:  # for colours a whole image of factors: NumPy is slow with rows of three
+        scale, shift = (np.tile(values.numpy(), pixels // channels if channels > 1 else 1) for values in affine)
+    step = max(1, _BLOCK // pixels)
+    for first in range(0, count, step):
+        some = target[first : first + step]
+        np.copyto(some, source[first : first + step])
+        np.multiply(some, scale, out=some)
+        if shift is not None:
+            np.add(some, shift, out=some)
+
+
 _PIECE = (1 << 15) - 1  # elements; torch shares out from 2**15 on
+_BLOCK = 1 << 17  # elements that stay in a processor's cache while they are worked on
 
 # Multiplied in float32 and then rounded to the dtype: devices divide differently, but multiply alike. A tensor, because
 # a plain number would be of torch's default dtype, which is the user's to set.

@@ -83,6 +83,7 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64)
 
 
+@lru_cache(maxsize=_KEPT)
 def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
     """How an epoch goes through shards: their numbers in turn, and at which place of the epoch each of them ends.
 
@@ -92,11 +93,13 @@ def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indic
         shards: how many episodes each has.
 
     Returns:
-        int64 ``[shards]``, twice.
+        int64 ``[shards]``, twice; read-only.
     """
     count = len(shards)
     numbers = np.arange(count) if order.shards is None else permutation(order.seed, epoch, count, "shards")
-    return numbers, np.cumsum(np.array(shards, dtype=np.int64)[numbers])
+    ends = np.cumsum(np.array(shards, dtype=np.int64)[numbers])
+    numbers.flags.writeable = ends.flags.writeable = False
+    return numbers, ends
 
 
 def share(indices: Indices, rank: int, ranks: int) -> Indices:

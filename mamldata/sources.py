@@ -184,11 +184,9 @@ class ArchiveSource:
         Four bytes of each way are read, from pages that the check of a shard's headers has just touched.
         """
         layout = self.archive.layout
-        found = np.empty((self._split.episodes, self._info.n_way), dtype=np.int32)
-        for number, shard in enumerate(self._split.shards):
-            mapped = np.frombuffer(self._map(number), dtype=np.uint8)
-            found[shard.first_episode :][: shard.episodes] = layout.view(mapped, layout.source)[..., 0]
-        return found[: self._episodes]
+        shards = range(self._shard_of(self._episodes - 1) + 1)  # and none that is not read from
+        maps = [np.frombuffer(self._map(number), dtype=np.uint8) for number in shards]
+        return np.concatenate([layout.view(shard, layout.source)[..., 0] for shard in maps])[: self._episodes]
 
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -511,9 +512,28 @@ class TestAhead:
             handler.wfile.write(data[start:])
 
         server.faults = [meets] * 3
-        stream = EpisodeStream(remote(server), batch_size=BATCH, seed=4)
-        assert len(kept(stream)) == 5
+        stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
+        assert len(kept(stream)) == 6
+        assert shards_asked(server)[3:] == ["train-00003.tar", "train-00004.tar"]
         assert sorted(shards_asked(server)) == [f"train-{number:05d}.tar" for number in range(5)]
+
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_an_epoch_begins_with_shards_that_are_here(self, glyphs_manifest, glyphs_bank, server, tmp_path, device):
+        """Those that the next shuffled epoch begins with are fetched while the last ones of this are read from."""
+        server.folder = tmp_path / "archive"
+        build(glyphs_manifest, glyphs_bank, server.folder, replace(REQUEST, episodes_per_shard=2))
+        known = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), batch_size=1, seed=4)
+        (first, _), *_ = [kept(known) for _ in range(2)][1]
+        stream = EpisodeStream(remote(server), batch_size=1, seed=4)
+        chosen = stream.to(device) if device else stream
+        assert len(kept(chosen)) == len(stream)
+        for thread in threading.enumerate():
+            if thread.name == "mamldata-ahead":
+                thread.join(30)
+        server.asked.clear()
+        batch = next(iter(chosen))
+        assert batch.index.tolist() == first
+        assert f"train-{first[0] // 2:05d}.tar" not in shards_asked(server)
 
     def test_remix_fetches_several_at_a_time(self, server, tmp_path):
         """Also where all shards are needed before the first meta-batch."""

@@ -20,13 +20,14 @@ class Ahead(Generic[Key, Result]):
     """
 
     def __init__(self) -> None:
-        self._mine: dict[Key, tuple[threading.Thread, Future[Result]]] = {}
+        self._mine: dict[Key, Future[Result]] = {}
+        self._threads: list[threading.Thread] = []
         self._process = os.getpid()
 
     @property
-    def _jobs(self) -> dict[Key, tuple[threading.Thread, Future[Result]]]:
+    def _jobs(self) -> dict[Key, Future[Result]]:
         if self._process != os.getpid():  # a fork has the jobs' names, but not their threads
-            self._mine, self._process = {}, os.getpid()
+            self._mine, self._threads, self._process = {}, [], os.getpid()
         return self._mine
 
     def __contains__(self, key: Key) -> bool:
@@ -34,37 +35,43 @@ class Ahead(Generic[Key, Result]):
 
     @property
     def running(self) -> int:
-        """How many jobs are under way."""
-        return sum(not future.done() for _, future in self._jobs.values())
+        """How many jobs are under way, forgotten ones included."""
+        return sum(thread.is_alive() for thread in self._threads)
 
     def start(self, key: Key, job: Callable[[], Result]) -> None:
         """Begin a job, under a key that none has."""
         future: Future[Result] = Future()
+        self._jobs[key] = future
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
-        self._jobs[key] = thread, future
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
         thread.start()
 
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.
 
+        If it failed, all are forgotten: who then tries again wants no failure from before.
+
         Raises:
             BaseException: whatever the job raised.
         """
-        _, future = self._jobs[key]
+        future = self._jobs[key]
         try:
-            return future.result()
-        finally:
+            result = future.result()
+        except BaseException:
             if future.done():  # and not if the waiting was interrupted
-                del self._jobs[key]
+                self._jobs.clear()
+            raise
+        del self._jobs[key]
+        return result
 
     def join(self, seconds: float) -> None:
         """Wait for each thread, but not for ever."""
-        for thread, _ in list(self._jobs.values()):
+        for thread in self._threads:
             thread.join(seconds)
 
     def __getstate__(self) -> dict[str, Any]:
         # Threads stay where they are: another process begins with none.
-        return {"_mine": {}, "_process": self._process}
+        return {"_mine": {}, "_threads": [], "_process": self._process}
 
 
 def _run(future: Future[Result], job: Callable[[], Result]) -> None:

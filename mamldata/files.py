@@ -68,7 +68,7 @@ def writing(place: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise WriteError(
                 f"No space left to write {place} ({error.strerror}). Free some space, or choose another "
-                "folder, and run the same command again: it goes on from what is there."
+                "folder, and run the same command again (train: with --resume): it goes on from what is there."
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
             raise WriteError(

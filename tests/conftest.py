@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 import zipfile
@@ -153,6 +154,33 @@ def ftp(tmp_path: Path) -> Iterator[Bucket]:
     with server:
         yield Bucket(f"ftp://anyone:opensesame@{place}", folder)
         server.kill()
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a size of its own, which fills up as a real disk does."""
+
+    path: Path
+
+    def grow(self, size: int) -> None:
+        """Make it so many bytes."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """An empty disk of 64 KiB."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root on Linux may mount a small disk")
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={1 << 16}", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.decode().strip()}")
+    yield SmallDisk(place)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def _omniglot_root(name: str, real_data: Path, root: Path) -> Path:

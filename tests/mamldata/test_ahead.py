@@ -11,13 +11,13 @@ import pytest
 from mamldata.ahead import Ahead
 
 
+def fails() -> str:
+    raise ValueError("of no use")
+
+
 def test_results_and_errors_go_to_whoever_asks():
     """A job's result, or what it raised, comes where it is taken, once; other jobs are not touched."""
     ahead: Ahead[int, str] = Ahead()
-
-    def fails() -> str:
-        raise ValueError("of no use")
-
     ahead.start(1, lambda: "one")
     ahead.start(2, fails)
     assert 1 in ahead
@@ -28,6 +28,23 @@ def test_results_and_errors_go_to_whoever_asks():
     with pytest.raises(ValueError, match="of no use"):
         ahead.take(2)
     assert 2 not in ahead
+
+
+def test_a_failure_is_the_end_of_all():
+    """What others were begun for is over: those that failed, too, are begun anew, and those under way still count."""
+    ahead: Ahead[int, str] = Ahead()
+    end = threading.Event()
+    ahead.start(1, fails)
+    ahead.start(2, fails)
+    ahead.start(3, lambda: str(end.wait(30)))
+    with pytest.raises(ValueError, match="of no use"):
+        ahead.take(1)
+    assert not any(key in ahead for key in (1, 2, 3))
+    assert ahead.running >= 1
+    ahead.start(2, lambda: "two")
+    assert ahead.take(2) == "two"
+    end.set()
+    ahead.join(30)
     assert ahead.running == 0
 
 
@@ -40,6 +57,7 @@ def test_jobs_run_at_the_same_time():
     assert ahead.running == 2
     meeting.wait()
     assert sorted(ahead.take(name) for name in "ab") <= [0, 1, 2]
+    ahead.join(30)
     assert ahead.running == 0
 
 

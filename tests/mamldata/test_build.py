@@ -653,10 +653,24 @@ class TestPlaces:
         done = run(FULL_DISK + PLAIN, limit, glyphs_root, out)
         assert done.returncode == 1
         assert "WriteError: No space left to write" in done.stderr
-        assert "run the same command again: it goes on from what is there" in done.stderr
+        assert "run the same command again (train: with --resume): it goes on" in done.stderr
         assert not (out / INDEX).exists()
         done = run(PLAIN, glyphs_root, out)
         assert done.returncode == 0, done.stderr
+        assert contents(out) == contents(reference)
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_disk_that_fills_up(self, reference, glyphs_manifest, glyphs_bank, small_disk, workers):
+        """Of a real one, too, each time a little larger: it never holds half an archive, and at last the whole."""
+        out = small_disk.path / "out"
+        need = sum(len(data) for data in contents(reference).values())
+        for size in range(1 << 16, need, 1 << 17):
+            small_disk.grow(size)
+            with pytest.raises(WriteError, match="No space left to write"):
+                build(glyphs_manifest, glyphs_bank, out, REQUEST, workers=workers)
+            assert not (out / INDEX).exists()
+        small_disk.grow(4 * need)
+        build(glyphs_manifest, glyphs_bank, out, REQUEST, workers=workers)
         assert contents(out) == contents(reference)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

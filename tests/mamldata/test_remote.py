@@ -31,7 +31,7 @@ from mamldata.archive import INDEX, INDEX_SUM, index_sum, read_archive
 from mamldata.build import BuildRequest, build
 from mamldata.digest import canonical_json, sha256_bytes
 from mamldata.download import Network
-from mamldata.errors import DamagedError, FetchError, RequestError
+from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
 from mamldata.order import Order
 from mamldata.remote import RemoteSource, ShardCache, read_remote_archive
 from mamldata.sources import ArchiveSource
@@ -644,6 +644,18 @@ class TestCache:
         )
         assert done.returncode == 1
         assert f"WriteError: No space left to write {tmp_path}" in done.stderr
+
+    def test_a_disk_that_fills_up(self, folder, server, small_disk):
+        """Once there is room on it, the same stream goes on, and with the bytes that had come."""
+        size = (folder / "train-00000.tar").stat().st_size
+        cache = small_disk.path / "cache"
+        small_disk.grow(size // 4096 * 4096 + size // 2 // 4096 * 4096)  # for one shard and half of another
+        stream = EpisodeStream(remote(server, cache_dir=cache), batch_size=1, shuffle=False)
+        with pytest.raises(WriteError, match=f"No space left to write {cache}"):
+            kept(stream)
+        small_disk.grow(10 * size)
+        assert kept(stream) == kept(EpisodeStream(folder, batch_size=1, shuffle=False))
+        assert any(begin for _, begin in server.asked)
 
     def test_two_processes_share_it(self, server, tmp_path):
         """Each shard is fetched once, however many processes want it at the same moment."""

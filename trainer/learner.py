@@ -30,6 +30,7 @@ class Learner:
         device: where the network is.
 
     Attributes:
+        settings, device: as given.
         network: on the device.
         parameters: all that the outer loop learns.
         optimizer: of the outer loop.
@@ -40,6 +41,7 @@ class Learner:
 
     def __init__(self, settings: TrainSettings, data: ClassData, about: dict[str, Any], device: torch.device) -> None:
         self.settings = settings
+        self.device = device
         self._data = data
         self.network = _fresh_network(settings, about).to(device)
         set_precision(self.network, pick_precision(settings.precision, device))

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mamldata.errors import RequestError, StoppedError
 from trainer import metrics
 from trainer.adapt import require_shots
@@ -19,7 +17,7 @@ from trainer.board import Board, require_tensorboard
 from trainer.checkpoint import Checkpoint, find_best, save_checkpoint
 from trainer.distributed import ALONE, World
 from trainer.engines import pick_engine
-from trainer.evaluate import Evaluation, evaluate
+from trainer.evaluate import evaluate
 from trainer.learner import Learner
 from trainer.preemption import Stop, stop_at_signals
 from trainer.protocol import TrainData, TrainStream, endless
@@ -101,184 +99,198 @@ def train(
         with world.together():
             if world.first:
                 held.enter_context(alone_in(run_dir))
-        if not world.first:
-            report = _silent
-        return _train(settings, data, run_dir, about, learner, device, world, stop, resume=resume, report=report)
+        run = _Run(learner, data, about, run_dir, world, report if world.first else _silent)
+        return run.go(stop, resume=resume)
 
 
 def _silent(line: str) -> None:
     """The report of all processes but the first."""
 
 
-def _train(
-    settings: TrainSettings,
-    data: TrainData,
-    run_dir: Path,
-    about: dict[str, Any],
-    learner: Learner,
-    device: torch.device,
-    world: World,
-    stop: Stop,
-    *,
-    resume: bool,
-    report: Callable[[str], object],
-) -> RunResult:
-    """What is before the loop and after it, with nobody else in the run folder."""
-    # One process looks which checkpoint is the last: all go on from that one, wherever they run.
-    checkpoint = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
-    if checkpoint and checkpoint.step >= settings.outer_steps and checkpoint.accuracy is not None:
-        report(f"{run_dir} is done: {checkpoint.step} of {settings.outer_steps} steps.")
-        return _result(run_dir, checkpoint, world)
-
-    board = None
-    with world.together():
-        stream = data.train(
-            settings.meta_batch_size,
-            settings.seed,
-            device,
-            normalise=settings.normalise,
-            rank=world.rank,
-            ranks=world.ranks,
-        )
-        if world.first:
-            begin_run(run_dir, settings, about, checkpoint)
-            board = Board(run_dir, checkpoint.step if checkpoint else 0) if settings.tensorboard else None
-    try:
-        return _loop(settings, data, run_dir, about, learner, device, stream, checkpoint, board, world, stop, report)
-    finally:
-        if board:
-            board.close()
-
-
-def _loop(
-    settings: TrainSettings,
-    data: TrainData,
-    run_dir: Path,
-    about: dict[str, Any],
-    learner: Learner,
-    device: torch.device,
-    stream: TrainStream,
-    checkpoint: Checkpoint | None,
-    board: Board | None,
-    world: World,
-    stop: Stop,
-    report: Callable[[str], object],
-) -> RunResult:
-    """The loop itself.
+class _Run:
+    """A run, as one of its processes sees it, with nobody else in its folder.
 
     All processes hold the same weights at every step: they begin with those of the first one, and then each applies
     the same averaged gradient, equal to the bit on all, by the same arithmetic. Validations make sure of it.
+
+    Args:
+        learner: what is trained.
+        data: the episodes.
+        about: what they are.
+        run_dir: the folder, which only the first process uses.
+        world: all processes.
+        report: told of the progress.
+
+    Attributes:
+        step: outer steps done.
+        best: the step and the accuracy of the best validation so far.
+        window: what has happened since the last line of the log.
     """
-    step, best_step, best_accuracy = 0, 0, -1.0
-    if checkpoint:
-        learner.load(checkpoint.weights, checkpoint.optimizer)
+
+    def __init__(
+        self,
+        learner: Learner,
+        data: TrainData,
+        about: dict[str, Any],
+        run_dir: Path,
+        world: World,
+        report: Callable[[str], object],
+    ) -> None:
+        self.learner = learner
+        self.settings = learner.settings
+        self.data = data
+        self.about = about
+        self.run_dir = run_dir
+        self.world = world
+        self.report = report
+        self.board: Board | None = None
+        self.step = 0
+        self.best: tuple[int, float] = 0, -1.0
+        self.window = metrics.Window(0)
+
+    def go(self, stop: Stop, *, resume: bool) -> RunResult:
+        """Begin, or go on where the folder's last checkpoint stands, and train to the end."""
+        settings, world = self.settings, self.world
+        # One process looks which checkpoint is the last: all go on from that one, wherever they run.
+        checkpoint = world.from_first(lambda: open_run(self.run_dir, settings, self.about, resume=resume))
+        if checkpoint and checkpoint.step >= settings.outer_steps and checkpoint.accuracy is not None:
+            self.report(f"{self.run_dir} is done: {checkpoint.step} of {settings.outer_steps} steps.")
+            return self._result(checkpoint)
+        with world.together():
+            stream = self.data.train(
+                settings.meta_batch_size,
+                settings.seed,
+                self.learner.device,
+                normalise=settings.normalise,
+                rank=world.rank,
+                ranks=world.ranks,
+            )
+            if world.first:
+                begin_run(self.run_dir, settings, self.about, checkpoint)
+                if settings.tensorboard:
+                    self.board = Board(self.run_dir, checkpoint.step if checkpoint else 0)
+        try:
+            if checkpoint:
+                self._load(checkpoint, stream)
+            world.spread_(self.learner.learned)
+            last = self._loop(stream, stop) if self.step < settings.outer_steps else None
+            # No step is to be done by a baseline without training, or where the last one was stopped after.
+            last = last or self._validate(stream)
+        finally:
+            if self.board:
+                self.board.close()
+        for line in rate_lines(self.learner.parameters, settings.point.rates):
+            self.report(line)
+        return self._result(last)
+
+    def _loop(self, stream: TrainStream, stop: Stop) -> Checkpoint:
+        """The outer steps; gives the checkpoint of the last one, which is validated."""
+        settings, learner, world = self.settings, self.learner, self.world
+        with closing(endless(stream)) as batches:
+            while True:
+                asked = time.perf_counter()
+                with world.together(stop):
+                    batch = next(batches)
+                    waited = time.perf_counter() - asked
+
+                self.step += 1
+                validating = self.step % settings.eval_every == 0 or self.step == settings.steps
+                logging = self.step % settings.log_every == 0 or validating
+                share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
+                outcome = learner.gradient(batch, self.step - 1, share, world, every_step=logging)
+                learner.descend(outcome, self.step - 1)
+                self.window.add(batch, outcome, waited, share)
+                del batch  # its memory can be used again while the next one is read
+
+                if logging:
+                    with world.together():
+                        row = self.window.sum_up()
+                        self._note({"event": "train", **row})
+                        self.report(_progress(row, settings))
+                if validating:
+                    checkpoint = self._validate(stream)
+                if logging:
+                    self.window = metrics.Window(self.step)  # only now, so that validation is not timed
+                if self.step == settings.steps:
+                    return checkpoint
+                if stop.agreed:
+                    with world.together():
+                        if not validating:
+                            self._save(stream, None)
+                    raise StoppedError(
+                        f"Stopped by {stop.agreed}: step {self.step} of {settings.steps} is saved in {self.run_dir}. "
+                        "The same command with --resume goes on."
+                    )
+
+    def _load(self, checkpoint: Checkpoint, stream: TrainStream) -> None:
+        self.learner.load(checkpoint.weights, checkpoint.optimizer)
         stream.load_state_dict(checkpoint.stream)
-        step, best_step, best_accuracy = checkpoint.step, checkpoint.best_step, checkpoint.best_accuracy
-        report(f"Going on after step {step} of {settings.steps}.")
-    world.spread_(learner.learned)
+        self.step = checkpoint.step
+        self.best = checkpoint.best_step, checkpoint.best_accuracy
+        begun = {name: value.to(self.learner.device) for name, value in checkpoint.window.items()}
+        self.window = metrics.Window(self.step, begun)
+        self.report(f"Going on after step {self.step} of {self.settings.steps}.")
 
-    def note(row: dict[str, Any]) -> None:
-        if world.first:
-            metrics.append(run_dir, row)
-        if board:
-            board.add(row)
-
-    def save(accuracy: float | None) -> Checkpoint:
-        better = accuracy is not None and accuracy > best_accuracy
+    def _save(self, stream: TrainStream, accuracy: float | None) -> Checkpoint:
+        """A checkpoint of now, after a validation or, with None, between two."""
+        if accuracy is not None and accuracy > self.best[1]:
+            self.best = self.step, accuracy
+        best_step, best_accuracy = self.best
         made = Checkpoint(
-            step=step,
+            step=self.step,
             accuracy=accuracy,
-            best_step=step if better else best_step,
-            best_accuracy=accuracy if accuracy is not None and better else best_accuracy,
-            settings=settings.resolved(),
-            data=about,
-            weights=learner.weights(),
-            optimizer=learner.optimizer.state_dict(),
+            best_step=best_step,
+            best_accuracy=best_accuracy,
+            settings=self.settings.resolved(),
+            data=self.about,
+            weights=self.learner.weights(),
+            optimizer=self.learner.optimizer.state_dict(),
             stream=stream.state_dict(),
-            window=window.state_dict() if accuracy is None else {},
+            window=self.window.state_dict() if accuracy is None else {},
         )
-        if world.first:
-            save_checkpoint(run_dir, made)
+        if self.world.first:
+            save_checkpoint(self.run_dir, made)
         return made
 
-    def validate() -> Checkpoint:
-        world.require_same(learner.learned, f"The weights at step {step}")
-        evaluation = _validate(learner, data, about, device, step, world)
+    def _validate(self, stream: TrainStream) -> Checkpoint:
+        """Evaluate on the val split, and save."""
+        settings, learner, world = self.settings, self.learner, self.world
+        world.require_same(learner.learned, f"The weights at step {self.step}")
         with world.together():
-            note({"event": "val", "step": step, **evaluation.to_json()})
-            report(f"step {step}  val {evaluation}")
-            return save(evaluation.accuracy)
+            batches = self.data.eval(
+                "val",
+                settings.eval_episodes,
+                settings.meta_batch_size,
+                learner.device,
+                normalise=settings.normalise,
+                rank=world.rank,
+                ranks=world.ranks,
+            )
+        inner = settings.inner_loop_at_test()
+        evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.beside, world)
+        with world.together():
+            metrics.require_finite(evaluation.loss, f"The validation loss at step {self.step}")
+            self._note({"event": "val", "step": self.step, **evaluation.to_json()})
+            self.report(f"step {self.step}  val {evaluation}")
+            return self._save(stream, evaluation.accuracy)
 
-    begun = {name: value.to(device) for name, value in checkpoint.window.items()} if checkpoint else {}
-    window = metrics.Window(step, begun)
-    if not settings.outer_steps:
-        return _result(run_dir, validate(), world)
-    with closing(endless(stream)) as batches:
-        while step < settings.steps:
-            asked = time.perf_counter()
-            with world.together(stop):
-                batch = next(batches)
-                waited = time.perf_counter() - asked
+    def _note(self, row: dict[str, Any]) -> None:
+        if self.world.first:
+            metrics.append(self.run_dir, row)
+        if self.board:
+            self.board.add(row)
 
-            step += 1
-            validating = step % settings.eval_every == 0 or step == settings.steps
-            logging = step % settings.log_every == 0 or validating
-            share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
-            outcome = learner.gradient(batch, step - 1, share, world, every_step=logging)
-            learner.descend(outcome, step - 1)
-            window.add(batch, outcome, waited, share)
-            del batch  # its memory can be used again while the next one is read
-
-            if logging:
-                with world.together():
-                    row = window.sum_up()
-                    note({"event": "train", **row})
-                    report(_progress(row, settings))
-            if validating:
-                checkpoint = validate()
-                best_step, best_accuracy = checkpoint.best_step, checkpoint.best_accuracy
-            if logging:
-                window = metrics.Window(step)  # only now, so that validation is not timed
-            if stop.agreed and step < settings.steps:
-                with world.together():
-                    if not validating:
-                        save(None)
-                raise StoppedError(
-                    f"Stopped by {stop.agreed}: step {step} of {settings.steps} is saved in {run_dir}. The same "
-                    "command with --resume goes on."
-                )
-    if checkpoint is not None and checkpoint.accuracy is None:
-        checkpoint = validate()  # stopped at a step that has become the last one
-    for line in rate_lines(learner.parameters, settings.point.rates):
-        report(line)
-    assert checkpoint is not None  # the last step validates
-    return _result(run_dir, checkpoint, world)
-
-
-def _validate(
-    learner: Learner,
-    data: TrainData,
-    about: dict[str, Any],
-    device: torch.device,
-    step: int,
-    world: World,
-) -> Evaluation:
-    settings = learner.settings
-    with world.together():
-        batches = data.eval(
-            "val",
-            settings.eval_episodes,
-            settings.meta_batch_size,
-            device,
-            normalise=settings.normalise,
-            rank=world.rank,
-            ranks=world.ranks,
+    def _result(self, last: Checkpoint) -> RunResult:
+        assert last.accuracy is not None  # runs end with a validation
+        return RunResult(
+            run_dir=self.run_dir,
+            step=last.step,
+            accuracy=last.accuracy,
+            best_step=last.best_step,
+            best_accuracy=last.best_accuracy,
+            last=self.run_dir / last.name,
+            best=self.world.from_first(lambda: find_best(self.run_dir)),
         )
-    inner = settings.inner_loop_at_test()
-    evaluation = evaluate(learner.network, batches, inner, about, "val", learner.beside, world)
-    with world.together():
-        metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
-    return evaluation
 
 
 def _progress(row: dict[str, Any], settings: TrainSettings) -> str:
@@ -288,17 +300,4 @@ def _progress(row: dict[str, Any], settings: TrainSettings) -> str:
         f"step {row['step']}/{settings.steps}  loss {row['loss']:.4f}  "
         f"accuracy {start}{100 * row['accuracy']:.1f} %  {row['ms_per_step']:.0f} ms/step  "
         f"{row['images_per_second']:,.0f} images/s  data wait {row['data_wait_percent']:.1f} %"
-    )
-
-
-def _result(run_dir: Path, last: Checkpoint, world: World) -> RunResult:
-    assert last.accuracy is not None  # runs end with a validation
-    return RunResult(
-        run_dir=run_dir,
-        step=last.step,
-        accuracy=last.accuracy,
-        best_step=last.best_step,
-        best_accuracy=last.best_accuracy,
-        last=run_dir / last.name,
-        best=world.from_first(lambda: find_best(run_dir)),
     )

@@ -40,6 +40,9 @@ Example, without a network:
 """
 
 
+_PATIENCE = 10  # seconds that a process which says nothing waits for the one that does
+
+
 class Failure(click.ClickException):
     """An error of ours as click shows it: its message on stderr, its exit code, no traceback."""
 
@@ -87,6 +90,7 @@ class Verbs(click.Group):
         except MamldataError as error:
             _tell_torchrun(error)
             if not _shows(error):
+                _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             if isinstance(error, StoppedError):  # what was asked for is no error to show as one
                 click.echo(str(error), err=True)
@@ -95,6 +99,7 @@ class Verbs(click.Group):
         except click.UsageError as error:
             _tell_torchrun(error)
             if not _shows(error):
+                _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise
         except KeyboardInterrupt as error:
@@ -116,6 +121,12 @@ def _shows(error: BaseException) -> bool:
     if isinstance(error, LostPeerError):
         return os.environ.get("LOCAL_RANK", "0") in {"0", "1"}  # one of them may be the one that is gone
     return True
+
+
+def _let_others_speak(error: BaseException) -> None:
+    """Wait for the process that shows an error: torchrun ends all, by SIGTERM, as soon as the first one has ended."""
+    if not isinstance(error, StoppedError):  # all have saved; a scheduler may be waiting
+        time.sleep(_PATIENCE)
 
 
 def _tell_torchrun(error: Exception) -> None:

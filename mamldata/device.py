@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
 
+_PATIENCE = 1  # seconds that the end of a loop waits for the read that is under way
+
 
 class DeviceStream:
     """What ``EpisodeStream.to(device)`` gives: the same meta-batches, read ahead and on the device.
@@ -44,9 +46,11 @@ class DeviceStream:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.")
         self.stream = stream
-        self.device = device
+        # Which GPU is the current one is a thread's own affair, and another thread reads ahead.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self.prefetch = prefetch
         self._reader: BatchReader | None = None  # kept for its memory
+        self._left: threading.Thread | None = None  # still in a read of a pass that was broken off
 
     @property
     def info(self) -> EpisodeInfo:
@@ -65,6 +69,8 @@ class DeviceStream:
         self.stream.load_state_dict(state)
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
+        if self._left is not None:
+            self._left.join()  # sources are for one thread at a time
         ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
         stop = threading.Event()
         work = threading.Thread(
@@ -88,9 +94,10 @@ class DeviceStream:
                 del batch
         finally:
             stop.set()
-            while work.is_alive():
-                _empty(ready)
-                work.join(0.01)
+            # Emptied, the queue has room for what is being read; but that may take as long as a silent server does.
+            _empty(ready)
+            work.join(_PATIENCE)
+            self._left = work if work.is_alive() else None
 
     def _read_ahead(
         self, batches: range, ready: queue.Queue[_Item | BaseException | None], stop: threading.Event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,6 +78,26 @@ def writing(place: Path) -> Iterator[None]:
 
 
 @contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock that no other process holds; gives whether it does.
+
+    Raises:
+        WriteError: the lock's file cannot be made.
+    """
+    lock = FileLock(path)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
 def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold a lock among processes; the operating system frees it when its holder dies.
 
@@ -88,17 +108,12 @@ def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator
     Raises:
         WriteError: the file cannot be made.
     """
-    lock = FileLock(path)
-    with writing(path):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+    with ExitStack() as held:
+        if not held.enter_context(locked_if_free(path)):
             waiting()
-            lock.acquire()
-    try:
+            with writing(path):
+                held.enter_context(FileLock(path))
         yield
-    finally:
-        lock.release()
 
 
 def make_folder(path: Path) -> None:

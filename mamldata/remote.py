@@ -37,7 +37,7 @@ from mamldata.download import (
     without_password,
 )
 from mamldata.errors import DamagedError, FetchError, RequestError
-from mamldata.files import commit, locked, make_folder, writing
+from mamldata.files import commit, locked, locked_if_free, make_folder, writing
 from mamldata.places import is_http, join, require_address
 from mamldata.sources import ArchiveSource, Classes
 
@@ -78,8 +78,8 @@ class ShardCache:
 
     Attributes:
         folder: where they are kept; it must be there.
-        bytes: the most that they may take together, but for those that other processes fetch at this moment; the
-            least recently used ones make room. None: no bound.
+        bytes: the most that they may take together, with what killed processes left of others, but for those that
+            other processes fetch at this moment; the least recently used ones make room. None: no bound.
         network: how patient to be.
         lasting: whether the folder outlives the process: shards are then on the disk before they have their names.
     """
@@ -118,19 +118,38 @@ class ShardCache:
         ours = os.getpid()  # a forked process has a copy of what its parent fetches
         with locked(self.folder / ".room.lock"):
             self._coming[ours, path] = need
-            files = [(found.stat(), found) for found in self.folder.glob("*.tar")]
+            coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == ours}
+            parts = [part for part in self.folder.glob("*.tar.part") if part.with_suffix("") not in coming]
+            files = [(found.stat(), found) for found in [*self.folder.glob("*.tar"), *filter(_is_left, parts)]]
             here = {found for _, found in files}
             total = sum(stat.st_size for stat, _ in files)
-            total += sum(size for (pid, part), size in list(self._coming.items()) if pid == ours and part not in here)
+            total += sum(size for part, size in coming.items() if part not in here)
             for stat, found in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
                 if total <= self.bytes:
                     break
-                found.unlink(missing_ok=True)  # who has it mapped keeps it until the map is closed
+                _remove_cached(found)
                 total -= stat.st_size
         try:
             yield
         finally:
             del self._coming[ours, path]
+
+
+def _is_left(part: Path) -> bool:
+    """Whether nobody is fetching this part of a shard."""
+    with locked_if_free(part.with_suffix("").with_suffix(".lock")) as free:
+        return free and part.exists()
+
+
+def _remove_cached(found: Path) -> None:
+    """Remove a shard, which who has it mapped keeps until the map is closed; or what is left of a broken download."""
+    if found.suffix == ".tar":
+        found.unlink(missing_ok=True)
+        return
+    final = found.with_suffix("")
+    with locked_if_free(final.with_suffix(".lock")) as free:
+        if free:
+            Part(final).drop()
 
 
 class RemoteSource(ArchiveSource):

@@ -94,6 +94,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self.normalise = normalise
         self.next_batch = 0
         self._resumed = False
+        self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
+        self._heard = 0
         self._reader: BatchReader | None = None  # kept for its memory
 
     @property
@@ -131,6 +133,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         per_epoch = self.order.batches_per_epoch
         if per_epoch is None:
             return range(self.next_batch, 2**62)
+        if self._told is not None and (told := self._told.tolist())[0] != self._heard:
+            # A worker that outlived its epoch, with a stream as it was before set_epoch was called.
+            (self._heard, self.next_batch), self._resumed = told, False
         if not self._resumed:
             # An epoch that was broken off is not taken up again: what follows is a whole one.
             self.next_batch = -(-self.next_batch // per_epoch) * per_epoch
@@ -143,7 +148,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of ``epoch``, as torch's distributed samplers do.
 
-        A ``DataLoader`` with workers needs it before each epoch, because its workers iterate over copies.
+        A ``DataLoader`` with workers needs it before each epoch, the first one included, because its workers iterate
+        over copies; ``persistent_workers`` keeps those copies.
 
         Raises:
             RequestError: the stream never ends, so that it has no epochs.
@@ -152,6 +158,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("This stream never ends, so it has no epochs to set.")
         self.next_batch = epoch * self.order.batches_per_epoch
         self._resumed = False
+        if self._told is None:
+            self._told = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._heard += 1
+        self._told.copy_(torch.tensor([self._heard, self.next_batch]))
 
     def to(self, device: torch.device | str, *, prefetch: int = 2) -> DeviceStream:
         """The same stream, read ahead by a background thread and put on a device.
@@ -163,7 +173,11 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return DeviceStream(self, torch.device(device), prefetch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks."""
+        """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks.
+
+        It counts what was iterated over here. Of what a ``DataLoader`` with workers takes from copies of the stream
+        it knows nothing: there, put the number of meta-batches so far in ``next_batch`` of what this gives.
+        """
         return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

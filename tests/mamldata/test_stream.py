@@ -485,6 +485,19 @@ class TestDataLoader:
         loader = DataLoader(inside, batch_size=None, num_workers=2, multiprocessing_context="spawn")
         assert [batch.index.tolist() for batch in loader] == [batch[4].tolist() for batch in expected[2:]]
 
+    @pytest.mark.parametrize("context", ["spawn", "fork"])
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+    def test_with_workers_that_stay(self, folder, context):
+        """Workers that outlive an epoch hear which one is next, forwards, backwards and the same again."""
+        alone, inside = (EpisodeStream(folder, batch_size=BATCH, seed=3) for _ in range(2))
+        expected = [order_of(alone) for _ in range(3)]
+        loader = DataLoader(
+            inside, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=context
+        )
+        for epoch in (0, 0, 2, 1):
+            inside.set_epoch(epoch)
+            assert order_of(loader) == expected[epoch]
+
     def test_pickling(self, folder, glyphs_root):
         """A stream in the midst of an epoch can be sent to another process, and takes no archive with it."""
         for source in (folder, live("glyphs", root=glyphs_root, episodes=50, k_query=3)):
@@ -636,6 +649,30 @@ class TestThread:
         assert caught.value is error
         assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert stream.state_dict()["next_batch"] == 2
+        assert not reading_threads()
+
+    def test_a_loop_that_ends_amid_a_long_read(self, folder, monkeypatch):
+        """Whoever breaks a loop off does not wait for a silent server; the next pass does, and is right."""
+        monkeypatch.setattr("mamldata.device._PATIENCE", 0.05)
+        source = ArchiveSource(folder)
+        reads, may_end, plain_read = [], threading.Event(), source.read
+
+        def read(index, support, query):
+            reads.append(index)
+            if len(reads) == 2:
+                assert may_end.wait(60)
+            plain_read(index, support, query)
+
+        source.read = read  # type: ignore[method-assign]
+        stream = EpisodeStream(source, batch_size=BATCH, seed=1).to("cpu", prefetch=1)
+        iterator = iter(stream)
+        next(iterator)
+        iterator.close()
+        assert len(reading_threads()) == 1
+        may_end.set()
+        whole = EpisodeStream(folder, batch_size=BATCH, seed=1)
+        kept(whole)
+        assert same(stream, whole)  # the second epoch
         assert not reading_threads()
 
     def test_two_passes_at_once(self, folder):

@@ -102,6 +102,10 @@ class Verbs(click.Group):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
         except KeyboardInterrupt as error:
             if not _shows(error):
                 raise click.exceptions.Exit(1) from None

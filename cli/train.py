@@ -37,8 +37,8 @@ def command(
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder, and curves.png
-    where matplotlib is installed. SIGTERM and SIGUSR1 end it with a checkpoint after the step under way, and exit
-    code 75.
+    where matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint after the step under way, and
+    exit code 75; a second Ctrl-C ends it at once.
 
     Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
@@ -57,6 +57,8 @@ def command(
         return
     if have_matplotlib():
         plot_run(result.run_dir)
+    else:
+        say("No curves.png, which matplotlib draws: pip install matplotlib")
     if as_json:
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return

@@ -229,7 +229,10 @@ class Archive:
             RequestError: the archive has no episodes of it.
         """
         if name not in self.splits:
-            raise RequestError(f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}.")
+            raise RequestError(
+                f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}. Build one with "
+                f"episodes of it (--{name} NUMBER): training validates on val, and eval evaluates on test."
+            )
         return self.splits[name]
 
     def with_digests(self, digests: Mapping[str, str]) -> Archive:

@@ -79,10 +79,20 @@ class SourceError(Exception):
         final: asking this source again is of no use.
         retry_after: seconds that the server asked us to wait.
         status: of the HTTP answer, if that was the reason.
+        wrong: what came was whole, but is not what should come.
     """
 
-    def __init__(self, text: str, *, final: bool = False, retry_after: float = 0.0, status: int | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        final: bool = False,
+        retry_after: float = 0.0,
+        status: int | None = None,
+        wrong: bool = False,
+    ) -> None:
         super().__init__(text)
+        self.wrong = wrong
         self.final = final
         self.retry_after = retry_after
         self.status = status

@@ -169,7 +169,10 @@ def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
     if not len(table):
         raise RequestError(f"{place} has no classes. Ask for no episodes of it, or put classes into it.")
     if spec.n_way > len(table):
-        raise RequestError(f"{place} has {len(table)} classes, but n_way is {spec.n_way}. Lower n_way.")
+        raise RequestError(
+            f"{place} has {len(table)} classes, but n_way is {spec.n_way}. "
+            f"Lower n_way (--n-way), or ask for no {spec.split} episodes (build: --{spec.split} 0)."
+        )
     need = spec.k_shot + spec.k_query
     short = np.flatnonzero(table.images < need)
     if len(short):

@@ -55,6 +55,20 @@ def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
         commit(path, lasting=lasting)
 
 
+_REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EIO,
+}
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Turn the operating system's refusals into an error that names the place and the remedy.
@@ -70,7 +84,7 @@ def writing(place: Path) -> Iterator[None]:
                 f"No space left to write {place} ({error.strerror}). Free some space, or choose another "
                 "folder, and run the same command again (train: with --resume): it goes on from what is there."
             ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}:
+        if error.errno in _REFUSED:
             raise WriteError(
                 f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
             ) from error
@@ -123,4 +137,7 @@ def make_folder(path: Path) -> None:
         WriteError: it cannot be made, or is a file.
     """
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # such as below /proc, where nothing can be made
+            raise PermissionError(errno.EPERM, error.strerror) from error

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from mamldata.archive import INDEX
 from mamldata.containers import list_members
 from mamldata.errors import RequestError
 from mamldata.manifest import (
@@ -33,6 +34,8 @@ def folder_manifest(folder: Path) -> Manifest:
         RequestError: no images in folders of classes, or fewer than three classes.
     """
     folder = folder.resolve()
+    if (folder / INDEX).is_file():
+        raise RequestError(f"{folder} is an archive. Give what it was built from: a dataset's name or its images.")
     homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(m.name)}
     classes = sorted(home for home in homes if home)
     if not classes:

@@ -93,8 +93,11 @@ def save(sheet: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all.
 
     Raises:
+        RequestError: the name says that it is no PNG.
         WriteError: the place cannot be written to.
     """
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"{path}: pictures are written as PNG. Choose a name that ends in .png.")
     make_folder(path.parent)
     with writing(path):
         sheet.save(temporary(path), format="PNG")

@@ -9,6 +9,7 @@ Shards are hashed as they come, several at once, each in a thread: receiving, ha
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -41,6 +42,10 @@ from mamldata.files import commit, locked, locked_if_free, make_folder, writing
 from mamldata.places import is_http, join, require_address
 from mamldata.sources import ArchiveSource, Classes
 
+_log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
+
+_REMEDY = "Check the address and the network, and try again."
+_REMEDY_WRONG = "The copy at that address is damaged, or of another archive: tell who keeps it."
 _MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
 _HEADWAY = 1 << 20  # bytes that make a try worth its while
 _AHEAD = 2  # shards that are fetched while one is read from
@@ -244,7 +249,7 @@ class RemoteSource(ArchiveSource):
         path = self._ahead.take(number) if number in self._ahead else self.cache.get(url, shard)
         try:
             mapped = open_shard(path, shard, self.archive.layout, verify=self.verify)
-        except DamagedError:  # damaged since it came, or removed to make room for another
+        except (DamagedError, FileNotFoundError):  # damaged since it came, or removed to make room for another
             with writing(path):
                 path.unlink(missing_ok=True)
             mapped = open_shard(self.cache.get(url, shard), shard, self.archive.layout, verify=self.verify)
@@ -339,11 +344,12 @@ def _obtain(
             vain = 0 if part.size >= most + _HEADWAY else vain + 1
             most = max(most, part.size)
             if error.final or error.refused or vain >= network.rounds:
-                raise FetchError(
-                    f"{without_password(url)} could not be had: {error}. Check the address and the network, and "
-                    "try again."
-                ) from error
-            time.sleep(network.pause(vain, error.retry_after))
+                remedy = _REMEDY_WRONG if error.wrong else _REMEDY
+                raise FetchError(f"{without_password(url)} could not be had: {error}. {remedy}") from error
+            pause = network.pause(vain, error.retry_after)
+            # Its text: a handler that keeps records would keep alive whatever the error's traceback holds.
+            _log.warning("%s: %s; trying again in %.0f s", without_password(url), str(error), pause)
+            time.sleep(pause)
     with writing(final):
         commit(final, lasting=lasting)
     part.forget()
@@ -404,4 +410,4 @@ def _require_digest(part: _HashedPart, shard: Shard) -> None:
         raise SourceError(f"it ended after {part.size:,} of {shard.bytes:,} bytes")
     if (got := part.sha256()) != shard.sha256:
         part.drop()
-        raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}")
+        raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}", wrong=True)

@@ -70,8 +70,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if dtype != torch.uint8 and not dtype.is_floating_point:
-            raise RequestError(f"dtype must be torch.uint8 or a floating type, not {dtype}.")
+        if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
+            raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+        if not isinstance(batch_size, int):
+            raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.")
         if normalise and dtype == torch.uint8:
             raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
         if not 0 <= rank < ranks <= max(batch_size, 1):
@@ -97,6 +99,14 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
         self._heard = 0
         self._reader: BatchReader | None = None  # kept for its memory
+
+    def __repr__(self) -> str:
+        info = self.info
+        shape = f"{info.n_way}-way {info.k_shot}-shot {info.k_query}-query"
+        of = "episodes without end" if self.order.episodes is None else f"{self.order.episodes:,} episodes"
+        return (
+            f"<EpisodeStream: {info.dataset} {info.split}, {shape}, {of}, in meta-batches of {self.order.batch_size}>"
+        )
 
     @property
     def info(self) -> EpisodeInfo:
@@ -170,7 +180,11 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             device: such as ``"cuda"``; ``"cpu"`` takes the same path without pinned memory.
             prefetch: meta-batches that are ready in advance.
         """
-        return DeviceStream(self, torch.device(device), prefetch)
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise RequestError(f"There is no device {device!r}. Such are 'cuda', 'cuda:1', 'mps' and 'cpu'.") from error
+        return DeviceStream(self, place, prefetch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks.

@@ -16,10 +16,11 @@ from mamldata.files import make_folder, write_atomic
 from trainer.costs import Costs, measure_costs
 from trainer.evaluate import Evaluation, evaluate_checkpoint
 from trainer.protocol import TrainData
+from trainer.run import COMPARISON, refuse_others
 from trainer.settings import TrainSettings
 from trainer.train import RunResult, train
 
-RESULT, TABLE = "compare.json", "compare.md"
+RESULT, TABLE = COMPARISON, "compare.md"
 _FORMAT = "mamldata-compare/1"
 # What must be equal, so that only the algorithms differ.
 _EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "filters", "device", "precision")
@@ -97,11 +98,12 @@ def compare(
     Raises:
         RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
         DivergedError: training has diverged; the message names the algorithm.
-        StoppedError: SIGTERM or SIGUSR1 came.
+        StoppedError: SIGTERM, SIGUSR1 or SIGINT came.
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
     _require_comparable(plans)
+    refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
     normalise = next(iter(plans.values())).normalise
     for what, count in asked:  # refused now rather than after hours of training

@@ -39,13 +39,16 @@ def plot_run(run_dir: Path) -> Path:
     figure, (losses, accuracies) = _figure(1, 2)
     rows = metrics.read(run_dir)
     train = [row for row in rows if row["event"] == "train"]
-    losses.plot([row["step"] for row in train], [row["loss"] for row in train], color=_COLOURS[0], label="train")
-    accuracies.plot(*_percent(train), color=_COLOURS[0], label="train")
+    alone = "." if len(train) == 1 else ""  # a line of one point is not seen
+    losses.plot([row["step"] for row in train], [row["loss"] for row in train], marker=alone, color=_COLOURS[0])
+    accuracies.plot(*_percent(train), marker=alone, color=_COLOURS[0], label="train")
     val = [row for row in rows if row["event"] == "val"]
-    losses.plot([row["step"] for row in val], [row["loss"] for row in val], color=_COLOURS[1], marker="o", label="val")
+    losses.plot([row["step"] for row in val], [row["loss"] for row in val], color=_COLOURS[1], marker=".")
     _curve(accuracies, val, _COLOURS[1], "val")
     _label(losses, "outer step", "query loss after adaptation, nats")
-    _label(accuracies, "outer step", "query accuracy after adaptation, %")
+    _label(accuracies, "outer step", "query accuracy after adaptation, %", legend=True)
+    for axes in (losses, accuracies):
+        axes.locator_params(axis="x", integer=True)
     return _save(figure, run_dir / "curves.png")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import mamldata
+from mamldata.archive import INDEX
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import locked, make_folder, write_atomic
 from trainer import metrics
@@ -21,6 +22,9 @@ from trainer.distributed import World
 from trainer.settings import CHANGEABLE, TrainSettings
 
 CONFIG = "config.json"
+COMPARISON = "compare.json"
+
+_KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that tells
 
 
 @contextmanager
@@ -42,6 +46,21 @@ def alone_in(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def refuse_others(folder: Path, own: str) -> None:
+    """Keep a run or a comparison out of a folder that holds something else.
+
+    Args:
+        folder: where to write; it need not be there.
+        own: ``CONFIG`` or ``COMPARISON``.
+
+    Raises:
+        RequestError: the folder is another thing's.
+    """
+    for name, kind in _KINDS.items():
+        if name != own and (folder / name).exists():
+            raise RequestError(f"{folder} holds {kind}. Choose another folder.")
 
 
 def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any]) -> None:
@@ -76,6 +95,7 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
     config = run_dir / CONFIG
     if not resume and (last or config.exists()):
         raise RequestError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another folder.")
+    refuse_others(run_dir, CONFIG)
     if config.exists():
         _refuse_another_run(config, settings, data)
     elif last:

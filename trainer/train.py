@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
 from trainer import metrics
 from trainer.adapt import require_shots
@@ -59,7 +62,8 @@ def train(
     """Meta-train a network; what comes of it is in ``run_dir``.
 
     Killed at any moment and resumed, it ends with the weights, to the bit, that it would have ended with on the same
-    CPU without the interruption. SIGTERM and SIGUSR1 end it with a checkpoint after the outer step under way.
+    CPU without the interruption. SIGTERM, SIGUSR1 and, in one process, the first SIGINT end it with a
+    checkpoint after the outer step under way.
 
     Args:
         settings: what to do.
@@ -72,7 +76,7 @@ def train(
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
-        StoppedError: SIGTERM or SIGUSR1 came; the run is saved, and can be resumed.
+        StoppedError: such a signal came; the run is saved, and can be resumed.
         DivergedError: training has diverged.
         PeerError: it is another process that fails, and says why.
         LostPeerError: another process is gone.
@@ -92,15 +96,28 @@ def train(
             require_tensorboard()
         about = data.describe()
         require_shots(settings.inner_loop(), about["k_shot"])
+        _validation(settings, data, device, world)  # before hours of training: the episodes may be too few
         keep_large_buffers()
         learner = Learner(settings, data, about, device)  # before anything is written: the images may not fit it
     require_agreement(world, settings, about)
-    with stop_at_signals() as stop, ExitStack() as held:
+    with stop_at_signals(keyboard=world.ranks == 1) as stop, ExitStack() as held:
         with world.together():
             if world.first:
                 held.enter_context(alone_in(run_dir))
         run = _Run(learner, data, about, run_dir, world, report if world.first else _silent)
         return run.go(stop, resume=resume)
+
+
+def _validation(settings: TrainSettings, data: TrainData, device: torch.device, world: World) -> Iterable[EpisodeBatch]:
+    return data.eval(
+        "val",
+        settings.eval_episodes,
+        settings.meta_batch_size,
+        device,
+        normalise=settings.normalise,
+        rank=world.rank,
+        ranks=world.ranks,
+    )
 
 
 def _silent(line: str) -> None:
@@ -257,15 +274,7 @@ class _Run:
         settings, learner, world = self.settings, self.learner, self.world
         world.require_same(learner.learned, f"The weights at step {self.step}")
         with world.together():
-            batches = self.data.eval(
-                "val",
-                settings.eval_episodes,
-                settings.meta_batch_size,
-                learner.device,
-                normalise=settings.normalise,
-                rank=world.rank,
-                ranks=world.ranks,
-            )
+            batches = _validation(settings, self.data, learner.device, world)
         inner = settings.inner_loop_at_test()
         evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.beside, world)
         with world.together():

@@ -530,6 +530,20 @@ class TestBadInput:
         """An archive's episodes are fixed: the option is named."""
         refused(run("preview", archive, "--k-shot", 5, "--out", tmp_path / "p.png"), 2, "--k-shot", "are fixed")
 
+    def test_a_picture_that_is_no_png(self, archive: Path, tmp_path: Path):
+        """Another kind of picture is not promised by a name."""
+        refused(run("preview", archive, "--out", tmp_path / "p.jpg"), 2, "p.jpg", "ends in .png")
+        assert not (tmp_path / "p.jpg").exists()
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no place here where nobody can write")
+    def test_where_nothing_can_be_made(self, archive: Path, glyphs_root: Path, tmp_path: Path):
+        """Not even root writes into /proc, or under a name of 300 letters."""
+        for out in ("/proc/x", tmp_path / ("x" * 300)):
+            refused(run("build", "glyphs", "--out", out, root=glyphs_root), 1, str(out))
+            refused(run("train", archive, "--out", out, "--device", "cpu"), 1, str(out))
+        refused(run("fetch", "glyphs", root="/proc/x"), 1, "Cannot write /proc/x")
+        refused(run("preview", archive, "--out", "/proc/p.png"), 1, "Cannot write /proc/p.png")
+
     def test_an_episode_that_is_not_there(self, archive: Path, tmp_path: Path):
         """The number of episodes is named."""
         refused(run("preview", archive, "--episode", 6, "--out", tmp_path / "p.png"), 2, "no episode 6", "6 episodes")

@@ -158,7 +158,7 @@ def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends training with exit code 75 and no traceback; resumed, it ends the same to the bit."""
     train = (sys.executable, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", *OPTIONS, "--resume")

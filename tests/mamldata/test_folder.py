@@ -163,6 +163,13 @@ def test_no_images_at_all(tmp_path: Path):
         folder_manifest(tmp_path / "p")
 
 
+def test_an_archive_is_no_folder_of_images(tmp_path: Path):
+    """An archive where a dataset is asked for is called by its name."""
+    (tmp_path / "archive.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"is an archive\. Give what it was built from"):
+        folder_manifest(tmp_path)
+
+
 def test_splits_by_other_names(tmp_path: Path):
     """``valid`` is no split here; rather than to take its classes for others, that is said."""
     for split in ("train", "valid", "test"):

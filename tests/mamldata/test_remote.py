@@ -120,6 +120,12 @@ def busy(handler: Handler, data: bytes, start: int) -> None:
     handler.end_headers()
 
 
+def late(handler: Handler, data: bytes, start: int) -> None:
+    time.sleep(0.05)
+    handler.head(data, start)
+    handler.wfile.write(data[start:])
+
+
 def slow(handler: Handler, data: bytes, start: int) -> None:
     """Comes in drops, but comes."""
     handler.head(data, start)
@@ -306,6 +312,14 @@ class TestFaults:
         assert kept(stream) == kept(EpisodeStream(folder, None, BATCH, shuffle=False))
         assert not server.faults
 
+    def test_what_is_tried_again_is_told(self, server, caplog):
+        """Whoever waits learns what for."""
+        server.faults = [busy]
+        next(iter(EpisodeStream(remote(server), shuffle=False)))
+        assert [record.getMessage() for record in caplog.records if record.name == "mamldata.remote"] == [
+            f"{server.url}/train-00000.tar: HTTP 503 Service Unavailable; trying again in 0 s"
+        ]
+
     def test_a_broken_transfer_goes_on_where_it_stopped(self, folder, server):
         """What came is not asked for again."""
         server.faults = [dies]
@@ -359,7 +373,8 @@ class TestFaults:
             stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
             passing = iter(stream.to(device) if device else stream)
             assert [index for index, _ in kept(itertools.islice(passing, 2))] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-            with pytest.raises(FetchError, match=r"/train-00002\.tar could not be had: another file came: sha256"):
+            message = r"/train-00002\.tar could not be had: another file came: sha256 .* tell who keeps it"
+            with pytest.raises(FetchError, match=message):
                 next(passing)
         finally:
             server.close()
@@ -522,6 +537,7 @@ class TestAhead:
         """Those that the next shuffled epoch begins with are fetched while the last ones of this are read from."""
         server.folder = tmp_path / "archive"
         build(glyphs_manifest, glyphs_bank, server.folder, replace(REQUEST, episodes_per_shard=2))
+        server.faults = [late] * 100  # so that the file system's coarse clock tells which came first
         known = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), batch_size=1, seed=4)
         (first, _), *_ = [kept(known) for _ in range(2)][1]
         stream = EpisodeStream(remote(server), batch_size=1, seed=4)

@@ -297,6 +297,14 @@ class TestEpochs:
         stream.set_epoch(1)
         assert order_of(stream) == epochs[1]
 
+    def test_its_representation(self, folder, glyphs_root):
+        """What it gives, in a line."""
+        shape = f"{N_WAY}-way {K_SHOT}-shot {K_QUERY}-query"
+        assert repr(EpisodeStream(folder, batch_size=BATCH)) == (
+            f"<EpisodeStream: glyphs train, {shape}, 23 episodes, in meta-batches of {BATCH}>"
+        )
+        assert "episodes without end" in repr(EpisodeStream(live("glyphs", root=glyphs_root)))
+
     def test_length(self, folder, glyphs_root):
         """len() is the number of meta-batches of an epoch; endless streams have none."""
         assert len(EpisodeStream(folder, batch_size=BATCH)) == EPOCH
@@ -568,8 +576,11 @@ class TestRequests:
         for call, message in [
             (
                 lambda: EpisodeStream(folder, dtype=torch.int64),
-                "dtype must be torch.uint8 or a floating type, not torch.int64",
+                "dtype must be torch.uint8 or a floating torch.dtype, not torch.int64",
             ),
+            (lambda: EpisodeStream(folder, dtype="float16"), "dtype must be .* not 'float16'"),
+            (lambda: EpisodeStream(folder, batch_size="8"), "batch_size must be a whole number, not '8'"),
+            (lambda: EpisodeStream(folder).to("gpu"), "There is no device 'gpu'. Such are 'cuda'"),
             (lambda: EpisodeStream(folder, "dev"), "no episodes of split 'dev'; it has train, val, test"),
             (lambda: EpisodeStream(folder, batch_size=0), "batch_size must be at least 1, not 0"),
             (lambda: EpisodeStream(folder, batch_size=24), "batch_size is 24, but there are only 23 episodes"),

@@ -126,6 +126,10 @@ def test_what_differs_must_be_the_algorithm(tmp_path: Path) -> None:
         RequestError, match=r"steps must be the same for all that are compared, not 4 for maml, 5 for f"
     ):
         compare({"maml": BASE, "f": replace(BASE, steps=5)}, Synthetic(), tmp_path / "a")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"holds a run\. Choose another folder"):
+        compare({"maml": BASE, "fomaml": replace(BASE, algorithm="fomaml")}, Synthetic(), tmp_path / "run")
     with pytest.raises(RequestError, match="at least two"):
         compare({"maml": BASE}, Synthetic(), tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -121,6 +121,28 @@ def test_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
 
 
+def test_the_keyboard(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first SIGINT is a wish, and says what the second one is: what it always was. Where it was ignored, it is."""
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    with stop_at_signals(keyboard=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked == "SIGINT"
+        assert "Interrupt again to stop at once" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with stop_at_signals() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_at_signals(keyboard=True) as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.asked is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_thread_trains_without_handlers(tmp_path: Path) -> None:
     """Only the main thread can handle signals; training in another one works, and leaves them alone."""
     results = []

@@ -134,6 +134,28 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(("name", "kind"), [("archive.json", "an archive"), ("compare.json", "a comparison")])
+def test_other_things_are_not_written_among(tmp_path: Path, name: str, kind: str) -> None:
+    """The folder of an archive or of a comparison is no run's, with or without resuming."""
+    (tmp_path / name).write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(RequestError, match=f"holds {kind}. Choose another folder"):
+            train(SETTINGS, Synthetic(), tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_validation_is_asked_for_before_training(tmp_path: Path) -> None:
+    """What cannot be validated on is refused before the first step, and nothing is written."""
+
+    class Few(Synthetic):
+        def eval(self, _: str, episodes: int, *__: object, **___: object) -> Iterator[EpisodeBatch]:
+            raise RequestError(f"{episodes} are too many")
+
+    with pytest.raises(RequestError, match=f"{SETTINGS.eval_episodes} are too many"):
+        train(SETTINGS, Few(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_more_steps_go_on_as_if_never_stopped(tmp_path: Path) -> None:
     """A finished run that is resumed with more steps ends like one that was asked for them at once."""
     settings = replace(SETTINGS, meta_schedule="constant")

@@ -186,16 +186,23 @@ def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) ->
     members = {PurePosixPath(member.name).name: member for member in list_members(file)}
     wrong = f"{file} is not laid out as cifar-100-python.tar.gz is"
     try:
-        names = load_member(file, members["meta"])["fine_label_names"]
+        names = _names(load_member(file, members["meta"])["fine_label_names"])
         for part in ("train", "test"):
             content = load_member(file, members[part])
             labels, pixels = content["fine_labels"], content["data"]
             if pixels.dtype != np.uint8 or pixels.shape != (len(labels), math.prod(_CIFAR_SHAPE)):
                 raise DamagedError(f"{wrong}: {part} has {len(labels)} labels and images of shape {pixels.shape}.")
             for row, label in enumerate(labels):
-                yield ImageRef(str(names[label]), f"{part}-{row:05d}", file, members[part], row)
+                yield ImageRef(names[label], f"{part}-{row:05d}", file, members[part], row)
     except (LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{wrong} ({error!r}).") from error
+
+
+def _names(value: Any) -> list[str]:
+    """Class names out of a pickle: strings, and nothing whose text might be endless."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("class names that are no list of strings")
+    return value
 
 
 def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
@@ -209,7 +216,7 @@ def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Repo
     try:
         for split in SPLITS:
             labels = load_member(file, members[f"{split}_labels.pkl"])
-            names, numbers = labels["label_specific_str"], labels["label_specific"].tolist()
+            names, numbers = _names(labels["label_specific_str"]), labels["label_specific"].tolist()
             packed = members[f"{split}_images_png.pkl"]
             with file.open("rb") as whole:
                 window = io.BufferedReader(Window(whole, packed.offset or 0, packed.size))

@@ -142,6 +142,8 @@ def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
 
 
 def _members_or_none(file: Path) -> list[Member]:
+    if file.is_dir():
+        return list_members(file)
     try:
         return list_members(file)
     except DamagedError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,7 +107,7 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
 
     The same class and image name twice, in one file or in two, is one image if the bytes are the same.
     """
-    seen: dict[tuple[str, str], tuple[Member, Path]] = {}
+    seen: dict[tuple[str, str], list[ImageRef]] = {}
     homes: dict[str, dict[str, Path]] = {}
     for file in files:
         for member in list_members(file):
@@ -117,18 +118,49 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
             if recipe.splits and split not in SPLITS:
                 report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
                 continue
+            if as_text(class_name) != class_name:
+                report(Fault("layout", f"{file}, {as_text(member.name)}: the name of its class is not UTF-8"))
+                continue
             homes.setdefault(class_name, {})[split] = file
-            known = seen.get((class_name, path.name))
-            if known is None:
-                seen[class_name, path.name] = (member, file)
-                yield ImageRef(class_name, path.name, file, member, split=split)
-            elif member.crc is None or (known[0].crc, known[0].size) != (member.crc, member.size):
-                same = f"the image that {known[1].name} has under the same class and name ({class_name}/{path.name})"
-                report(Fault("layout", f"{file}, {member.name}: not {same}"))
+            image = ImageRef(class_name, path.name, file, member, split=split)
+            alike = seen.setdefault((class_name, path.name), [])
+            if not alike:
+                yield image
+            alike.append(image)
+    _check_doubles([alike for alike in seen.values() if len(alike) > 1], report)
     for class_name, splits in homes.items():
         if len(splits) > 1:
             where = " and ".join(repr(split) for split in splits)
             report(Fault("class", f"{files[0]}: the class {class_name!r} is in {where}; splits share no class"))
+
+
+def _check_doubles(doubles: Sequence[Sequence[ImageRef]], report: Report) -> None:
+    """Report images that have the class and the name of another, and other bytes. The first of each is taken."""
+    sums = _checksums([image for alike in doubles for image in alike])
+    for first, *others in doubles:
+        for image in others:
+            mine, its = sums[id(image)], sums[id(first)]
+            if isinstance(mine, str):
+                report(image.fault(mine))
+            elif (mine, image.member.size) != (its, first.member.size) and not isinstance(its, str):
+                same = f"the image that {first.file.name} has under the same class and name"
+                where = f"{image.file}, {image.member.name}"
+                report(Fault("layout", f"{where}: not {same} ({image.class_name}/{image.name})"))
+
+
+def _checksums(images: Sequence[ImageRef]) -> dict[int, int | str]:
+    """For the ``id`` of each image the CRC-32 of its bytes, which zips note; or why it cannot be read."""
+    sums: dict[int, int | str] = {id(image): image.member.crc for image in images if image.member.crc is not None}
+    unknown: dict[Path, list[ImageRef]] = {}
+    for image in images:
+        if id(image) not in sums:
+            unknown.setdefault(image.file, []).append(image)
+    for file, wanted in unknown.items():
+        found: dict[Member, list[int | str]] = {}  # in a compressed tar two of a name and size are equal members
+        for member, data in read_members(file, [image.member for image in wanted], MOST_IMAGE_BYTES):
+            found.setdefault(member, []).append(data if isinstance(data, str) else zlib.crc32(data))
+        sums |= {id(image): found[image.member].pop(0) for image in wanted}
+    return sums
 
 
 def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
@@ -144,6 +176,11 @@ def is_image(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden
+
+
+def as_text(name: str) -> str:
+    """A file's name as text. File systems and tars name files by any bytes; those that are no UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:

@@ -16,10 +16,11 @@ from mamldata.manifest import (
     SplitScheme,
     builtin_names,
 )
-from mamldata.readers import is_image
+from mamldata.readers import as_text, is_image
 
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
+_MOST_SHOWN = 5
 
 
 def folder_manifest(folder: Path) -> Manifest:
@@ -33,7 +34,14 @@ def folder_manifest(folder: Path) -> Manifest:
         RequestError: no images in folders of classes, or fewer than three classes.
     """
     folder = folder.resolve()
-    homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(m.name)}
+    names = [member.name for member in list_members(folder) if is_image(member.name)]
+    if no_text := [path for path in (str(folder), *names) if as_text(path) != path]:
+        raise RequestError(
+            f"{as_text(str(folder))} has names that are not UTF-8, and would be others on another machine: "
+            f"{', '.join(map(as_text, no_text[:_MOST_SHOWN]))}{', …' if no_text[_MOST_SHOWN:] else ''}. Rename them "
+            "(convmv does it for a whole folder)."
+        )
+    homes = {PurePosixPath(name).parts[:-1] for name in names}
     classes = sorted(home for home in homes if home)
     if not classes:
         raise RequestError(

@@ -198,14 +198,21 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) ->
         if file.suffix != ".csv":
             for member in list_members(file):
                 by_name.setdefault(member.name.rpartition("/")[2], []).append((file, member))
+    known: dict[tuple[Path, Member], Row] = {}
     for row in rows:
         matches = [
             (file, member)
             for file, member in by_name.get(row.filename.rpartition("/")[2], ())
             if f"/{member.name}".endswith(f"/{row.filename}")
         ]
+        # What has the very name is meant before what only ends in it.
+        matches = [(file, member) for file, member in matches if member.name == row.filename] or matches
         if len(matches) == 1:
             file, member = matches[0]
+            if (other := known.setdefault((file, member), row)).filename != row.filename:
+                where = f"{other.filename} in {other.place}: {file.name}/{member.name}"
+                report(Fault("layout", f"{row.place}: {row.filename} would be one and the same image as {where}"))
+                continue
             yield ImageRef(row.label, row.filename, file, member, split=row.split, asked=row.place)
         elif matches:
             places = ", ".join(f"{file.name}/{member.name}" for file, member in matches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from mamldata.containers import list_members
@@ -48,14 +48,7 @@ def folder_manifest(folder: Path) -> Manifest:
             f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
             "named after their classes, class/image or split/class/image."
         )
-    tops = {home[0] for home in classes if len(home) > 1}
-    by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
-    if not by_split and tops & set(SPLITS):
-        inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
-        raise RequestError(
-            f"{folder} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
-            "Call the splits so, and put every class below one of them."
-        )
+    by_split = lie_in_splits(classes, folder)
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
     name = dataset_name(folder.name)
     return Manifest(
@@ -74,6 +67,27 @@ def folder_manifest(folder: Path) -> Manifest:
         schemes={scheme.name: scheme},
         folder=folder,
     )
+
+
+def lie_in_splits(classes: Collection[tuple[str, ...]], place: Path) -> bool:
+    """Whether all classes lie below ``train``, ``val`` and ``test``.
+
+    Args:
+        classes: the folders of each.
+        place: where they are, for the message.
+
+    Raises:
+        RequestError: some do, and others do not.
+    """
+    tops = {home[0] for home in classes if len(home) > 1}
+    by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
+    if not by_split and tops & set(SPLITS):
+        inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
+        raise RequestError(
+            f"{place} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
+            "Call the splits so, and put every class below one of them."
+        )
+    return by_split
 
 
 def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:

@@ -143,7 +143,8 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
 
 def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
     seen: set[str] = set()
-    for file in _name_places(place):
+    # A folder that is called images is one like others here: its name is that of a class, or a part of it.
+    for file in (file for file in _name_places(place) if file != place / "images"):
         for member in _members_or_none(file):
             if is_image(member.name) and member.name not in seen:
                 seen.add(member.name)

@@ -504,12 +504,16 @@ def replace_member(tiny: Any, member: str, data: bytes) -> None:
             container.writestr(name, content)
 
 
+def png(image: Image.Image) -> bytes:
+    return encoded(image, "PNG")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_damaged_image(workers: int, make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the file and the member, from another process too; no bank appears."""
     monkeypatch.setattr(bank, "_TASK_IMAGES", 20)
     tiny = make_dataset()
-    replace_member(tiny, "tiny/Birch/two/003.png", encoded(Image.new("L", (64, 64), 7))[:60])
+    replace_member(tiny, "tiny/Birch/two/003.png", png(Image.new("L", (64, 64), 7))[:60])
     with pytest.raises(DamagedError, match=r"raw/tiny\.zip, tiny/Birch/two/003\.png: image file is trunc"):
         make_bank(tiny.manifest, tiny.root, workers=workers)
     assert not tiny.folder.bank_json(8).exists()
@@ -550,7 +554,7 @@ def test_a_tiff_whose_numbers_are_text() -> None:
 def test_too_many_pixels() -> None:
     """A small file that decodes to a gigabyte is refused before it is decoded."""
     with pytest.raises(ValueError, match="8200x8200 pixels are too many"):
-        decode_image(encoded(Image.new("1", (8200, 8200))), 8, 1, "lanczos", invert=True)
+        decode_image(png(Image.new("1", (8200, 8200))), 8, 1, "lanczos", invert=True)
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_image(b"P4\n60000 60000\n", 8, 1, "lanczos", invert=True)
 

@@ -136,6 +136,36 @@ def test_links_in_a_folder_are_followed(tmp_path: Path):
     assert got == {name.replace("images", "linked"): data for name, data in FILES.items()}
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path: Path):
+    """It is said, and the others are read."""
+    path = make("folder", tmp_path)
+    (path / "images" / "a.jpg").chmod(0)
+    got = {member.name: data for member, data in read_members(path, list_members(path), 1000)}
+    assert got["images/a.jpg"] == "it cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
+def test_flipped_bytes_never_crash_it(kind: str, tmp_path: Path):
+    """A damaged container: read, or said to be damaged, and no other exception."""
+    path = make(kind, tmp_path, {f"{n}.png": bytes(range(n, 120)) for n in range(3)})
+    whole, chance = path.read_bytes(), random.Random(0)
+    for position in range(0, len(whole), max(1, len(whole) // 400)):
+        data = bytearray(whole)
+        data[position] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with contextlib.suppress(DamagedError):
+            list(read_members(path, list_members(path), 1000))
+
+
+def test_neither_a_zip_nor_a_tar(tmp_path: Path):
+    """An error page saved as an archive."""
+    path = tmp_path / "images.zip"
+    path.write_bytes(b"<html>" * 200)
+    with pytest.raises(DamagedError, match=r"images\.zip: neither a zip nor a tar file"):
+        list_members(path)
+
+
 @pytest.mark.parametrize("target", [".", "..", "../..", "../b"])
 def test_a_link_to_a_folder_that_it_lies_in(target: str, tmp_path: Path):
     """Without end it would be read again and again, and give classes that nobody made."""
@@ -185,36 +215,6 @@ def test_a_name_that_a_tar_has_twice(kind: str, tmp_path: Path):
     members = list_members(path)
     assert [data for _, data in read_members(path, members, 100)] == contents
     assert [data for _, data in read_members(path, members[1:2], 100)] == contents[1:2]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path: Path):
-    """It is said, and the others are read."""
-    path = make("folder", tmp_path)
-    (path / "images" / "a.jpg").chmod(0)
-    got = {member.name: data for member, data in read_members(path, list_members(path), 1000)}
-    assert got["images/a.jpg"] == "it cannot be read (Permission denied)"
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
-def test_flipped_bytes_never_crash_it(kind: str, tmp_path: Path):
-    """A damaged container: read, or said to be damaged, and no other exception."""
-    path = make(kind, tmp_path, {f"{n}.png": bytes(range(n, 120)) for n in range(3)})
-    whole, chance = path.read_bytes(), random.Random(0)
-    for position in range(0, len(whole), max(1, len(whole) // 400)):
-        data = bytearray(whole)
-        data[position] ^= 1 << chance.randrange(8)
-        path.write_bytes(data)
-        with contextlib.suppress(DamagedError):
-            list(read_members(path, list_members(path), 1000))
-
-
-def test_neither_a_zip_nor_a_tar(tmp_path: Path):
-    """An error page saved as an archive."""
-    path = tmp_path / "images.zip"
-    path.write_bytes(b"<html>" * 200)
-    with pytest.raises(DamagedError, match=r"images\.zip: neither a zip nor a tar file"):
-        list_members(path)
 
 
 def test_inside():

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
@@ -15,14 +16,16 @@ from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
-from mamldata.folder import dataset_name, seeded_counts
-from mamldata.forms import find_images
+from mamldata.folder import dataset_name, lie_in_splits, seeded_counts
+from mamldata.forms import find_images, list_images
 from mamldata.manifest import SPLITS, ImageForm, Manifest, parse_manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
 
 _USUAL_SIZE = 84  # MiniImagenet's
 _TABLES = tuple(f"{split}.csv" for split in SPLITS)
+_GREY = frozenset({"1", "L", "LA", "I;16", "I;16B"})
+_FORMS = (ImageForm("by-name"),)
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class _Layout:
     Attributes:
         reader: its name.
         splits: whether folders above the classes are the splits.
-        classes: how many there are, if folders say it.
+        classes: their names, if folders say them.
+        depth: how many folders are a class's name, if folders say it; 0 for all.
         sample: some image, encoded.
     """
 
     reader: str
     splits: bool
-    classes: int
+    classes: tuple[str, ...]
+    depth: int
     sample: bytes
 
 
@@ -85,31 +90,55 @@ _NO_DIGEST = "# no digest yet"
 
 
 def _collected(draft: Manifest, folder: Path, progress: Progress) -> Collected:
-    found = find_images((ImageForm("by-name"),), folder)
+    found = find_images(_FORMS, folder)
     if found is None:
         raise RequestError(f"There are no images in {folder}.")
     return digest_images(draft, found, folder, progress)
 
 
 def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _Layout:
-    images = [(box, member) for box in archives or [folder] for member in list_members(box)]
-    images = [(box, member) for box, member in images if is_image(member.name)]
+    images = _images(folder, archives)
     if not images:
         raise RequestError(f"There are no images in {folder}, nor in archives there: nothing to write a manifest for.")
     if tables and len(tables) < len(_TABLES):
         raise RequestError(f"{folder} has {tables[0].name}, but not all of {', '.join(_TABLES)}.")
     sample = _first(images[0])
     if tables:
-        return _Layout("csv-splits", splits=True, classes=0, sample=sample)
-    homes = {PurePosixPath(member.name).parts[:-1] for _, member in images}
-    classes = {home[-1] for home in homes if home}
-    if not classes:
+        return _Layout("csv-splits", splits=True, classes=(), depth=0, sample=sample)
+    homes = sorted({home for _, member in images if (home := PurePosixPath(member.name).parts[:-1])})
+    if not homes:
         raise RequestError(
             f"The images in {folder} lie in no folders, and no {', '.join(_TABLES)} say their classes: one of the two "
             "is needed."
         )
-    splits = all(len(home) > 1 and home[-2] in SPLITS for home in homes if home)
-    return _Layout("class-folders", splits, len(classes), sample)
+    wrapper = _wrapper(homes) if archives else ()
+    inner = [home[len(wrapper) :] for home in homes]
+    splits = lie_in_splits(inner, folder)
+    lengths = {len(home) - splits for home in inner}
+    depth = lengths.pop() if wrapper and len(lengths) == 1 else 0
+    if wrapper and splits and not depth:
+        raise RequestError(
+            f"The classes in {folder} have names of different numbers of folders below {'/'.join(wrapper)}/train, val "
+            f"and test: pack the archives without {'/'.join(wrapper)}."
+        )
+    classes = tuple("/".join(home[int(splits) :]) for home in (inner if depth or splits else homes))
+    return _Layout("class-folders", splits, classes, depth, sample)
+
+
+def _images(folder: Path, archives: Sequence[Path]) -> list[tuple[Path, Member]]:
+    """The images that the dataset will have: those in the archives, else those that will be collected."""
+    if archives:
+        return [(box, member) for box in archives for member in list_members(box) if is_image(member.name)]
+    found = find_images(_FORMS, folder)
+    # What is wrong with them is said when they are hashed.
+    items = list_images(found, None, lambda _: None) if found else []
+    return [(item.file, item.member) for item in items if item.member]
+
+
+def _wrapper(homes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders that all classes lie in, as where a folder was packed with its own name; ``homes`` are sorted."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1] and pair[0] not in SPLITS, zip(homes[0], homes[-1], strict=False))
+    return tuple(name for name, _ in pairs)[: min(map(len, homes)) - 1]
 
 
 def _first(image: tuple[Path, Member]) -> bytes:
@@ -138,6 +167,9 @@ def _text(name: str, folder: Path, tables: Sequence[Path], archives: Sequence[Pa
     yield from ("[reader]", f"type = {_quoted(layout.reader)}")
     if layout.reader == "class-folders" and layout.splits:
         yield "splits = true"
+    if layout.classes:
+        named = f"{layout.depth or 'all'} folders above its images" if layout.depth != 1 else "the folder of its images"
+        yield f"depth = {layout.depth}  # a class is called by {named}, such as {_quoted(layout.classes[0])}"
     size, channels = _size(layout.sample)
     yield from (
         "",
@@ -165,7 +197,7 @@ def _size(sample: bytes) -> tuple[int, int]:
     """The bank's image size and channels: the images' own if they are smaller than is usual."""
     try:
         with Image.open(io.BytesIO(sample)) as image:
-            return min(_USUAL_SIZE, *image.size), 1 if image.mode in {"1", "L"} else 3
+            return min(_USUAL_SIZE, *image.size), 1 if image.mode in _GREY else 3
     except (UnidentifiedImageError, OSError):
         return _USUAL_SIZE, 3
 
@@ -174,9 +206,10 @@ def _splits(layout: _Layout) -> Iterator[str]:
     if layout.splits:
         yield from ("[splits.files]", 'description = "as the files say"', 'by = "files"', "")
         return
-    if layout.classes < len(SPLITS):
-        raise RequestError(f"Train, val and test need at least one class each; the images lie in {layout.classes}.")
-    counts = seeded_counts(layout.classes)
+    classes = len(layout.classes)
+    if classes < len(SPLITS):
+        raise RequestError(f"Train, val and test need at least one class each; the images lie in {classes}.")
+    counts = seeded_counts(classes)
     description = "/".join(map(str, counts.values())) + " classes at random"
     yield from ("[splits.seeded]", f"description = {_quoted(description)}")
     yield from ("seed = 0", *(f"{split} = {count}" for split, count in counts.items()), "")

@@ -25,6 +25,7 @@ from mamldata.files import temporary, write_atomic, writing
 from mamldata.forms import Found, Item, list_images
 from mamldata.manifest import PIN, SPLITS, Manifest
 from mamldata.progress import Progress, silent
+from mamldata.readers import as_text
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def _hash(
     for name, data in images:
         if isinstance(data, str):
             report(Fault("image", f"{name} in {place}: {data}"))
+        elif as_text(name) != name:
+            report(Fault("image", f"{as_text(name)} in {place}: its name is not UTF-8; rename it"))
         else:
             keep(name, data)
             digests.append((name, sha256_bytes(data)))
@@ -185,6 +188,7 @@ def _require_space(items: Sequence[Item], path: Path) -> None:
 def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
     for file, group in groupby(sorted(items, key=lambda item: str(item.file)), key=lambda item: item.file):
         run = list(group)
+        # One name each: where two names mean one image, list_images reported it.
         members = {item.member: item.name for item in run if item.member}
         for member, data in read_members(file, members, MOST_IMAGE_BYTES):
             yield members[member], data

@@ -49,10 +49,10 @@ def list_members(container: Path) -> list[Member]:
     if container.is_dir():
         return list(_folder_members(container))
     with reading_container(container):
-        if zipfile.is_zipfile(container):
+        if is_zip(container):
             return list(_zip_members(container))
         with open_tar(container) as tar:
-            return list(tar_members(tar, str(container), compressed=_is_compressed(container)))
+            return list(tar_members(tar, str(container), compressed=not _has_tar_mark(container)))
 
 
 def _zip_members(container: Path) -> Iterator[Member]:
@@ -110,22 +110,40 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
         yield from _read_folder(container, todo)
     elif all(member.offset is not None for member in todo):
         yield from _read_offsets(container, todo)
-    elif zipfile.is_zipfile(container):
+    elif is_zip(container):
         yield from _read_zip(container, todo)
     else:
         yield from _read_stream(container, todo)
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
+    above: dict[Path, frozenset[tuple[int, int]]] = {}  # for a folder all that it lies in
     for place, folders, files in os.walk(folder, followlinks=True):  # as torchvision's ImageFolder does
+        here = Path(place)
+        lineage = above.pop(here, frozenset()) | _identity(here)
         folders.sort()
-        for name in sorted(files):
-            path = Path(place) / name
+        for path in [here / name for name in folders]:
+            if _identity(path) & lineage:
+                raise DamagedError(
+                    f"{path} is a link to a folder that it lies in: its images would be found again and again. "
+                    "Remove the link."
+                )
+            above[path] = lineage
+        for path in [here / name for name in sorted(files)]:
             try:
                 size = path.stat().st_size
             except OSError:
                 size = 0  # a link to nowhere, which is told when it is read
             yield Member(path.relative_to(folder).as_posix(), size)
+
+
+def _identity(folder: Path) -> frozenset[tuple[int, int]]:
+    """What is the same under all names of a folder; nothing of one that may not be looked at: it is passed over."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return frozenset()
+    return frozenset({(status.st_dev, status.st_ino)})
 
 
 def _read_folder(folder: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
@@ -164,18 +182,24 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
 
 def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
     """A compressed tar can only be read from its beginning: once through, up to the last wanted member."""
-    left = {member.name: member for member in wanted}
+    left: dict[str, list[Member]] = {}  # a tar may have a name twice
+    for member in wanted:
+        left.setdefault(member.name, []).append(member)
     with reading_container(container), open_tar(container) as tar:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]
-            member = left.pop(info.name, None) if info.isfile() else None
-            content = tar.extractfile(info) if member else None
-            if member and content:
-                yield member, content.read()
+            alike = left.get(info.name, []) if info.isfile() else []
+            found = next((member for member in alike if member.size == info.size), None)
+            content = tar.extractfile(info) if found else None
+            if found and content:
+                yield found, content.read()
+                alike.remove(found)
+                if not alike:
+                    del left[info.name]
             if not left:
                 return
-    for member in left.values():
-        yield member, "it is no longer in the container"
+    for members in left.values():
+        yield from ((member, "it is no longer in the container") for member in members)
 
 
 class Window(io.RawIOBase):
@@ -281,10 +305,18 @@ def open_tar(path: Path, fileobj: IO[bytes] | None = None) -> tarfile.TarFile:
         raise DamagedError(f"{path}: neither a zip nor a tar file.") from error
 
 
-def _is_compressed(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip. A zip is known by its end, so a plain tar whose last member is one would pass for it."""
+    return not _has_tar_mark(path) and zipfile.is_zipfile(path)
+
+
+def _has_tar_mark(path: Path) -> bool:
+    """Whether a file is a plain tar of POSIX or GNU.
+
+    What lacks their mark is read as a stream, which is right for every tar, only slower.
+    """
     with path.open("rb") as stream:
-        # What lacks the mark of POSIX and GNU tar is read as a stream, which is right for every tar, only slower.
-        return stream.read(262)[257:262] != b"ustar"
+        return stream.read(262)[257:262] == b"ustar"
 
 
 class _SmallHeader(tarfile.TarInfo):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mamldata.containers import open_tar, reading_container, safe_member_name
+from mamldata.containers import is_zip, open_tar, reading_container, safe_member_name
 from mamldata.errors import DamagedError
 
 CHUNK = 1 << 20
@@ -85,7 +85,7 @@ def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         with zipfile.ZipFile(path) as container:
             for info in container.infolist():
                 if not info.is_dir():

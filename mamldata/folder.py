@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from mamldata.archive import INDEX
@@ -17,10 +17,11 @@ from mamldata.manifest import (
     SplitScheme,
     builtin_names,
 )
-from mamldata.readers import is_image
+from mamldata.readers import as_text, is_image
 
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
+_MOST_SHOWN = 5
 
 
 def folder_manifest(folder: Path) -> Manifest:
@@ -36,21 +37,21 @@ def folder_manifest(folder: Path) -> Manifest:
     folder = folder.resolve()
     if (folder / INDEX).is_file():
         raise RequestError(f"{folder} is an archive. Give what it was built from: a dataset's name or its images.")
-    homes = {PurePosixPath(m.name).parts[:-1] for m in list_members(folder) if is_image(m.name)}
+    names = [member.name for member in list_members(folder) if is_image(member.name)]
+    if no_text := [path for path in (str(folder), *names) if as_text(path) != path]:
+        raise RequestError(
+            f"{as_text(str(folder))} has names that are not UTF-8, and would be others on another machine: "
+            f"{', '.join(map(as_text, no_text[:_MOST_SHOWN]))}{', …' if no_text[_MOST_SHOWN:] else ''}. Rename them "
+            "(convmv does it for a whole folder)."
+        )
+    homes = {PurePosixPath(name).parts[:-1] for name in names}
     classes = sorted(home for home in homes if home)
     if not classes:
         raise RequestError(
             f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
             "named after their classes, class/image or split/class/image."
         )
-    tops = {home[0] for home in classes if len(home) > 1}
-    by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
-    if not by_split and tops & set(SPLITS):
-        inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
-        raise RequestError(
-            f"{folder} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
-            "Call the splits so, and put every class below one of them."
-        )
+    by_split = lie_in_splits(classes, folder)
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
     name = dataset_name(folder.name)
     return Manifest(
@@ -69,6 +70,27 @@ def folder_manifest(folder: Path) -> Manifest:
         schemes={scheme.name: scheme},
         folder=folder,
     )
+
+
+def lie_in_splits(classes: Collection[tuple[str, ...]], place: Path) -> bool:
+    """Whether all classes lie below ``train``, ``val`` and ``test``.
+
+    Args:
+        classes: the folders of each.
+        place: where they are, for the message.
+
+    Raises:
+        RequestError: some do, and others do not.
+    """
+    tops = {home[0] for home in classes if len(home) > 1}
+    by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
+    if not by_split and tops & set(SPLITS):
+        inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
+        raise RequestError(
+            f"{place} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
+            "Call the splits so, and put every class below one of them."
+        )
+    return by_split
 
 
 def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:

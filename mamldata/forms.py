@@ -68,7 +68,14 @@ def list_images(found: Found, rows: Sequence[Row] | None, report: Report) -> lis
     Raises:
         DamagedError: a file that cannot be read as a whole.
     """
-    return _LISTERS[found.form.type](found, rows, report)
+    items = _LISTERS[found.form.type](found, rows, report)
+    first: dict[tuple[Path, Member | None, int], Item] = {}
+    for item in items:
+        other = first.setdefault((item.file, item.member, item.row), item)
+        if other is not item:
+            where = f"{item.file}, {item.member.name if item.member else f'image {item.row}'}"
+            report(Fault("layout", f"{other.name} and {item.name} would be one and the same image: {where}"))
+    return items
 
 
 # By name.
@@ -103,7 +110,10 @@ def _has_images(place: Path) -> bool:
 
 
 def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
-    """Of several files with the name, that in the first of the places counts; twice in one of them is a fault."""
+    """Of several files with the name, that in the first of the places counts; twice in one of them is a fault.
+
+    But a path that is the very name is meant before one that only ends in it.
+    """
     if rows is None:
         return [Item(member.name, file, member) for file, member in _all_images(found.path)]
     left = {row.filename: row for row in rows}
@@ -116,10 +126,11 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
         for member in _members_or_none(file):
             for name in ends.get(PurePosixPath(member.name).name, ()):
                 if name in left and f"/{member.name}".endswith(f"/{name}"):
-                    if name in taken:
+                    exact = [other for other in (taken.get(name), member) if other and other.name == name]
+                    if name in taken and len(exact) != 1:
                         twice = f"{taken[name].name} and {member.name}"
                         report(Fault("layout", f"{left[name].place}: {name} is twice in {file}: {twice}"))
-                    taken[name] = member
+                    taken[name] = exact[0] if exact else member
         items += [Item(name, file, member) for name, member in sorted(taken.items())]
         for name in taken:
             del left[name]
@@ -132,7 +143,8 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
 
 def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
     seen: set[str] = set()
-    for file in _name_places(place):
+    # A folder that is called images is one like others here: its name is that of a class, or a part of it.
+    for file in (file for file in _name_places(place) if file != place / "images"):
         for member in _members_or_none(file):
             if is_image(member.name) and member.name not in seen:
                 seen.add(member.name)
@@ -142,6 +154,8 @@ def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
 
 
 def _members_or_none(file: Path) -> list[Member]:
+    if file.is_dir():
+        return list_members(file)
     try:
         return list_members(file)
     except DamagedError:

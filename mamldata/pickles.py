@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mamldata.errors import DamagedError
 
 _LARGE = 1 << 8  # bytes; what is as long stays in the file
+_MOST_AXES = 64  # NumPy's own bound
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,12 @@ class StoredArray:
             pickle.UnpicklingError: it does not fit together.
         """
         if not isinstance(dtype, _DType) or dtype.known is None:
-            raise pickle.UnpicklingError(f"an array of {dtype!r}; only whole numbers are read")
+            what = f"elements {dtype.code!r}" if isinstance(dtype, _DType) else "no elements"
+            raise pickle.UnpicklingError(f"an array of {what}; only whole numbers are read")
         if isinstance(data, str):  # Python 2's strings
             data = data.encode("latin-1")
-        whole = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 0 for side in shape)
+        sides = shape if isinstance(shape, tuple) and len(shape) <= _MOST_AXES else (None,)
+        whole = all(isinstance(side, int) and side >= 0 for side in sides)
         if not whole or not isinstance(data, bytes | bytearray | Span):
             raise pickle.UnpicklingError("an array whose shape or data is none")
         if fortran and len(shape) > 1:
@@ -141,14 +144,11 @@ class _DType:
         good = self.code in _ELEMENTS and self.order in {"<", ">", "|", "="}
         return np.dtype(self.order + self.code) if good else None
 
-    def __repr__(self) -> str:
-        return f"elements {self.code!r}"
-
 
 def _text(value: Any) -> str:
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     if not isinstance(text, str):
-        raise pickle.UnpicklingError(f"{value!r} where a string should be")
+        raise pickle.UnpicklingError(f"a {type(value).__name__} where a string should be")
     return text
 
 
@@ -221,6 +221,7 @@ class _Reader(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, stream: IO[bytes]) -> None:
         # Strings of Python 2 may be bytes: an array's, for one.
@@ -272,6 +273,31 @@ class _Reader(pickle._Unpickler):
             raise pickle.UnpicklingError("it sets the state of what is no array")
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        # A tuple of a tuple of a tuple, each twice in the next, is a few bytes, and takes for ever to hash.
+        if not all(isinstance(key, str | bytes | int) for key in items[::2]):
+            raise pickle.UnpicklingError("a dict with keys that are neither strings nor whole numbers")
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise pickle.UnpicklingError("it sets the items of what is no dict")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
 
     def _load_bytes(self, layout: str) -> None:
         (size,) = struct.unpack(layout, self.read(struct.calcsize(layout)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,7 +107,7 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
 
     The same class and image name twice, in one file or in two, is one image if the bytes are the same.
     """
-    seen: dict[tuple[str, str], tuple[Member, Path]] = {}
+    seen: dict[tuple[str, str], list[ImageRef]] = {}
     homes: dict[str, dict[str, Path]] = {}
     for file in files:
         for member in list_members(file):
@@ -117,18 +118,49 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
             if recipe.splits and split not in SPLITS:
                 report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
                 continue
+            if as_text(class_name) != class_name:
+                report(Fault("layout", f"{file}, {as_text(member.name)}: the name of its class is not UTF-8"))
+                continue
             homes.setdefault(class_name, {})[split] = file
-            known = seen.get((class_name, path.name))
-            if known is None:
-                seen[class_name, path.name] = (member, file)
-                yield ImageRef(class_name, path.name, file, member, split=split)
-            elif member.crc is None or (known[0].crc, known[0].size) != (member.crc, member.size):
-                same = f"the image that {known[1].name} has under the same class and name ({class_name}/{path.name})"
-                report(Fault("layout", f"{file}, {member.name}: not {same}"))
+            image = ImageRef(class_name, path.name, file, member, split=split)
+            alike = seen.setdefault((class_name, path.name), [])
+            if not alike:
+                yield image
+            alike.append(image)
+    _check_doubles([alike for alike in seen.values() if len(alike) > 1], report)
     for class_name, splits in homes.items():
         if len(splits) > 1:
             where = " and ".join(repr(split) for split in splits)
             report(Fault("class", f"{files[0]}: the class {class_name!r} is in {where}; splits share no class"))
+
+
+def _check_doubles(doubles: Sequence[Sequence[ImageRef]], report: Report) -> None:
+    """Report images that have the class and the name of another, and other bytes. The first of each is taken."""
+    sums = _checksums([image for alike in doubles for image in alike])
+    for first, *others in doubles:
+        for image in others:
+            mine, its = sums[id(image)], sums[id(first)]
+            if isinstance(mine, str):
+                report(image.fault(mine))
+            elif (mine, image.member.size) != (its, first.member.size) and not isinstance(its, str):
+                same = f"the image that {first.file.name} has under the same class and name"
+                where = f"{image.file}, {image.member.name}"
+                report(Fault("layout", f"{where}: not {same} ({image.class_name}/{image.name})"))
+
+
+def _checksums(images: Sequence[ImageRef]) -> dict[int, int | str]:
+    """For the ``id`` of each image the CRC-32 of its bytes, which zips note; or why it cannot be read."""
+    sums: dict[int, int | str] = {id(image): image.member.crc for image in images if image.member.crc is not None}
+    unknown: dict[Path, list[ImageRef]] = {}
+    for image in images:
+        if id(image) not in sums:
+            unknown.setdefault(image.file, []).append(image)
+    for file, wanted in unknown.items():
+        found: dict[Member, list[int | str]] = {}  # in a compressed tar two of a name and size are equal members
+        for member, data in read_members(file, [image.member for image in wanted], MOST_IMAGE_BYTES):
+            found.setdefault(member, []).append(data if isinstance(data, str) else zlib.crc32(data))
+        sums |= {id(image): found[image.member].pop(0) for image in wanted}
+    return sums
 
 
 def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
@@ -146,6 +178,11 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden
 
 
+def as_text(name: str) -> str:
+    """A file's name as text. File systems and tars name files by any bytes; those that are no UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
     """Images that ``train.csv``, ``val.csv`` and ``test.csv`` name, wherever in the other files they are."""
     rows: list[Row] = []
@@ -161,14 +198,21 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) ->
         if file.suffix != ".csv":
             for member in list_members(file):
                 by_name.setdefault(member.name.rpartition("/")[2], []).append((file, member))
+    known: dict[tuple[Path, Member], Row] = {}
     for row in rows:
         matches = [
             (file, member)
             for file, member in by_name.get(row.filename.rpartition("/")[2], ())
             if f"/{member.name}".endswith(f"/{row.filename}")
         ]
+        # What has the very name is meant before what only ends in it.
+        matches = [(file, member) for file, member in matches if member.name == row.filename] or matches
         if len(matches) == 1:
             file, member = matches[0]
+            if (other := known.setdefault((file, member), row)).filename != row.filename:
+                where = f"{other.filename} in {other.place}: {file.name}/{member.name}"
+                report(Fault("layout", f"{row.place}: {row.filename} would be one and the same image as {where}"))
+                continue
             yield ImageRef(row.label, row.filename, file, member, split=row.split, asked=row.place)
         elif matches:
             places = ", ".join(f"{file.name}/{member.name}" for file, member in matches)
@@ -186,16 +230,23 @@ def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) ->
     members = {PurePosixPath(member.name).name: member for member in list_members(file)}
     wrong = f"{file} is not laid out as cifar-100-python.tar.gz is"
     try:
-        names = load_member(file, members["meta"])["fine_label_names"]
+        names = _names(load_member(file, members["meta"])["fine_label_names"])
         for part in ("train", "test"):
             content = load_member(file, members[part])
             labels, pixels = content["fine_labels"], content["data"]
             if pixels.dtype != np.uint8 or pixels.shape != (len(labels), math.prod(_CIFAR_SHAPE)):
                 raise DamagedError(f"{wrong}: {part} has {len(labels)} labels and images of shape {pixels.shape}.")
             for row, label in enumerate(labels):
-                yield ImageRef(str(names[label]), f"{part}-{row:05d}", file, members[part], row)
+                yield ImageRef(names[label], f"{part}-{row:05d}", file, members[part], row)
     except (LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{wrong} ({error!r}).") from error
+
+
+def _names(value: Any) -> list[str]:
+    """Class names out of a pickle: strings, and nothing whose text might be endless."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("class names that are no list of strings")
+    return value
 
 
 def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
@@ -209,7 +260,7 @@ def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Repo
     try:
         for split in SPLITS:
             labels = load_member(file, members[f"{split}_labels.pkl"])
-            names, numbers = labels["label_specific_str"], labels["label_specific"].tolist()
+            names, numbers = _names(labels["label_specific_str"]), labels["label_specific"].tolist()
             packed = members[f"{split}_images_png.pkl"]
             with file.open("rb") as whole:
                 window = io.BufferedReader(Window(whole, packed.offset or 0, packed.size))

@@ -136,6 +136,12 @@ def test_cub_divides_by_number():
     "files",
     [
         {"x": b"1"},
+        {
+            # A tuple of itself twice, 200 times: a name of 2 to the 200 letters.
+            "meta": python_2({"fine_label_names": []})[:-3] + b")" + b"2\x86" * 200 + b"eu.",
+            "train": python_2({"fine_labels": [0], "data": np.zeros((1, 3072), np.uint8)}),
+            "test": b"",
+        },
         {"train": python_2({"data": 1}), "test": b"", "meta": python_2({"fine_label_names": ["a"]})},
         {"train": python_2([1]), "test": python_2([1]), "meta": python_2([1])},
         {

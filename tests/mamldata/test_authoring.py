@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mamldata.bank import make_bank
 from mamldata.errors import DatasetError, FetchError, RequestError
 from mamldata.fetch import fetch
 from mamldata.manifest import load_manifest
+from mamldata.splits import divide
 
 CLASSES = {"train": ["ant", "bee"], "val": ["cow"], "test": ["dog"]}
 
@@ -27,7 +29,8 @@ def photos(folder: Path, prefix: str = "", mode: str = "RGB", side: int = 20) ->
         home.mkdir(parents=True)
         for n in range(2):
             pixels = chance.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).convert(mode).save(home / f"{label}{n}.png")
+            image = Image.fromarray(pixels)
+            (image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)).save(home / f"{label}{n}.png")
     return folder
 
 
@@ -90,6 +93,93 @@ def test_others_get_the_same_dataset(kind: str, tmp_path: Path):
     assert manifest.scheme().by_files == given
 
 
+def drawings(folder: Path, homes: Sequence[str]) -> Path:
+    """Two images in each of these folders, which no two have in common."""
+    for number, home in enumerate(homes):
+        (folder / home).mkdir(parents=True, exist_ok=True)
+        for n in range(2):
+            pixels = np.full((9, 9), 20 * number + n, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / home / f"{number:02d}_{n}.png")
+    return folder
+
+
+NESTED = [f"alphabet{a}/character{c}" for a in range(3) for c in range(2)]
+
+
+@pytest.mark.parametrize(
+    "homes",
+    [
+        ["ant", "bee", "cow"],
+        NESTED,
+        [*NESTED, "ant", "bee"],
+        [f"drawings/{home}" for home in NESTED],
+        [f"images/{home}" for home in NESTED],
+        ["images", "tables", "texts"],
+        ["images/a", "images/b", "tables"],
+        ["train/a/x", "train/b/x", "val/a/y", "test/c"],
+        ["train/a", "train/b", "train/c"],
+    ],
+    ids=" ".join,
+)
+def test_loose_images_have_the_classes_of_the_folder(homes: list[str], tmp_path: Path):
+    """The manifest of a folder, and the folder itself as a dataset: the same classes in the same splits."""
+    folder = drawings(tmp_path / "Drawings", homes)
+    manifest, itself = write_manifest(folder, tmp_path / "mine.toml"), load_manifest(str(folder))
+    fetch(manifest, tmp_path / "root", [str(folder)], offline=True)
+    banks = [make_bank(one, tmp_path / "root", 8) for one in (manifest, itself)]
+    assert banks[0].class_names == banks[1].class_names
+    assert len(banks[0].class_names) == len(homes)
+    divisions = [
+        divide(one.scheme(), bank.class_names, one.name, bank.class_splits)
+        for one, bank in zip((manifest, itself), banks, strict=True)
+    ]
+    assert divisions[0] == divisions[1]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "classes", "splits"),
+    [
+        ([["pets/cat", "pets/dog", "pets/emu"]], ["cat", "dog", "emu"], ()),
+        ([[f"omni/{home}" for home in NESTED]], NESTED, ()),
+        ([NESTED[:2], NESTED[2:]], NESTED, ()),
+        ([["a/x", "a/y"], ["b/x", "b/y"]], ["a/x", "a/y", "b/x", "b/y"], ()),
+        ([["cat"], ["dog"], ["emu"]], ["cat", "dog", "emu"], ()),
+        ([["pets/cat", "pets/dog", "pets/birds/emu"]], ["pets/birds/emu", "pets/cat", "pets/dog"], ()),
+        ([["pets/train/cat", "pets/val/dog", "pets/test/emu"]], ["cat", "dog", "emu"], ("train", "val", "test")),
+        ([["train/x/cat"], ["val/dog"], ["test/emu"]], ["dog", "emu", "x/cat"], ("val", "test", "train")),
+    ],
+    ids=str,
+)
+def test_classes_in_archives(boxes: list[list[str]], classes: list[str], splits: tuple[str, ...], tmp_path: Path):
+    """The folder that all of it was packed in is no part of a class's name; no two classes become one."""
+    folder = tmp_path / "packed"
+    for number, homes in enumerate(boxes):
+        zipped(drawings(tmp_path / f"away{number}", homes), folder / f"{number}.zip")
+    manifest = write_manifest(folder, tmp_path / "mine.toml")
+    fetch(manifest, tmp_path / "root", [str(folder)], offline=True)
+    bank = make_bank(manifest, tmp_path / "root", 8)
+    assert (list(bank.class_names), bank.class_splits) == (classes, splits)
+    if not splits:
+        assert sum(manifest.scheme().counts.values()) == len(classes)
+
+
+@pytest.mark.parametrize(
+    ("homes", "message"),
+    [
+        (
+            ["p/train/x/cat", "p/val/dog", "p/test/emu"],
+            "numbers of folders below p/train, val and test: pack",
+        ),
+        (["p/train/cat", "p/val/dog", "p/more/emu"], "has classes below train, val, but not all: 'more' is none of"),
+    ],
+)
+def test_splits_that_cannot_be_described(homes: list[str], message: str, tmp_path: Path):
+    """Rather than to divide anew what was divided."""
+    zipped(drawings(tmp_path / "away", homes), tmp_path / "packed" / "a.zip")
+    with pytest.raises(RequestError, match=message):
+        write_manifest(tmp_path / "packed", tmp_path / "mine.toml")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_files_are_refused(kind: str, tmp_path: Path):
     """One image is another one: the manifest tells."""
@@ -118,7 +208,8 @@ def test_a_repacked_zip_is_taken(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "side", "size", "channels"), [("L", 28, 28, 1), ("1", 105, 84, 1), ("RGB", 200, 84, 3)]
+    ("mode", "side", "size", "channels"),
+    [("L", 28, 28, 1), ("1", 105, 84, 1), ("LA", 28, 28, 1), ("I;16", 28, 28, 1), ("RGB", 200, 84, 3)],
 )
 def test_size_and_channels_are_the_images(mode: str, side: int, size: int, channels: int, tmp_path: Path):
     """Small ones are not enlarged, large ones become what is usual."""

@@ -429,6 +429,51 @@ def test_missing_images(world: World, tmp_path: Path):
     ]
 
 
+def renamed(world: World, tmp_path: Path, old: str, new: str) -> Manifest:
+    """A manifest and a split file in which one image is called otherwise."""
+    table = world.place / "tables" / "train.csv"
+    before, after = table.read_bytes(), table.read_bytes().replace(old.encode(), new.encode(), 1)
+    table.write_bytes(after)
+    text = (tmp_path / "mini.toml").read_text()
+    for was, now in zip(*([len(data), hashlib.sha256(data).hexdigest()] for data in (before, after)), strict=True):
+        text = text.replace(str(was), str(now), 1)
+    (tmp_path / "renamed.toml").write_text(text)
+    return load_manifest(str(tmp_path / "renamed.toml"))
+
+
+FIRST, SECOND = "n0000000100000001.jpg", "n0000000100000002.jpg"
+
+
+def test_two_names_of_one_image(world: World, tmp_path: Path):
+    """One of them must mean another image, which is not there; it is not taken twice, and not taken for both."""
+    place = names_in_folder(world)
+    (place / "images" / "x").mkdir()
+    (place / "images" / FIRST).rename(place / "images" / "x" / FIRST)
+    manifest = renamed(world, tmp_path, SECOND, f"x/{FIRST}")
+    with pytest.raises(FetchError, match=rf"{FIRST} and x/{FIRST} would be one and the same image: .*, x/{FIRST}"):
+        world.fetch(tmp_path / "root", place, manifest=manifest)
+
+
+def test_two_numbers_of_one_image(world: World, tmp_path: Path):
+    """By position, too."""
+    manifest = renamed(world, tmp_path, SECOND, f"x{FIRST}")
+    with pytest.raises(FetchError, match=rf"{FIRST} and x{FIRST} would be one and the same image"):
+        world.fetch(tmp_path / "root", class_folders(world), manifest=manifest)
+
+
+def test_a_name_that_is_the_end_of_another(world: World, tmp_path: Path):
+    """Both are taken, each for what it is, by the collection and by its reader."""
+    place = names_in_folder(world)
+    (place / "images" / "x").mkdir()
+    (place / "images" / SECOND).rename(place / "images" / "x" / FIRST)
+    manifest = renamed(world, tmp_path, SECOND, f"x/{FIRST}")
+    assert world.fetch(tmp_path / "root", place, manifest=manifest).images == 20
+    images = make_bank(manifest, tmp_path / "root").open_images()
+    for row, number in ((0, 0), (4, 1)):  # x/ comes after the other names of the class
+        with Image.open(io.BytesIO(world.imagenet["n00000001"][number])) as image:
+            assert np.array_equal(images[row], np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS)))
+
+
 def test_an_incomplete_imagenet(world: World, tmp_path: Path):
     """A class of which images are missing has other images at the positions, so it is not used."""
     place = class_folders(world)
@@ -543,9 +588,10 @@ def test_killed_and_called_again(moment: str, world: World, tmp_path: Path):
     assert not {name for name in names if name.endswith(".part")}
 
 
-def test_a_folder_without_split_files(tmp_path: Path):
-    """With the class-folders reader, all images that there are count."""
-    place = tmp_path / "place"
+@pytest.fixture
+def insects(tmp_path: Path) -> tuple[Path, Manifest]:
+    """A folder of classes, and a manifest for such a collection."""
+    place = tmp_path / "insects"
     for label in ("ant", "bee", "cow"):
         (place / label).mkdir(parents=True)
         for n in range(3):
@@ -558,7 +604,28 @@ def test_a_folder_without_split_files(tmp_path: Path):
         + '[images]\nhow = "ask"\n[reader]\ntype = "class-folders"\n'
         + tail[tail.index("[image]") :].replace('by = "files"', 'train = ["ant"]\nval = ["bee"]\ntest = ["cow"]')
     )
-    manifest = load_manifest(str(path))
+    return place, load_manifest(str(path))
+
+
+def test_a_folder_without_split_files(insects: tuple[Path, Manifest], tmp_path: Path):
+    """With the class-folders reader, all images that there are count."""
+    place, manifest = insects
     (fetched,) = fetch(manifest, tmp_path / "root", [str(place)])
     assert fetched.images == 9
     assert make_bank(manifest, tmp_path / "root").class_names == ("ant", "bee", "cow")
+
+
+def test_a_name_that_is_no_text(insects: tuple[Path, Manifest], tmp_path: Path):
+    """No two machines agree on its digest: it is named, and nothing is collected."""
+    place, manifest = insects
+    (place / "bee" / os.fsdecode(b"\xe9.jpg")).write_bytes(jpeg(np.zeros((9, 9, 3), dtype=np.uint8)))
+    with pytest.raises(FetchError, match=r"bee/\\udce9\.jpg in .*insects: its name is not UTF-8; rename it"):
+        fetch(manifest, tmp_path / "root", [str(place)])
+
+
+def test_a_folder_that_links_to_itself(insects: tuple[Path, Manifest], tmp_path: Path):
+    """That is said, and not that there are no images."""
+    place, manifest = insects
+    (place / "bee" / "all").symlink_to(place)
+    with pytest.raises(FetchError, match="bee/all is a link to a folder that it lies in"):
+        fetch(manifest, tmp_path / "root", [str(place)])

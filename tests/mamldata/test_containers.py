@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mamldata.containers import Member, is_inside, list_members, read_members
+from mamldata.digest import content_sha256
 from mamldata.errors import DamagedError
 
 FILES = {f"images/{name}": bytes([number]) * (number * 300) for number, name in enumerate(["b.jpg", "a.jpg", "é.png"])}
@@ -163,6 +164,57 @@ def test_neither_a_zip_nor_a_tar(tmp_path: Path):
     path.write_bytes(b"<html>" * 200)
     with pytest.raises(DamagedError, match=r"images\.zip: neither a zip nor a tar file"):
         list_members(path)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../b"])
+def test_a_link_to_a_folder_that_it_lies_in(target: str, tmp_path: Path):
+    """Without end it would be read again and again, and give classes that nobody made."""
+    for name in ("a", "b"):
+        (tmp_path / "box" / name).mkdir(parents=True)
+        (tmp_path / "box" / name / "1.png").write_bytes(b"1")
+    (tmp_path / "box" / "a" / "all").symlink_to(target)
+    if target == "../b":
+        assert [member.name for member in list_members(tmp_path / "box")] == ["a/1.png", "a/all/1.png", "b/1.png"]
+        (tmp_path / "box" / "b" / "back").symlink_to("../a")
+    with pytest.raises(DamagedError, match=r"box/.* is a link to a folder that it lies in.* Remove the link\."):
+        list_members(tmp_path / "box")
+
+
+def test_one_folder_under_several_names(tmp_path: Path):
+    """Links beside one another, and to folders elsewhere in the same one: no cycle, and each name counts."""
+    make("folder", tmp_path, {"all/x/1.png": b"1", "all/y/1.png": b"2"})
+    box = tmp_path / "box-folder"
+    (box / "train").mkdir()
+    (box / "train" / "x").symlink_to(box / "all" / "x")
+    (box / "train" / "also-x").symlink_to(box / "all" / "x")
+    names = [member.name for member in list_members(box)]
+    assert names == ["all/x/1.png", "all/y/1.png", "train/also-x/1.png", "train/x/1.png"]
+
+
+def test_a_tar_that_ends_with_a_zip(tmp_path: Path):
+    """It is a tar, though a zip is known by its end: its members are read, and have their digest."""
+    inner = make("zip", tmp_path, {"inner.png": b"x"}).read_bytes()
+    files = {"a/1.png": b"a" * 5000, "extra.zip": inner}
+    path = make("tar", tmp_path, files)
+    members = list_members(path)
+    assert [member.name for member in members] == list(files)
+    assert {member.name: data for member, data in read_members(path, members, 10_000)} == files
+    assert content_sha256(path, 10_000) == content_sha256(make("tar.gz", tmp_path, files), 10_000)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_name_that_a_tar_has_twice(kind: str, tmp_path: Path):
+    """Each of them is read, the shorter and the longer."""
+    path = tmp_path / "box"
+    contents = [b"first", b"second, longer", b"third"]
+    with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as tar:
+        for data in contents:
+            info = tarfile.TarInfo("1.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    members = list_members(path)
+    assert [data for _, data in read_members(path, members, 100)] == contents
+    assert [data for _, data in read_members(path, members[1:2], 100)] == contents[1:2]
 
 
 def test_inside():

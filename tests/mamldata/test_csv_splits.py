@@ -232,6 +232,26 @@ def test_each_fault_is_told_with_file_and_line(act: Callable[[Made], None], expe
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 
 
+def test_two_rows_that_mean_one_image(beasts: Made):
+    """One of them must mean another image, which is not there; it is not taken twice."""
+    beasts.images["more/dog2.png"] = beasts.images.pop("dog2.png")
+    beasts.tables["train"].append("more/dog2.png,dog")
+    (fault,) = beasts.faults()
+    assert fault == (
+        "train.csv, line 10: more/dog2.png would be one and the same image as dog2.png in train.csv, line 7: "
+        "images.zip/images/more/dog2.png"
+    )
+
+
+def test_a_name_that_is_the_end_of_another(beasts: Made):
+    """What has the very name of a row is meant before what only ends in it, as in a tar of collected images."""
+    beasts.tables["train"].append("images/dog2.png,dog")
+    beasts.images["images/dog2.png"] = beasts.images["cat0.png"]
+    beasts.tables["train"] = [line.replace("dog2.png", "images/dog2.png", 1) for line in beasts.tables["train"]]
+    beasts.tables["train"][-1] = "images/images/dog2.png,dog"
+    assert beasts.bank().class_offsets == (0, 4, 7, 10, 16, 18)
+
+
 def test_an_image_twice_in_the_container(beasts: Made):
     """Two files that end alike: which one is meant?"""
     beasts.images["more/dog2.png"] = beasts.images["dog2.png"]

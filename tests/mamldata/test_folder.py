@@ -215,6 +215,34 @@ def test_a_link_to_nowhere(tmp_path: Path):
         make_bank(load_manifest(str(folder)), tmp_path / "root", 8)
 
 
+def test_names_that_are_no_text(tmp_path: Path):
+    """Of images and of the folder itself: all that are shown are named, and what to do."""
+    folder = photos(tmp_path / "p")
+    for number in range(7):
+        (folder / "kind a" / os.fsdecode(b"%d\xe9.jpg" % number)).write_bytes(b"x")
+    (folder / os.fsdecode(b"notes\xe9.txt")).write_bytes(b"what is no image does not matter")
+    shown = ", ".join(rf"kind a/{number}\\udce9\.jpg" for number in range(5))
+    with pytest.raises(RequestError, match=rf"names that are not UTF-8.*: {shown}, …\. Rename them"):
+        load_manifest(str(folder))
+    for path in (folder / "kind a").glob("?*[!0-9].jpg"):
+        path.unlink()
+    assert load_manifest(str(folder))
+    folder.rename(tmp_path / os.fsdecode(b"p\xe9"))
+    with pytest.raises(RequestError, match=r"p\\udce9 has names that are not UTF-8"):
+        load_manifest(str(tmp_path / os.fsdecode(b"p\xe9")))
+
+
+def test_a_link_to_the_folder_itself(tmp_path: Path):
+    """It would make classes of classes; a link to another folder makes one."""
+    folder = photos(tmp_path / "p")
+    elsewhere = photos(tmp_path / "elsewhere", {"kind z": 4})
+    (folder / "kind z").symlink_to(elsewhere / "kind z")
+    assert make_bank(load_manifest(str(folder)), tmp_path / "root", 8).class_names[-1] == "kind z"
+    (folder / "all").symlink_to(folder)
+    with pytest.raises(DamagedError, match="p/all is a link to a folder that it lies in"):
+        load_manifest(str(folder))
+
+
 def test_verify_before_there_is_a_bank(tmp_path: Path):
     """There is nothing to compare the folder with."""
     with pytest.raises(DataMissingError, match=r"There is no bank of .* yet"):

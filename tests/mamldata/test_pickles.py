@@ -182,6 +182,43 @@ def test_programs_written_by_hand(program: bytes):
         load_values(io.BytesIO(program), "x.pkl")
 
 
+NESTED = b")" + b"2\x86" * 200  # a tuple of itself twice, 200 times: 2 to the 200 elements, in 401 bytes
+HUGE = b"\x8a\xff" + b"\x7f" * 255 + b"2" * 99_999 + b"t"  # a hundred thousand numbers of 2,039 bits
+DTYPE = b"cnumpy\ndtype\n"
+ARRAY_OF = b"cnumpy.core.multiarray\n_reconstruct\nK\x00\x85R"
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"}" + NESTED + b"K\x01s.", "a dict with keys that are neither strings nor whole numbers"),
+        (b"}(" + NESTED + b"K\x01u.", "a dict with keys that are neither"),
+        (b"(" + NESTED + b"K\x01d.", "a dict with keys that are neither"),
+        (DTYPE + NESTED + b"\x85R.", "a tuple where a string should be"),
+        (ARRAY_OF + b"(K\x01)" + NESTED + b"\x89C\x00tb.", "an array of no elements"),
+        (ARRAY_OF + b"(K\x01" + NESTED + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "whose shape or data is none"),
+        (ARRAY_OF + b"(K\x01(" + HUGE + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "whose shape or data is none"),
+    ],
+)
+def test_small_pickles_that_would_take_for_ever(program: bytes, message: str):
+    """They are refused before anything in them is hashed, printed or multiplied."""
+    with pytest.raises(DamagedError, match=message):
+        load_values(io.BytesIO(b"\x80\x02" + program), "x.pkl")
+
+
+@pytest.mark.parametrize("program", [b"](K\x00K\x01u.", b"]K\x00K\x01s.", b"}(K\x00u.", b"(K\x00d."])
+def test_items_of_what_is_no_dict(program: bytes):
+    """A list, and a key without a value."""
+    with pytest.raises(DamagedError, match="it sets the items of what is no dict"):
+        load_values(io.BytesIO(b"\x80\x02" + program), "x.pkl")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_keys(protocol: int):
+    """Strings, bytes and whole numbers, of NumPy too."""
+    assert load({"a": 1, b"b": 2, 3: 3, np.int64(4): 4}, protocol) == {"a": 1, b"b": 2, 3: 3, 4: 4}
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_flipped_bytes_never_crash_it(protocol: int):
     """Any byte of a cache changed: something is read, or it is said to be damaged; nothing else happens."""

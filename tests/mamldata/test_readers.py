@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,21 +100,89 @@ def test_the_same_image_in_two_files_is_taken_once(tmp_path: Path) -> None:
     assert [image.file for image in index.images] == [one, two, one]
 
 
+KINDS = ["zip", "stored zip", "tar", "tar.gz", "folder"]
+
+
+def write(kind: str, path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    """The members in a container of a kind, or in a folder."""
+    if kind.endswith("zip"):
+        return write_zip(path, members, zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED)
+    if kind == "folder":
+        for name, data in members:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+        return path
+    with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("again", ["t/a/1.png", "s/a/1.png"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_the_same_image_twice_in_one_file_is_taken_once(tmp_path: Path) -> None:
-    """A doubled image would be in support and query at once."""
-    path = write_zip(tmp_path / "x.zip", [("s/a/1.png", b"x"), ("s/a/1.png", b"x"), ("t/a/1.png", b"x")])
-    assert listed(index_images(DEPTH_1, [path])) == [("a", "1.png")]
+def test_the_same_image_twice_in_one_file_is_taken_once(again: str, kind: str, tmp_path: Path) -> None:
+    """A doubled image would be in support and query at once; every container may have one, a name twice too."""
+    path = write(kind, tmp_path / "x", [("s/a/1.png", b"x"), ("s/a/2.png", b"x"), (again, b"x"), ("u/a/1.png", b"x")])
+    index = index_images(DEPTH_1, [path])
+    assert (listed(index), index.faults) == ([("a", "1.png"), ("a", "2.png")], ())
 
 
-def test_a_clash_is_refused(tmp_path: Path) -> None:
-    """Different images under one class and name: neither is the right one."""
-    one = write_zip(tmp_path / "1.zip", [("one/a/1.png", b"this")])
-    two = write_zip(tmp_path / "2.zip", [("two/a/1.png", b"that")])
-    both = write_zip(tmp_path / "3.zip", [("one/a/1.png", b"this"), ("two/a/1.png", b"that")])
-    fault = "{}, two/a/1.png: not the image that {} has under the same class and name (a/1.png)"
-    assert [found.text for found in index_images(DEPTH_1, [one, two]).faults] == [fault.format(two, "1.zip")]
-    assert [found.text for found in index_images(DEPTH_1, [both]).faults] == [fault.format(both, "3.zip")]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_the_same_image_in_containers_of_two_kinds(other: str, kind: str, tmp_path: Path) -> None:
+    """Their bytes are compared, whatever the containers note of them."""
+    one = write(kind, tmp_path / "1", [("one/a/1.png", b"same"), ("one/b/1.png", b"this")])
+    two = write(other, tmp_path / "2", [("two/a/1.png", b"same"), ("two/b/1.png", b"that")])
+    index = index_images(DEPTH_1, [one, two])
+    fault = f"{two}, two/b/1.png: not the image that 1 has under the same class and name (b/1.png)"
+    assert listed(index) == [("a", "1.png"), ("b", "1.png")]
+    assert [found.text for found in index.faults] == [fault]
+
+
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [
+        (kind, again)
+        for kind in KINDS
+        for again in ("t/a/1.png", "s/a/1.png")
+        if (kind, again) != ("folder", "s/a/1.png")
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_clash_is_refused(kind: str, again: str, tmp_path: Path) -> None:
+    """Different images under one class and name: neither is the right one, whether they are as long or not."""
+    members = [("s/a/1.png", b"this"), (again, b"that"), ("u/a/1.png", b"longer")]
+    path = write(kind, tmp_path / "x", members)
+    fault = "{}, {}: not the image that x has under the same class and name (a/1.png)"
+    found = [fault.text for fault in index_images(DEPTH_1, [path]).faults]
+    assert found == [fault.format(path, again), fault.format(path, "u/a/1.png")]
+
+
+def test_a_double_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is a damaged image, which a manifest may leave out; the other one stays."""
+    path = write("folder", tmp_path / "x", [("s/a/1.png", b"x"), ("s/a/2.png", b"x")])
+    (path / "t" / "a").mkdir(parents=True)
+    (path / "t" / "a" / "1.png").symlink_to(tmp_path / "nowhere")
+    index = index_images(DEPTH_1, [path])
+    assert listed(index) == [("a", "1.png"), ("a", "2.png")]
+    assert [(fault.kind, fault.text) for fault in index.faults] == [
+        ("image", f"{path}, t/a/1.png: it cannot be read (No such file or directory)")
+    ]
+
+
+def test_a_class_whose_name_is_no_text(tmp_path: Path) -> None:
+    """Archives name classes, and names decide splits: they are the same everywhere, or refused."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        for name in ("s/caf\xe9/1.png", "s/tea/\xe9.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    index = index_images(DEPTH_1, [tmp_path / "x.tar"])
+    assert class_names(index) == ["tea"]
+    assert [fault.text for fault in index.faults] == [
+        f"{tmp_path / 'x.tar'}, s/caf\\udce9/1.png: the name of its class is not UTF-8"
+    ]
 
 
 def test_no_image(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def compare(
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
     The run of each is a folder of its own in ``out``, beside ``compare.json`` and the table ``compare.md``. Called
-    again after an interruption, it goes on; what is done is not done again.
+    again after an interruption, it goes on: what is trained is not trained again. Costs are measured and checkpoints
+    evaluated by each call.
 
     Args:
         plans: settings by name; the first one called ``maml``, else the first, is the reference.
@@ -98,6 +99,7 @@ def compare(
         RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
         DivergedError: training has diverged; the message names the algorithm.
         StoppedError: SIGTERM or SIGUSR1 came.
+        MamldataError: a process that measures costs was killed.
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)

@@ -120,12 +120,29 @@ def test_pictures(compared) -> None:
     assert [path.read_bytes() for path in plot_comparison(result, out)] == first[:4]
 
 
-def test_what_differs_must_be_the_algorithm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("steps", 5),
+        ("meta_batch_size", 3),
+        ("seed", 1),
+        ("normalise", True),
+        ("network", "conv3-pool"),
+        ("filters", 8),
+        ("device", "auto"),
+        ("precision", "bf16"),
+    ],
+)
+def test_what_differs_must_be_the_algorithm(name: str, other: object, tmp_path: Path) -> None:
     """Other steps, seeds or networks would make the table say something else."""
-    with pytest.raises(
-        RequestError, match=r"steps must be the same for all that are compared, not 4 for maml, 5 for f"
-    ):
-        compare({"maml": BASE, "f": replace(BASE, steps=5)}, Synthetic(), tmp_path / "a")
+    told = rf"{name} must be the same for all that are compared, not {getattr(BASE, name)!r} for maml, {other!r} for f"
+    with pytest.raises(RequestError, match=told):
+        compare({"maml": BASE, "f": replace(BASE, **{name: other})}, Synthetic(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_comparison_takes_two(tmp_path: Path) -> None:
+    """One algorithm has nothing to be compared with."""
     with pytest.raises(RequestError, match="at least two"):
         compare({"maml": BASE}, Synthetic(), tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -15,6 +15,7 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.files import make_folder, write_atomic
 from trainer.costs import Costs, measure_costs
 from trainer.evaluate import Evaluation, evaluate_checkpoint
+from trainer.intervals import half_width
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings
 from trainer.train import RunResult, train
@@ -154,7 +155,7 @@ def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
 def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]:
     """The mean difference in accuracy on the same episodes, and half the width of its 95 % confidence interval."""
     gaps = [a - b for a, b in zip(one.accuracy_by_episode, other.accuracy_by_episode, strict=True)]
-    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return statistics.fmean(gaps), half_width(statistics.stdev(gaps), len(gaps))
 
 
 def table(result: Comparison) -> str:

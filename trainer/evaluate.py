@@ -29,6 +29,7 @@ from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
 from trainer.distributed import ALONE, World
 from trainer.features import head_on_features
+from trainer.intervals import half_width
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import pick_device, saved_settings
@@ -40,8 +41,9 @@ class Evaluation:
 
     Attributes:
         accuracy: query accuracy after the last inner step, mean over the episodes, in [0, 1].
-        interval: half the width of its 95 % confidence interval, ``1.96 * s / sqrt(episodes)``, where ``s`` is the
-            sample standard deviation over episodes (with ``episodes - 1`` below).
+        interval: half the width of its 95 % confidence interval, ``t * s / sqrt(episodes)``, where ``s`` is the
+            sample standard deviation over episodes (with ``episodes - 1`` below), and ``t`` Student's quantile, 1.96
+            for many episodes; see ``trainer.intervals``.
         loss: query loss after the last inner step, mean over the episodes, in nats.
         accuracy_by_step: before adaptation and after each inner step.
         episodes: how many.
@@ -133,7 +135,7 @@ def evaluate(
     accuracies = table[:, 1:]
     return Evaluation(
         accuracy=accuracies[:, -1].mean().item(),
-        interval=1.96 * accuracies[:, -1].std(correction=1).item() / len(table) ** 0.5,
+        interval=half_width(accuracies[:, -1].std(correction=1).item(), len(table)),
         loss=table[:, 0].mean().item(),
         accuracy_by_step=tuple(accuracies.mean(0).tolist()),
         episodes=len(table),

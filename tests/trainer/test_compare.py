@@ -23,6 +23,7 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from trainer import metrics
 from trainer.compare import compare, paired_difference, table
 from trainer.evaluate import Evaluation
+from trainer.intervals import student_quantile
 from trainer.plots import plot_comparison, plot_run
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -58,7 +59,7 @@ def test_each_run_is_the_one_that_train_makes(compared, tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert len(entry.evaluation.accuracy_by_episode) == 12
     assert entry.evaluation.accuracy == pytest.approx(statistics.fmean(entry.evaluation.accuracy_by_episode))
-    assert entry.evaluation.deviation == pytest.approx(entry.evaluation.interval * math.sqrt(12) / 1.96)
+    assert entry.evaluation.deviation == pytest.approx(entry.evaluation.interval * math.sqrt(12) / student_quantile(11))
 
 
 def test_the_table(compared) -> None:
@@ -97,7 +98,7 @@ def test_pairs_tell_more_than_two_intervals() -> None:
     one, other = (0.9, 0.5, 0.7, 0.3), (0.8, 0.4, 0.6, 0.3)
     ahead, interval = paired_difference(evaluation(one), evaluation(other))
     assert ahead == pytest.approx(0.075)
-    assert interval == pytest.approx(1.96 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2)
+    assert interval == pytest.approx(3.182 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2, rel=2e-4)
 
 
 def evaluation(accuracies: tuple[float, ...]) -> Evaluation:

@@ -174,7 +174,7 @@ def next_command(*commands: Sequence[object]) -> None:
 
 
 def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:
-    """For ``next_command``: train with the defaults, in a folder beside all that is here.
+    """For ``next_command``: train with the defaults, into a new folder called after the data.
 
     Args:
         target: an archive, or a dataset.

@@ -73,7 +73,7 @@ class TrainSettings:
         meta_optimizer: of the outer loop, ``adam`` or plain ``sgd``, with which ``reptile`` is its paper's algorithm.
         meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
         meta_batch_size: episodes per outer step.
-        seed: of the initial weights and of the order of the episodes.
+        seed: of the initial weights and of the order of the episodes; below 2**64.
         eval_every: outer steps between validations; each ends with a checkpoint.
         eval_episodes: of the val split, at each validation.
         log_every: outer steps between lines of the log.

@@ -200,6 +200,15 @@ def test_the_next_command_runs_as_printed(
     assert said
 
 
+def test_a_recipe_for_other_data_has_no_next_command(tmp_path: Path):
+    """Where a dataset lies that is not built in, nobody knows."""
+    recipe = (resources.files("trainer") / "recipes" / "maml-omniglot-5w1s.toml").read_text()
+    (tmp_path / "mine.toml").write_text(recipe.replace('"omniglot"', '"my-photos"'))
+    done = run("recipes", tmp_path / "mine.toml")
+    assert done.exit_code == 0, done.output
+    assert next_commands(done) == []
+
+
 @pytest.mark.parametrize(
     ("target", "out"),
     [

@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from cli.common import bars, episode_options, json_option, next_command, print_json, root_option, say
+from cli.common import (
+    bars,
+    episode_options,
+    json_option,
+    next_command,
+    print_json,
+    root_option,
+    say,
+    train_command,
+)
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
@@ -97,7 +106,7 @@ def command(
         return
     print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
-    next_command(f"mamldata train {shown}")
+    next_command(train_command(shown))
 
 
 @contextmanager

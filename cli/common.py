@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -119,7 +122,7 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
         click.UsageError: some were given.
     """
     if options:
-        names = ", ".join("--" + name.replace("_", "-") for name in options)
+        names = ", ".join(_option(name) for name in options)
         raise click.UsageError(f"{names}: the episodes of the archive {folder} are fixed. Leave the option out.")
 
 
@@ -147,9 +150,9 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
 
 
-def evaluated_episodes(data: EpisodeData, split: str, count: int | None) -> int:
+def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
     """How many episodes to evaluate on: those asked for, else all of an archive, else 600, the field's custom."""
-    return count or data.available(split) or 600
+    return asked or data.available(split) or 600
 
 
 def say(message: str) -> None:
@@ -157,9 +160,51 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def next_command(command: str) -> None:
-    """The closing line: what one would do next."""
-    say(f"Next: {command}")
+def next_command(*commands: Sequence[object]) -> None:
+    """The closing line: what one would do next, as a shell takes it.
+
+    Args:
+        commands: the verb and its arguments, each; a ``--root`` of the command under way is added.
+    """
+    context = click.get_current_context()
+    given_root = context.get_parameter_source("root") is click.core.ParameterSource.COMMANDLINE
+    root = ["--root", context.params["root"]] if given_root else []
+    lines = [shlex.join(["mamldata", *(str(word) for word in words), *root]) for words in commands]
+    say(f"Next: {' && '.join(lines)}")
+
+
+def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:
+    """For ``next_command``: train with the defaults, into a new folder called after the data.
+
+    Args:
+        target: an archive, or a dataset.
+        episodes: the options for live episodes that the user gave.
+    """
+    name = _name(target)
+    names = chain([f"{name}-maml"], (f"{name}-maml-{number}" for number in count(2)))
+    out = next(one for one in names if not Path(one).exists())
+    shape = {option: value for option, value in episodes.items() if option != "seed"}  # train's own is of the weights
+    return ["train", target, *as_words(shape), "--out", out]
+
+
+def _name(target: Path | str) -> str:
+    if is_remote(target):
+        return str(target).partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(target).absolute().name.removesuffix(".toml")
+
+
+def build_command(dataset: str) -> list[object]:
+    """For ``next_command``: build with the defaults, which are 5 ways and 1 shot."""
+    return ["build", dataset, "--out", f"{_name(dataset)}-5w1s"]
+
+
+def as_words(options: Mapping[str, Any]) -> list[object]:
+    """Options by their parameters' names, as the command line has them."""
+    return [word for name, value in options.items() for word in (_option(name), value)]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def print_json(value: Any) -> None:
@@ -184,9 +229,9 @@ def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int]
         yield bar.update
 
 
-def size_text(count: int) -> str:
+def size_text(size: int) -> str:
     """Bytes as people read them."""
-    value = float(count)
+    value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from cli.common import episode_options, evaluated_episodes, json_option, next_command, print_json, root_option, say
+from cli.common import (
+    as_words,
+    episode_options,
+    evaluated_episodes,
+    json_option,
+    next_command,
+    print_json,
+    root_option,
+    say,
+)
 from cli.settings import ALGORITHMS, begin, setting_options
 from mamldata.errors import RequestError
 from mamldata.manifest import SPLITS, did_you_mean
@@ -79,7 +88,7 @@ def command(
                 param_hint="--algorithms",
             )
     changes = _changes(own, names)
-    data, values = begin(target, root, episodes, chosen)
+    data, values, episodes = begin(target, root, episodes, chosen)
     plans = {}
     for name in names:
         try:
@@ -99,7 +108,7 @@ def command(
         return
     click.echo(table(result))
     say(f"Done in {(time.monotonic() - start) / 60:.1f} min. The numbers are in {out / RESULT}.")
-    next_command(f"mamldata eval {result.entries[0].run.best} {target}")
+    next_command(["eval", result.entries[0].run.best, target, *as_words(episodes)])
 
 
 def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:

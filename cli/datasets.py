@@ -29,4 +29,4 @@ def command(root: str | None, as_json: bool) -> None:
             mark = " (default)" if scheme["default"] else ""
             click.echo(f"    split scheme {scheme['name']}{mark}: {scheme['description']}")
     click.echo(f"Kept in {data_root(root)}")
-    next_command("mamldata fetch NAME")
+    next_command(["fetch", "glyphs"])  # which needs no network

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cli.common import bars, json_option, next_command, print_json, root_option, say, size_text
+from cli.common import bars, build_command, json_option, next_command, print_json, root_option, say, size_text
 from mamldata.errors import FetchError
 from mamldata.fetch import Action, Fetched, fetch, plan
 from mamldata.manifest import Manifest, load_manifest
@@ -46,7 +46,7 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
     for result in results:
         click.echo(_line(result))
     click.echo(f"{manifest.name} is in {manifest.home(home).raw}")
-    next_command(f"mamldata build {name} --out ARCHIVE")
+    next_command(build_command(name))
 
 
 def _line(result: Fetched) -> str:

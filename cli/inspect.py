@@ -25,7 +25,7 @@ def command(archive: str, as_json: bool) -> None:
         print_json(describe(content, archive))
         return
     print_archive(content, archive)
-    next_command(f"mamldata verify {archive}")
+    next_command(["verify", archive])
 
 
 def describe(archive: Archive, folder: Path | str) -> dict[str, Any]:

@@ -30,4 +30,4 @@ def command(folder: Path, out: Path | None, name: str | None, as_json: bool) -> 
         return
     what = ", ".join(manifest.raw_names)
     click.echo(f"{target}: dataset {manifest.name}, reader {manifest.reader.type}, of {what}")
-    next_command(f"mamldata fetch {target} --from {folder}")
+    next_command(["fetch", target, "--from", folder])

@@ -16,6 +16,7 @@ from cli.common import (
     print_json,
     refuse_with_archive,
     root_option,
+    train_command,
 )
 from mamldata.manifest import SPLITS
 from mamldata.parallel import default_workers
@@ -56,4 +57,4 @@ def command(
         print_json({"out": str(out), "classes": names})
         return
     click.echo(f"{out}: {title(source, index)}")
-    next_command(f"mamldata train {target}")
+    next_command(train_command(target, episodes))

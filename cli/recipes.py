@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from cli.common import json_option, next_command, print_json
+from mamldata.manifest import builtin_names
 from trainer.recipe import load_recipe, recipe_names
 
 
@@ -29,4 +30,8 @@ def command(name: str | None, as_json: bool) -> None:
                 click.echo(f"  notes: {recipe.notes}")
             for key, value in {**recipe.episodes, **recipe.settings}.items():
                 click.echo(f"  {key} = {value}")
-    next_command(f"mamldata train {recipes[0].dataset} --recipe {recipes[0].name} --out RUN")
+    if not name:
+        next_command(["recipes", recipes[0].name])
+    elif recipes[0].dataset in builtin_names():
+        dataset = recipes[0].dataset
+        next_command(["fetch", dataset], ["train", dataset, "--recipe", name, "--out", recipes[0].name])

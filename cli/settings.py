@@ -113,8 +113,11 @@ def begin(
     episodes: dict[str, Any],
     chosen: dict[str, Any],
     tell: Callable[[str], object] = say,
-) -> tuple[EpisodeData, dict[str, Any]]:
-    """The episodes to train on, and arguments for ``TrainSettings``: the recipe's, and over them those chosen.
+) -> tuple[EpisodeData, dict[str, Any], dict[str, Any]]:
+    """The episodes to train on, and what the recipe and over it the user say of them.
+
+    Returns:
+        The episodes, arguments for ``TrainSettings``, and options for live episodes.
 
     Args:
         target: an archive, or a dataset.
@@ -145,4 +148,4 @@ def begin(
             tell(f"Not as the recipe {plan.name} has it: {difference}")
     most = data.available("val") or TrainSettings.eval_episodes
     values.setdefault("eval_episodes", min(TrainSettings.eval_episodes, most))
-    return data, values
+    return data, values, episodes

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cli.common import episode_options, json_option, next_command, print_json, root_option, say
+from cli.common import as_words, episode_options, json_option, next_command, print_json, root_option, say
 from cli.settings import begin, setting_options
 
 
@@ -49,7 +49,7 @@ def command(
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
-        data, values = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
+        data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
     start = time.monotonic()
     result = train(settings, data, out, resume=resume, report=say, world=world)
@@ -64,4 +64,4 @@ def command(
         return
     click.echo(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
     say(f"Done in {(time.monotonic() - start) / 60:.1f} min.")
-    next_command(f"mamldata eval {result.best} {target}")
+    next_command(["eval", result.best, target, *as_words(episodes)])

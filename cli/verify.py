@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from cli.common import archive_folder, bars, json_option, next_command, print_json, root_option
+from cli.common import (
+    archive_folder,
+    bars,
+    build_command,
+    json_option,
+    next_command,
+    print_json,
+    root_option,
+    train_command,
+)
 from mamldata.archive import read_archive
 from mamldata.manifest import load_manifest
 from mamldata.remote import read_remote_archive
@@ -38,7 +47,7 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         if not problems:
             found = "" if folder is None else f", digest {_digest(folder)}"
             click.echo(f"{target} is whole{found}")
-            next_command(f"mamldata build {target} --out ARCHIVE" if folder is None else f"mamldata train {target}")
+            next_command(build_command(target) if folder is None else train_command(target))
     if problems:
         raise click.exceptions.Exit(1)
 

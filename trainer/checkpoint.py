@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
-from trainer.adapt import RATE, STEP_NORM, Parameters
+from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters
 from trainer.models import build_network
+from trainer.settings import saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
 _NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)(_acc\d\.\d{4})?\.pt(?P<part>\.part)?")
@@ -59,19 +60,22 @@ class Checkpoint:
         measured = "" if self.accuracy is None else f"_acc{self.accuracy:.4f}"
         return f"{self.settings['algorithm']}_step{self.step}{measured}.pt"
 
-    def network(self) -> nn.Module:
-        """The network with its trained weights, on the CPU."""
-        height, _, channels = self.data["image_shape"]
-        settings = self.settings
-        network = build_network(
-            settings["network"], channels, height, self.data["n_way"], settings["seed"], settings.get("filters")
-        )
-        load_weights(network, {}, self.weights)
-        return network
+    def restored(self, place: Path) -> tuple[nn.Module, Parameters]:
+        """The trained network, and what an evaluation needs beside it: learned rates and per-step norms; on the CPU.
 
-    def learned(self) -> Parameters:
-        """What an evaluation needs beside the network: learned rates and per-step norms, on the CPU."""
-        return {name: value for name, value in self.weights.items() if name.startswith((RATE, STEP_NORM))}
+        Args:
+            place: the checkpoint's file.
+
+        Raises:
+            RequestError: its settings or weights are not such as this trainer makes.
+        """
+        settings = saved_settings(self.settings, place)
+        height, _, channels = self.data["image_shape"]
+        network = build_network(settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters)
+        fresh = meta_parameters(network, settings.inner_loop())
+        beside = {name: value for name, value in fresh.items() if name.startswith((RATE, STEP_NORM))}
+        load_weights(network, beside, self.weights, place)
+        return network, {name: value.detach() for name, value in beside.items()}
 
 
 def all_weights(network: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
@@ -80,8 +84,27 @@ def all_weights(network: nn.Module, parameters: Parameters) -> dict[str, Tensor]
     return {**network.state_dict(), **beside}
 
 
-def load_weights(network: nn.Module, parameters: Parameters, weights: dict[str, Tensor]) -> None:
-    """Put back what ``all_weights`` gave."""
+def load_weights(network: nn.Module, parameters: Parameters, weights: dict[str, Tensor], place: Path) -> None:
+    """Put back what ``all_weights`` gave; of what was learned beside the network, no more than ``parameters`` has.
+
+    Args:
+        network, parameters: to put it into.
+        weights: what it gave.
+        place: the checkpoint's file.
+
+    Raises:
+        RequestError: they are those of another network.
+    """
+    wanted = all_weights(network, parameters)
+    here = {name: value.shape for name, value in weights.items() if name in wanted or ":" not in name}
+    need = {name: value.shape for name, value in wanted.items()}
+    if wrong := sorted(name for name in here.keys() | need.keys() if here.get(name) != need.get(name)):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RequestError(
+            f"The weights in {place} are not those of a network with its settings: {', '.join(wrong[:3])}{more} differ "
+            "in shape, or are in one of the two alone. Another version of this trainer wrote it, or somebody changed "
+            "it; use that version, or another checkpoint."
+        )
     network.load_state_dict({name: value for name, value in weights.items() if ":" not in name})
     with torch.no_grad():
         for name, value in parameters.items():
@@ -126,7 +149,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     known = {field.name for field in fields(Checkpoint)}
     if isinstance(content, dict):
         content.setdefault("window", {})  # which the first ones did not have
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != known:
+    if (
+        not isinstance(content, dict)
+        or content.pop("format", None) != _FORMAT
+        or content.keys() != known
+        or not all(isinstance(content[name], dict) for name in ("settings", "data", "weights"))
+    ):
         raise RequestError(f"{path} is not a checkpoint of this trainer ({_FORMAT}).")
     return Checkpoint(**content)
 

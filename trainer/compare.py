@@ -15,6 +15,7 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.files import make_folder, write_atomic
 from trainer.costs import Costs, measure_costs
 from trainer.evaluate import Evaluation, evaluate_checkpoint
+from trainer.intervals import half_width
 from trainer.protocol import TrainData
 from trainer.run import COMPARISON, refuse_others
 from trainer.settings import TrainSettings
@@ -86,7 +87,8 @@ def compare(
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
     The run of each is a folder of its own in ``out``, beside ``compare.json`` and the table ``compare.md``. Called
-    again after an interruption, it goes on; what is done is not done again.
+    again after an interruption, it goes on: what is trained is not trained again. Costs are measured and checkpoints
+    evaluated by each call.
 
     Args:
         plans: settings by name; the first one called ``maml``, else the first, is the reference.
@@ -99,6 +101,7 @@ def compare(
         RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
         DivergedError: training has diverged; the message names the algorithm.
         StoppedError: SIGTERM, SIGUSR1 or SIGINT came.
+        MamldataError: a process that measures costs was killed.
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
@@ -154,7 +157,7 @@ def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
 def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]:
     """The mean difference in accuracy on the same episodes, and half the width of its 95 % confidence interval."""
     gaps = [a - b for a, b in zip(one.accuracy_by_episode, other.accuracy_by_episode, strict=True)]
-    return statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return statistics.fmean(gaps), half_width(statistics.stdev(gaps), len(gaps))
 
 
 def table(result: Comparison) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
+from mamldata.errors import MamldataError
 from trainer.allocator import keep_large_buffers, return_large_buffers
 from trainer.learner import Learner
 from trainer.protocol import TrainData
@@ -53,6 +55,9 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
         plans: settings by name; of each the last outer step is measured, after all annealing.
         data: whose first meta-batch is taken.
         rounds: timed steps of each, after one that is not timed.
+
+    Raises:
+        MamldataError: such a process was killed; the message names the settings.
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
     keys = {name: (settings.meta_batch_size, settings.seed, settings.normalise) for name, settings in plans.items()}
@@ -69,7 +74,7 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
                 taken[name].append(1000 * (time.perf_counter() - start))
     del steps
     return {
-        name: Costs(statistics.median(times), min(times), max(times), _peak(plans[name], samples[name]))
+        name: Costs(statistics.median(times), min(times), max(times), _peak(name, plans[name], samples[name]))
         for name, times in taken.items()
     }
 
@@ -110,12 +115,19 @@ def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
     return step
 
 
-def _peak(settings: TrainSettings, sample: _Sample) -> float:
+def _peak(name: str, settings: TrainSettings, sample: _Sample) -> float:
     if pick_device(settings.device).type == "cuda":
         return _peak_here(settings, sample)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as process:
-        return process.submit(_peak_here, settings, sample).result()
+    try:
+        with ProcessPoolExecutor(1, context) as process:
+            return process.submit(_peak_here, settings, sample).result()
+    except BrokenProcessPool as error:
+        raise MamldataError(
+            f"{name}: the process that measures the memory of an outer step was killed, most likely because there is "
+            "too little memory for such a step. Take fewer inner steps, filters or episodes in a meta-batch, or set "
+            "checkpoint_inner; or free some memory, and run the same command again."
+        ) from error
 
 
 def _peak_here(settings: TrainSettings, sample: _Sample) -> float:

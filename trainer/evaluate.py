@@ -29,9 +29,10 @@ from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
 from trainer.distributed import ALONE, World
 from trainer.features import head_on_features
+from trainer.intervals import half_width
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
-from trainer.settings import TrainSettings, pick_device
+from trainer.settings import pick_device, saved_settings
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Evaluation:
 
     Attributes:
         accuracy: query accuracy after the last inner step, mean over the episodes, in [0, 1].
-        interval: half the width of its 95 % confidence interval, ``1.96 * s / sqrt(episodes)``, where ``s`` is the
-            sample standard deviation over episodes (with ``episodes - 1`` below).
+        interval: half the width of its 95 % confidence interval, ``t * s / sqrt(episodes)``, where ``s`` is the
+            sample standard deviation over episodes (with ``episodes - 1`` below), and ``t`` Student's quantile, 1.96
+            for many episodes; see ``trainer.intervals``.
         loss: query loss after the last inner step, mean over the episodes, in nats.
         accuracy_by_step: before adaptation and after each inner step.
         episodes: how many.
@@ -133,7 +135,7 @@ def evaluate(
     accuracies = table[:, 1:]
     return Evaluation(
         accuracy=accuracies[:, -1].mean().item(),
-        interval=1.96 * accuracies[:, -1].std(correction=1).item() / len(table) ** 0.5,
+        interval=half_width(accuracies[:, -1].std(correction=1).item(), len(table)),
         loss=table[:, 0].mean().item(),
         accuracy_by_step=tuple(accuracies.mean(0).tolist()),
         episodes=len(table),
@@ -190,15 +192,17 @@ def evaluate_checkpoint(
         place: file or folder.
         data: the episodes.
         split: of the data.
-        episodes: how many; 600 are the field's custom.
+        episodes: how many, at least 2; 600 are the field's custom.
         inner_steps: 0 measures the initialisation itself; None takes what the run was validated with.
         device: see ``TrainSettings``.
         world: the processes that evaluate together, as ``trainer.distributed.joined`` gives it; all get the result.
 
     Raises:
-        RequestError: no checkpoint, its network does not fit the data, or a wrong number.
+        RequestError: no checkpoint of this trainer, its network does not fit the data, or a wrong number.
         DamagedError: the checkpoint is damaged.
     """
+    if episodes < 2:
+        raise RequestError(f"episodes must be at least 2, not {episodes}: with fewer there is no interval.")
     if inner_steps is not None and inner_steps < 0:
         raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
 
@@ -210,10 +214,10 @@ def evaluate_checkpoint(
     with world.together():
         about = data.describe()
         for key in ("n_way", "image_shape"):
-            here, there = about[key], checkpoint.data[key]
+            here, there = about[key], checkpoint.data.get(key)
             if here != there:
                 raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
-        settings = TrainSettings(**checkpoint.settings)
+        settings = saved_settings(checkpoint.settings, path)
         inner = settings.inner_loop_at_test()
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
@@ -225,8 +229,8 @@ def evaluate_checkpoint(
         batches = data.eval(
             split, episodes, size, where, normalise=settings.normalise, rank=world.rank, ranks=world.ranks
         )
-        learned = {name: value.to(where) for name, value in checkpoint.learned().items()}
-        network = checkpoint.network().to(where)
+        network, beside = checkpoint.restored(path)
+        network, learned = network.to(where), {name: value.to(where) for name, value in beside.items()}
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
     return evaluate(network, batches, inner, about, split, learned, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,9 +73,13 @@ class Learner:
         """For a checkpoint; no copies."""
         return all_weights(self.network, self.parameters)
 
-    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
-        """Put back what a checkpoint holds."""
-        load_weights(self.network, self.parameters, weights)
+    def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], place: Path) -> None:
+        """Put back what the checkpoint in the file ``place`` holds.
+
+        Raises:
+            RequestError: it is of another network.
+        """
+        load_weights(self.network, self.parameters, weights, place)
         self.optimizer.load_state_dict(optimizer)
 
     def gradient(

@@ -19,7 +19,7 @@ from mamldata.files import locked, make_folder, write_atomic
 from trainer import metrics
 from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
 from trainer.distributed import World
-from trainer.settings import CHANGEABLE, TrainSettings
+from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
 
 CONFIG = "config.json"
 COMPARISON = "compare.json"
@@ -127,9 +127,9 @@ def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, A
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))
         # Read as settings, for one that did not exist then has its default.
-        there = TrainSettings(**saved["settings"]).resolved()
+        there = saved_settings(saved["settings"], config).resolved()
         pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, frozenset({"source"}))]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
     differences = [line for before, now, free in pairs for line in _differences(before, now, free)]
     if differences:

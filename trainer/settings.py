@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None stands for its own
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adam", "sgd")
+MOST_SEED = 2**64 - 1  # what torch's generators take
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 
 # A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
@@ -71,7 +73,7 @@ class TrainSettings:
         meta_optimizer: of the outer loop, ``adam`` or plain ``sgd``, with which ``reptile`` is its paper's algorithm.
         meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
         meta_batch_size: episodes per outer step.
-        seed: of the initial weights and of the order of the episodes.
+        seed: of the initial weights and of the order of the episodes; below 2**64.
         eval_every: outer steps between validations; each ends with a checkpoint.
         eval_episodes: of the val split, at each validation.
         log_every: outer steps between lines of the log.
@@ -126,8 +128,12 @@ class TrainSettings:
         words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
         for field in fields(self):
             kind, value = str(field.type).partition(" ")[0], getattr(self, field.name)
-            if kind not in words or (value is None and field.default is None):
+            if kind not in words:
+                if not isinstance(value, str | None):
+                    yield f"{field.name} must be a string, not {value!r}."
                 continue  # choices are compared with what there is
+            if value is None and field.default is None:
+                continue
             if type(value).__name__ not in {kind, "int" if kind == "float" else kind}:
                 yield f"{field.name} must be {words[kind]}, not {value!r}."
 
@@ -169,6 +175,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 yield f"{name} must be at least {bound}, not {value}."
+        if self.seed > MOST_SEED:
+            yield f"seed must be at most {MOST_SEED}, not {self.seed}."
         for name in ("inner_lr", "meta_lr", "meta_clip_norm", "meta_clip_value"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -259,6 +267,24 @@ class TrainSettings:
             return Objective(self.point.outer)
         weights = step_weights(self.inner_steps, step // self.epoch_steps, self.msl_epochs or MSL_EPOCHS)
         return Objective(self.point.outer, weights)
+
+
+def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
+    """The settings that ``TrainSettings.resolved`` gave and a file holds; one that it lacks has its default.
+
+    Args:
+        values: what the file holds.
+        place: the file.
+
+    Raises:
+        RequestError: there are settings that are not known here, or that cannot be.
+    """
+    if unknown := sorted(values.keys() - {field.name for field in fields(TrainSettings)}):
+        raise RequestError(
+            f"{place} has settings that are not known here: {', '.join(unknown)}. Another version of this trainer "
+            "wrote it; use that one."
+        )
+    return TrainSettings(**values)
 
 
 def pick_device(name: str) -> torch.device:

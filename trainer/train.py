@@ -240,7 +240,7 @@ class _Run:
                     )
 
     def _load(self, checkpoint: Checkpoint, stream: TrainStream) -> None:
-        self.learner.load(checkpoint.weights, checkpoint.optimizer)
+        self.learner.load(checkpoint.weights, checkpoint.optimizer, self.run_dir / checkpoint.name)
         stream.load_state_dict(checkpoint.stream)
         self.step = checkpoint.step
         self.best = checkpoint.best_step, checkpoint.best_accuracy

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from cli.common import train_command
 from cli.main import VERBS, main
 from mamldata.errors import MamldataError
 from mamldata.manifest import builtin_names
@@ -137,6 +140,90 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             result = run(*arguments, root=tmp_path / "root")
             assert result.exit_code == 0, f"{example}: {result.output}"
     assert len(done) >= len(VERBS)
+
+
+def next_commands(result: Result) -> list[list[str]]:
+    """What the closing line says to do, in words as a shell would take them; none if there is none."""
+    found = [line.removeprefix("Next: ") for line in result.stderr.splitlines() if line.startswith("Next: ")]
+    assert len(found) <= 1
+    words = [shlex.split(command) for line in found for command in line.split(" && ")]
+    assert all(command[0] == "mamldata" for command in words)
+    return [command[1:] for command in words]
+
+
+QUICK = {
+    "build": "--train 20 --val 4 --test 6 --n-way 3 --k-query 2 --workers 1",
+    "train": "--steps 2 --meta-batch-size 2 --eval-episodes 4 --filters 4 --device cpu",
+    "eval": "--episodes 4 --device cpu",
+}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "datasets --root 'the root'",
+        f"build glyphs --out 'an archive' {QUICK['build']} --root 'the root'",
+        "inspect 'an archive'",
+        "preview 'an archive' --out p.png",
+        "preview 'my photos' --out p.png --n-way 3 --k-query 2 --image-size 8 --seed 3 --root 'the root'",
+        "recipes",
+        "recipes 'my recipe.toml'",
+        "manifest 'my photos' --out 'my photos.toml'",
+        f"compare glyphs --out c --algorithms fomaml,random --episodes 4 --n-way 3 {QUICK['train']} --root 'the root'",
+    ],
+)
+def test_the_next_command_runs_as_printed(
+    first: str, archive: Path, glyphs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each closing line, wherever the user stands and keeps data, and then the closing line of that command."""
+    here = tmp_path / "my work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    shutil.copytree(glyphs_root, here / "the root")
+    if not first.startswith("build"):
+        shutil.copytree(archive, here / "an archive")
+    photographs(here / "my photos")
+    recipe = (resources.files("trainer") / "recipes" / "maml-omniglot-20w1s.toml").read_text()
+    (here / "my recipe.toml").write_text(recipe.replace('"omniglot"', '"glyphs"').replace("n_way = 20", "n_way = 3"))
+    todo, quick, said = [shlex.split(first)], {}, 0
+    while todo:
+        verb, *words = todo.pop(0)
+        if "omniglot" in words:
+            continue  # whose files are not here
+        done = run(verb, *words, *shlex.split(quick.get(verb, "")), root=tmp_path / "another root")
+        assert done.exit_code == 0, f"mamldata {shlex.join([verb, *words])}: {done.output}"
+        printed = next_commands(done)
+        assert all(words[-2:] == ["--root", "the root"] for words in printed if "the root" in first)
+        todo += printed
+        said += len(printed)
+        quick = QUICK
+    assert said
+
+
+def test_a_recipe_for_other_data_has_no_next_command(tmp_path: Path):
+    """Where a dataset lies that is not built in, nobody knows."""
+    recipe = (resources.files("trainer") / "recipes" / "maml-omniglot-5w1s.toml").read_text()
+    (tmp_path / "mine.toml").write_text(recipe.replace('"omniglot"', '"my-photos"'))
+    done = run("recipes", tmp_path / "mine.toml")
+    assert done.exit_code == 0, done.output
+    assert next_commands(done) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "out"),
+    [
+        ("s3://bucket/deep/glyphs-5w1s/", "glyphs-5w1s-maml"),
+        ("https://example.org/a?key=b/c", "a-maml"),
+        ("some folder/photos.toml", "photos-maml"),
+        ("taken", "taken-maml-3"),
+    ],
+)
+def test_a_run_is_called_after_its_data(target: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder that the closing line proposes stands beside what is here, and is a new one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("taken-maml", "taken-maml-2"):
+        (tmp_path / name).mkdir()
+    assert train_command(target) == ["train", target, "--out", out]
 
 
 def test_datasets_says_what_is_here(glyphs_root: Path):
@@ -520,7 +607,7 @@ class TestBadInput:
         refused(result, 1, str(tmp_path / "file"), "Make the folder writable, or choose another one")
         refused(run("fetch", "glyphs", root=tmp_path / "file" / "root"), 1, str(tmp_path / "file"))
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    @pytest.mark.usefixtures("permissions_count")
     def test_a_read_only_folder(self, glyphs_root: Path, tmp_path: Path):
         """The same for a folder without the permission."""
         (tmp_path / "locked").mkdir(mode=0o555)

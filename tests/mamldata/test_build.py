@@ -673,7 +673,7 @@ class TestPlaces:
         build(glyphs_manifest, glyphs_bank, out, REQUEST, workers=workers)
         assert contents(out) == contents(reference)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    @pytest.mark.usefixtures("permissions_count")
     def test_a_folder_without_the_right_to_write(self, tmp_path, glyphs_manifest, glyphs_bank):
         """A read-only place is an error that names it and the remedy."""
         tmp_path.chmod(0o555)

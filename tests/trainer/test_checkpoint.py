@@ -54,7 +54,8 @@ def test_round_trip(tmp_path: Path) -> None:
                 assert all(torch.equal(state[key], after["state"][i][key]) for key in state)
         else:
             assert before == after
-    network = loaded.network()
+    network, beside = loaded.restored(tmp_path)
+    assert beside == {}
     assert all(torch.equal(saved.weights[name], value) for name, value in network.state_dict().items())
 
 
@@ -165,6 +166,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         "other.pt": lambda path: torch.save({"state_dict": {}}, path),
         "list.pt": lambda path: torch.save([1, 2], path),
         "hollow.pt": lambda path: torch.save({"format": "mamldata-checkpoint/1"}, path),
+        "bare.pt": lambda path: torch.save({"format": "mamldata-checkpoint/1", **vars(checkpoint()), "data": 3}, path),
         "text.pt": lambda path: path.write_text("hello"),
         "empty.pt": lambda path: path.touch(),
     }

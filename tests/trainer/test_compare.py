@@ -23,6 +23,7 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from trainer import metrics
 from trainer.compare import compare, paired_difference, table
 from trainer.evaluate import Evaluation
+from trainer.intervals import student_quantile
 from trainer.plots import plot_comparison, plot_run
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -58,7 +59,7 @@ def test_each_run_is_the_one_that_train_makes(compared, tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert len(entry.evaluation.accuracy_by_episode) == 12
     assert entry.evaluation.accuracy == pytest.approx(statistics.fmean(entry.evaluation.accuracy_by_episode))
-    assert entry.evaluation.deviation == pytest.approx(entry.evaluation.interval * math.sqrt(12) / 1.96)
+    assert entry.evaluation.deviation == pytest.approx(entry.evaluation.interval * math.sqrt(12) / student_quantile(11))
 
 
 def test_the_table(compared) -> None:
@@ -97,7 +98,7 @@ def test_pairs_tell_more_than_two_intervals() -> None:
     one, other = (0.9, 0.5, 0.7, 0.3), (0.8, 0.4, 0.6, 0.3)
     ahead, interval = paired_difference(evaluation(one), evaluation(other))
     assert ahead == pytest.approx(0.075)
-    assert interval == pytest.approx(1.96 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2)
+    assert interval == pytest.approx(3.182 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2, rel=2e-4)
 
 
 def evaluation(accuracies: tuple[float, ...]) -> Evaluation:
@@ -120,16 +121,37 @@ def test_pictures(compared) -> None:
     assert [path.read_bytes() for path in plot_comparison(result, out)] == first[:4]
 
 
-def test_what_differs_must_be_the_algorithm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("steps", 5),
+        ("meta_batch_size", 3),
+        ("seed", 1),
+        ("normalise", True),
+        ("network", "conv3-pool"),
+        ("filters", 8),
+        ("device", "auto"),
+        ("precision", "bf16"),
+    ],
+)
+def test_what_differs_must_be_the_algorithm(name: str, other: object, tmp_path: Path) -> None:
     """Other steps, seeds or networks would make the table say something else."""
-    with pytest.raises(
-        RequestError, match=r"steps must be the same for all that are compared, not 4 for maml, 5 for f"
-    ):
-        compare({"maml": BASE, "f": replace(BASE, steps=5)}, Synthetic(), tmp_path / "a")
+    told = rf"{name} must be the same for all that are compared, not {getattr(BASE, name)!r} for maml, {other!r} for f"
+    with pytest.raises(RequestError, match=told):
+        compare({"maml": BASE, "f": replace(BASE, **{name: other})}, Synthetic(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_folder_of_a_run_is_not_taken(tmp_path: Path) -> None:
+    """A comparison's runs are not mixed with another one."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(RequestError, match=r"holds a run\. Choose another folder"):
         compare({"maml": BASE, "fomaml": replace(BASE, algorithm="fomaml")}, Synthetic(), tmp_path / "run")
+
+
+def test_a_comparison_takes_two(tmp_path: Path) -> None:
+    """One algorithm has nothing to be compared with."""
     with pytest.raises(RequestError, match="at least two"):
         compare({"maml": BASE}, Synthetic(), tmp_path / "a")
     assert not (tmp_path / "a").exists()

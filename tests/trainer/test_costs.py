@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import pytest
 from synthetic import Synthetic
 
+from mamldata.errors import MamldataError
 from trainer.costs import measure_costs
 from trainer.settings import TrainSettings
 
@@ -33,3 +38,22 @@ def test_the_last_step_is_measured() -> None:
     early = TrainSettings(first_order_epochs=1, epoch_steps=10, steps=10, inner_steps=10, inner_lr=0.01)
     costs = measure_costs({"second": settings, "first": early}, Synthetic(size=28, k_query=1), rounds=1)
     assert costs["second"].peak_mib > 1.5 * costs["first"].peak_mib
+
+
+class Deadly:
+    """Ends the process that unpickles it, as a machine out of memory does."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (9,)
+
+
+class DeadlyElsewhere(Synthetic):
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "source": Deadly()}
+
+
+def test_a_killed_measurement_is_named() -> None:
+    """Whose step it was, and what needs less memory."""
+    plans = {"large": TrainSettings(meta_batch_size=1, device="cpu")}
+    with pytest.raises(MamldataError, match=r"^large: the process that measures the memory .* was killed.*checkpoint_"):
+        measure_costs(plans, DeadlyElsewhere(size=8), rounds=1)

@@ -90,6 +90,12 @@ def rows(run_dir: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
 
+def timed(run_dir: Path) -> list[dict[str, float]]:
+    """What a run says of its training steps."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["event"] == "train"]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process."""
@@ -118,6 +124,9 @@ def test_as_with_one_process(tmp_path: Path, alone: Path, ranks: int) -> None:
                 # Accuracies are counted in float32.
                 tolerance = 1e-9 if key == "loss" else 1e-6
                 assert value == (other[key] if isinstance(value, str) else pytest.approx(other[key], rel=tolerance))
+        for row in timed(tmp_path / name):
+            # Each step's images are those of all processes: 5 episodes of 5 classes with 1 + 5 images.
+            assert row["images_per_second"] * row["ms_per_step"] / 1000 == pytest.approx(5 * 5 * 6)
         told = {(tmp_path / f"{name}.{rank}.json").read_text() for rank in range(ranks)}
         evaluation = evaluate_in_float64(tmp_path / name)
         assert [json.loads(one) for one in told] == [evaluation]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mamldata.batch import EpisodeBatch
 from trainer.adapt import BatchNorm, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
 from trainer.algorithms import Order
+from trainer.batchnorm import EPSILON
 from trainer.engines import loop
 from trainer.models import Norm, written_out
 
@@ -126,6 +127,36 @@ def test_gradient_equals_one_written_by_hand(make: Callable[[], nn.Module], step
     gradient = loop(network, at, tasks, inner).gradient
     for name in at:
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_statistics_are_constants_to_first_order() -> None:
+    """The gradient is that of a network in whose norms the support images' statistics stand as numbers."""
+    network, tasks, inner = small_convnet(), batch(), inner_loop(2, "first", "frozen")
+    at = parameters_of(network)
+    names, total = list(at), [torch.zeros_like(value) for value in at.values()]
+    for support_x, support_y, query_x, query_y in zip(*tasks[:4], strict=True):
+        numbers: list[tuple[Tensor, Tensor]] = []
+
+        def noting(x: Tensor, weight: Tensor, bias: Tensor, numbers: list[tuple[Tensor, Tensor]] = numbers) -> Tensor:
+            variance, mean = torch.var_mean(x.detach(), dim=(0, 2, 3), correction=0)
+            numbers.append((mean, variance))
+            return F.batch_norm(x, mean, variance, weight, bias, eps=EPSILON)
+
+        def logits(values: list[Tensor], x: Tensor, numbers: list[tuple[Tensor, Tensor]] = numbers) -> Tensor:
+            layers = iter(numbers)
+            norm = lambda x, weight, bias: F.batch_norm(x, *next(layers), weight, bias, eps=EPSILON)  # noqa: E731
+            return torch.func.functional_call(network, dict(zip(names, values, strict=True)), (x, norm))
+
+        network(support_x, noting)
+        values = list(at.values())
+        for _ in range(inner.steps):
+            slopes = torch.autograd.grad(F.cross_entropy(logits(values, support_x), support_y), values)
+            values = [value - inner.lr * slope for value, slope in zip(values, slopes, strict=True)]
+        slopes = torch.autograd.grad(F.cross_entropy(logits(values, query_x), query_y), list(at.values()))
+        total = [whole + slope / len(tasks.index) for whole, slope in zip(total, slopes, strict=True)]
+    gradient = loop(network, at, tasks, inner).gradient
+    for name, expected in zip(names, total, strict=True):
+        torch.testing.assert_close(gradient[name], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", NETWORKS)

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import gc
 import resource
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,12 +72,12 @@ def test_a_constant_predictor_is_at_chance() -> None:
 
 
 def test_interval_is_that_of_the_formula() -> None:
-    """The half-width is 1.96 sample standard deviations over the root of the number of episodes."""
+    """Student's, from the sample standard deviation: with seven episodes t is 2.447."""
     right = [3, 7, 10, 4, 9, 6, 8]
     result = evaluate(Brightness(), *_with_inner(told(right)))
     shares = np.array(right) / 10
     assert result.accuracy == pytest.approx(shares.mean(), abs=1e-6)
-    assert result.interval == pytest.approx(1.96 * shares.std(ddof=1) / np.sqrt(7), abs=1e-6)
+    assert result.interval == pytest.approx(2.447 * shares.std(ddof=1) / np.sqrt(7), rel=2e-4)
 
 
 def _with_inner(episodes: tuple[list[EpisodeBatch], dict[str, object]]) -> tuple[object, ...]:
@@ -110,7 +113,7 @@ def test_text_always_says_the_conditions() -> None:
     """Nobody can quote an accuracy without what it takes to compare it."""
     result = evaluate(Brightness(), *_with_inner(told([10, 10, 5, 5])))
     assert str(result) == (
-        "75.00 % ± 28.29 (95 % interval, 4 episodes): synthetic, split scheme made-up, test, 5-way 1-shot, "
+        "75.00 % ± 45.93 (95 % interval, 4 episodes): synthetic, split scheme made-up, test, 5-way 1-shot, "
         "2 inner steps, batch norm transductive, fp32, single model"
     )
     assert result.to_json()["bn"] == "transductive"
@@ -183,3 +186,51 @@ def test_an_evaluation_without_inner_steps_is_possible(run: RunResult) -> None:
     assert result.accuracy_by_step == (result.accuracy,)
     with pytest.raises(RequestError, match="inner_steps must be at least 0, not -1"):
         evaluate_checkpoint(run.run_dir, Synthetic(), inner_steps=-1, device="cpu")
+
+
+@pytest.mark.parametrize("episodes", [-3, 0, 1])
+def test_too_few_episodes_are_refused_before_any_is_read(run: RunResult, episodes: int) -> None:
+    """An interval takes two."""
+    with pytest.raises(RequestError, match=f"episodes must be at least 2, not {episodes}"):
+        evaluate_checkpoint(run.run_dir, Synthetic(), episodes=episodes, device="cpu")
+
+
+def lacks_a_weight(content: dict[str, Any]) -> None:
+    del content["weights"]["blocks.3.shift"]
+
+
+def has_one_more(content: dict[str, Any]) -> None:
+    content["weights"]["later"] = torch.ones(1)
+
+
+def has_other_shapes(content: dict[str, Any]) -> None:
+    content["weights"] = {name: value[:1] for name, value in content["weights"].items()}
+
+
+def has_a_later_setting(content: dict[str, Any]) -> None:
+    content["settings"]["later"] = 1
+
+
+def has_another_setting(content: dict[str, Any]) -> None:
+    content["settings"]["rates"] = "layer-step"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacks_a_weight, r"weights in .*\.pt are not those of a network with its settings: blocks.3.shift differ in"),
+        (has_one_more, r"weights in .*\.pt are not those of a network with its settings: later differ in"),
+        (has_other_shapes, r"settings: blocks.0.kernel, blocks.0.scale, blocks.0.shift and 11 more differ in"),
+        (has_a_later_setting, r"\.pt has settings that are not known here: later. Another version of this trainer"),
+        (has_another_setting, r"settings: inner_lr:blocks.0.kernel, inner_lr:.* and 11 more differ in"),
+    ],
+)
+def test_a_checkpoint_of_another_version(
+    run: RunResult, change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    """What it has and this trainer does not, or the reverse, is named."""
+    content = torch.load(run.last, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "changed.pt")
+    with pytest.raises(RequestError, match=message):
+        evaluate_checkpoint(tmp_path / "changed.pt", Synthetic(), episodes=4, device="cpu")

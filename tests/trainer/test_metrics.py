@@ -58,6 +58,14 @@ def test_window_sums_up() -> None:
     assert row["data_wait_percent"] == 0
 
 
+def test_images_are_those_of_all_processes() -> None:
+    """One that learned from a fifth of the meta-batch counts the images of the whole."""
+    window = Window(step=0)
+    window.add(Synthetic(k_query=3).batch("train", [0]), outcome(1.0, [0.5]), waited=0.0, share=0.2)
+    row = window.sum_up()
+    assert row["images_per_second"] == pytest.approx(5 * 20 / (row["ms_per_step"] / 1000))
+
+
 def test_window_names_the_step_that_diverged() -> None:
     """The first loss that is not finite is named, also if it is found some steps later."""
     window = Window(step=10)

@@ -146,6 +146,7 @@ def test_ones_own(tmp_path: Path):
         ("inner_lr = 0.1", "inner_rl = 0.1", "settings.inner_rl: is not known here. Did you mean 'inner_lr'?"),
         ("inner_lr = 0.1", "inner_lr = -1.0", "inner_lr must be a positive number, not -1.0."),
         ("inner_lr = 0.1", 'inner_lr = "0.1"', "inner_lr must be a number, not"),
+        ("inner_lr = 0.1", 'network = ["conv4"]', "network must be a string, not ['conv4']."),
         ("[episodes]", "[episode]", "episodes, settings: must be tables"),
         ("[episodes]", "[episodes", "not valid TOML"),
     ],

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mamldata.errors import RequestError
 from trainer.adapt import InnerLoop
-from trainer.settings import CHANGEABLE, TrainSettings, pick_device
+from trainer.models import draw_weights
+from trainer.settings import CHANGEABLE, TrainSettings, pick_device, saved_settings
 
 
 def test_the_cosine_schedule_falls_to_a_hundredth() -> None:
@@ -115,6 +117,9 @@ def test_settings_without_effect_are_refused() -> None:
         ("inner_lr", "0.4", "a number"),
         ("meta_clip_norm", [1], "a number"),
         ("normalise", 1, "true or false"),
+        ("network", ["conv4"], "a string"),
+        ("algorithm", {"name": "maml"}, "a string"),
+        ("bn", 1, "a string"),
     ],
 )
 def test_a_value_of_another_type(name: str, value: object, kind: str) -> None:
@@ -122,6 +127,23 @@ def test_a_value_of_another_type(name: str, value: object, kind: str) -> None:
     with pytest.raises(RequestError, match=rf"{name} must be {kind}, not {re.escape(repr(value))}\."):
         TrainSettings(**{name: value})  # type: ignore[arg-type]
     TrainSettings(inner_lr=1, eval_inner_steps=None, meta_clip_norm=None)
+
+
+def test_a_seed_is_one_that_generators_take() -> None:
+    """From 0 to the largest number of 64 bits."""
+    for seed in (0, 2**64 - 1):
+        draw_weights(torch.nn.Linear(2, 2), TrainSettings(seed=seed).seed)
+    with pytest.raises(RequestError, match="seed must be at most 18446744073709551615, not 18446744073709551616"):
+        TrainSettings(seed=2**64)
+
+
+def test_saved_settings_are_those_of_the_run() -> None:
+    """What a file lacks has its default; what a later version added is named, with what to do."""
+    settings = TrainSettings(algorithm="maml++", steps=7)
+    assert saved_settings(settings.resolved(), Path("a.pt")).resolved() == settings.resolved()
+    assert saved_settings({"steps": 7}, Path("a.pt")) == TrainSettings(steps=7)
+    with pytest.raises(RequestError, match=r"a\.pt has settings that are not known here: a, b\. Another version"):
+        saved_settings({"steps": 7, "b": 1, "a": 2}, Path("a.pt"))
 
 
 def test_settings_are_frozen() -> None:

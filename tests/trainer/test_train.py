@@ -239,6 +239,21 @@ def test_damaged_config_is_named(tmp_path: Path) -> None:
         train(SETTINGS, Synthetic(), tmp_path, resume=True)
 
 
+def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Settings or weights that are not known here are named."""
+    last = train(replace(SETTINGS, steps=3), Synthetic(), tmp_path).last
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"], "later": 1}}))
+    with pytest.raises(RequestError, match=r"config\.json has settings that are not known here: later\."):
+        train(SETTINGS, Synthetic(), tmp_path, resume=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    content = torch.load(last, weights_only=True)
+    content["weights"]["later"] = torch.ones(1)
+    torch.save(content, last)
+    with pytest.raises(RequestError, match=r"step3_acc.*\.pt are not those of a network with its settings: later "):
+        train(SETTINGS, Synthetic(), tmp_path, resume=True)
+
+
 def test_divergence_stops_the_run(tmp_path: Path) -> None:
     """A loss that is not finite ends the run with the step and what to try, and no checkpoint is made of it."""
 

@@ -22,7 +22,7 @@ from mamldata.errors import FetchError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
 from mamldata.manifest import Manifest, SourceFile, load_manifest
-from mamldata.raw import check_raw, write_receipt
+from mamldata.raw import Receipt, check_raw, write_receipt
 from mamldata.root import DatasetFolder
 
 Wire = Any  # the class in conftest.py
@@ -265,7 +265,7 @@ class TestHad:
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / "file.bin").write_bytes(b"old")
-        write_receipt(folder, "file.bin", hashlib.sha256(b"old").hexdigest())
+        write_receipt(folder, "file.bin", Receipt(hashlib.sha256(b"old").hexdigest()))
         assert plan(manifest_of(entry()), tmp_path)[0].kind == "check"
         with pytest.raises(FetchError, match=f"expected {entry().sha256} .* Delete it or move it elsewhere, and run"):
             get(tmp_path, entry())
@@ -276,7 +276,7 @@ class TestHad:
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / "file.bin").write_bytes(DATA[:-1])
-        write_receipt(folder, "file.bin", entry().sha256)
+        write_receipt(folder, "file.bin", Receipt(entry().sha256))
         assert plan(manifest_of(entry()), tmp_path)[0].kind == "check"
 
     def test_a_link_is_left_as_it_is(self, tmp_path: Path):
@@ -330,7 +330,7 @@ def test_who_waits_for_the_lock_says_so_and_takes_what_the_other_got(tmp_path: P
         thread.start()
         assert waiting.wait(10)
         (folder.raw / "file.bin").write_bytes(DATA)
-        write_receipt(folder, "file.bin", entry().sha256)
+        write_receipt(folder, "file.bin", Receipt(entry().sha256))
     thread.join()
     assert told == [f"Another process is at work on {folder.path}; waiting until it is done."]
     assert [result.how for result in results] == ["had"]

@@ -284,9 +284,8 @@ from mamldata.bank import make_bank
 from mamldata.manifest import load_manifest
 manifest = load_manifest(sys.argv[1])
 print("ready", flush=True)
-sys.stdin.readline()
-for number in range(10):
-    print(make_bank(manifest, Path(sys.argv[2]) / str(number)).sha256)
+for root in sys.stdin:
+    print(make_bank(manifest, Path(root.strip())).sha256, flush=True)
 """
 
 
@@ -296,8 +295,9 @@ def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
         image = tmp_path / "pictures" / f"class{position // 3}" / f"{position}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (position, 0, 0)).save(image)
+    manifest = load_manifest(str(tmp_path / "pictures"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-    command = [sys.executable, "-c", OPEN, str(tmp_path / "pictures"), str(tmp_path / "root")]
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "pictures")]
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -308,14 +308,12 @@ def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
             )
             for _ in range(4)
         ]  # fmt: skip
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        told = [process.communicate("\n", timeout=100) for process in processes]
-    assert [errors for _, errors in told] == [""] * 4
-    (digest,) = {line for output, _ in told for line in output.split()}
-    assert digest == make_bank(load_manifest(str(tmp_path / "pictures")), tmp_path / "root" / "0").sha256
-    assert all(len(output.split()) == 10 for output, _ in told)
+        for root in [None, *(tmp_path / str(number) for number in range(20))]:
+            for process in processes if root else ():
+                print(root, file=process.stdin, flush=True)
+            told = {process.stdout.readline() for process in processes if process.stdout}
+            assert told == ({f"{make_bank(manifest, root).sha256}\n"} if root else {"ready\n"})
+        assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 4
 
 
 READ = """\

@@ -208,7 +208,7 @@ def _require_sources(
         if action.kind == "missing":
             looked = ", ".join([str(action.path), *map(without_password, places)])
             lines.append(f"  {action.file.name}: looked for in {looked}")
-            lines += [f"    to be had from {url}" for url in action.file.urls]
+            lines += [f"    to be had from {without_password(url)}" for url in action.file.urls]
             lines += [f"    {line}" for line in action.file.how.splitlines()]
     if lines:
         why = "and --offline forbids to download them" if offline else "and there is no source for them"

@@ -184,7 +184,20 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
     return _described_bank(path, read_description(description_path))
 
 
+def _require_right_to_read(path: Path) -> None:
+    """Others' files in a shared root may be private.
+
+    Raises:
+        DataMissingError: this one is.
+    """
+    if path.exists() and not os.access(path, os.R_OK):
+        raise DataMissingError(
+            f"{path} is there, and may not be read. Ask its owner for the right to, or choose another root with --root."
+        )
+
+
 def _described_bank(path: Path, description: dict[str, Any]) -> Bank:
+    _require_right_to_read(path)
     shape: tuple[int, int, int, int] = tuple(description["shape"])
     expected, got = npy_bytes("|u1", shape), path.stat().st_size
     if got != expected:
@@ -242,7 +255,9 @@ def read_description(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: a byte of it is not what was written.
+        DataMissingError: it is another user's, who keeps it private.
     """
+    _require_right_to_read(path)
     data = path.read_bytes()
     try:
         description: dict[str, Any] = json.loads(data)
@@ -264,10 +279,11 @@ def check_bank(description_path: Path, progress: Progress = silent) -> list[str]
     try:
         description = read_description(description_path)
         digest = description["sha256"]
-    except DamagedError as error:
+        if not path.is_file():
+            return [f"{path} is missing. Delete {description_path.name} and build again."]
+        _require_right_to_read(path)
+    except (DamagedError, DataMissingError) as error:
         return [str(error)]
-    if not path.is_file():
-        return [f"{path} is missing. Delete {description_path.name} and build again."]
     with progress(path.name, path.stat().st_size, "B") as advance:
         got = sha256_file(path, advance)
     if got == digest:

@@ -356,6 +356,34 @@ def test_a_root_of_others(make_dataset: Make, tmp_path: Path, run_read_only: Cal
     assert not list(tiny.root.rglob("*.lock"))
 
 
+PRIVATE = """\
+import sys
+from pathlib import Path
+from mamldata.bank import check_bank, make_bank
+from mamldata.errors import DataMissingError
+from mamldata.manifest import load_manifest
+for name in ("tiny-8.json", "tiny-8.npy"):
+    path = Path(sys.argv[1]) / "tiny" / name
+    path.chmod(0)
+    try:
+        make_bank(load_manifest(sys.argv[2]), Path(sys.argv[1]))
+    except DataMissingError as error:
+        print(error)
+    print(*check_bank(path.with_suffix(".json")))
+    path.chmod(0o444)
+"""
+
+
+def test_a_private_bank_of_others(make_dataset: Make, run_read_only: Callable[..., Any]) -> None:
+    """A bank that may not be read is named, and what to do; it is not tried to make another one."""
+    tiny = make_dataset()
+    make_bank(tiny.manifest, tiny.root)
+    done = run_read_only(tiny.root, "-c", PRIVATE, tiny.root, tiny.manifest_path)
+    assert done.stderr == ""
+    for name in ("tiny-8.json", "tiny-8.npy"):
+        assert done.stdout.count(f"{tiny.folder.path / name} is there, and may not be read. Ask its owner") == 2
+
+
 def test_a_known_digest_changes_no_bank(make_dataset: Make) -> None:
     """A manifest that comes to know a size's digest goes on with the bank that is there."""
     tiny = make_dataset()

@@ -52,9 +52,9 @@ class Action:
 
     Attributes:
         file: what is wanted.
-        kind: ``have`` (it is there and was verified), ``check`` (it is there, put by hand or just before we were
-            killed), ``resume``, ``download`` (or copy), ``generate``, ``collect`` (images that have no hash, from where
-            the user has them), or ``missing`` (there is no source).
+        kind: ``have`` (it is there and was verified), ``check`` (it is there: put by hand, cut short, right for another
+            manifest, or from just before we were killed), ``resume``, ``download`` (or copy), ``generate``, ``collect``
+            (images that have no hash, from where the user has them), or ``missing`` (there is no source).
         path: its final place.
         sources: paths and URLs in the order in which they will be tried.
         have_bytes: how many bytes of it a broken-off download left, if it goes on from there.

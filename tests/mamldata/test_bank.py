@@ -405,6 +405,8 @@ def test_another_digest_than_the_known_one_is_refused(make_dataset: Make) -> Non
             make_bank(wrong, tiny.root)
         assert not any(name.endswith((".npy", ".part", ".json")) for name in files(tiny.folder))
     assert make_bank(with_image(tiny.manifest, bank_sha256={9: "0" * 64}), tiny.root)
+    with pytest.raises(DamagedError, match=pattern):
+        make_bank(wrong, tiny.root)
 
 
 # --- made whole

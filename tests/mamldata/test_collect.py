@@ -393,6 +393,9 @@ def test_a_known_content_digest(world: World, tmp_path: Path):
         else:
             with pytest.raises(FetchError, match=r"these are other images: .* the manifest says"):
                 world.fetch(tmp_path / "three", place, manifest=manifest)
+            assert plan(manifest, tmp_path / "two")[-1].kind == "check", "those of another version are there"
+            (problem,) = verify_dataset(manifest, tmp_path / "two")
+            assert "images.tar.sha256 was altered, or is of another manifest" in problem
 
 
 def test_a_tar_put_there_by_hand(world: World, tmp_path: Path):

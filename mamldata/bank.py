@@ -30,6 +30,7 @@ from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
+from mamldata.raw import fetch_command, verified_digests
 from mamldata.readers import ImageIndex, ImageRef, index_images, read_images
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
@@ -89,6 +90,7 @@ def make_bank(
     """The bank of a dataset at one image size: opened if it is there, else made from the raw files.
 
     It is made anew only when the recipe or the raw files changed. If the process dies, the next call goes on.
+    Opening one that is there writes nothing, and waits for no other process.
 
     Args:
         manifest: the dataset.
@@ -98,7 +100,7 @@ def make_bank(
         progress: told of images and of hashed bytes.
 
     Raises:
-        DataMissingError: the raw files are not there.
+        DataMissingError: the raw files are not there, or not verified as the manifest describes them.
         DatasetError: raw files that do not fit together, and images that cannot be decoded: all of them.
         DamagedError: a raw file that cannot be read; or a bank whose digest is known came out different.
         WriteError: the folder cannot be written to.
@@ -109,18 +111,20 @@ def make_bank(
     folder = manifest.home(root)
     identity = _identity(manifest, side, _source_digests(manifest, folder, progress))
     known = manifest.image.bank_sha256.get(side)
-    make_folder(folder.path)
-    with locked(folder.lock):
-        if (bank := _current(folder, side, identity)) is not None and known in {None, bank.sha256}:
-            return bank
-        _make(manifest, folder, side, identity, workers, progress)
-    return open_bank(folder, side)
+    # Without the lock first: another process may hold it for an hour, and nobody can where the root is read-only.
+    if (bank := _current(folder, side, identity, known)) is None:
+        make_folder(folder.path)
+        with locked(folder.lock):
+            # Again, because whoever held the lock may have made it.
+            if (bank := _current(folder, side, identity, known)) is None:
+                _make(manifest, folder, side, identity, workers, progress)
+                bank = open_bank(folder, side)
+    return bank
 
 
 def _source_digests(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> dict[str, str]:
     if manifest.folder is None:
         return raw_digests(manifest, folder)
-    make_folder(folder.path)
     return {manifest.folder.name: folder_sha256(manifest.folder, folder.path / "folder.json", progress)}
 
 
@@ -179,7 +183,23 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
     path, description_path = folder.bank(size), folder.bank_json(size)
     if not description_path.is_file() or not path.is_file():
         raise DataMissingError(f"There is no bank {path}: mamldata build makes it from the raw files.")
-    description = read_description(description_path)
+    return _described_bank(path, read_description(description_path))
+
+
+def _require_right_to_read(path: Path) -> None:
+    """Others' files in a shared root may be private.
+
+    Raises:
+        DataMissingError: this one is.
+    """
+    if path.exists() and not os.access(path, os.R_OK):
+        raise DataMissingError(
+            f"{path} is there, and may not be read. Ask its owner for the right to, or choose another root with --root."
+        )
+
+
+def _described_bank(path: Path, description: dict[str, Any]) -> Bank:
+    _require_right_to_read(path)
     shape: tuple[int, int, int, int] = tuple(description["shape"])
     expected, got = npy_bytes("|u1", shape), path.stat().st_size
     if got != expected:
@@ -237,7 +257,9 @@ def read_description(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: a byte of it is not what was written.
+        DataMissingError: it is another user's, who keeps it private.
     """
+    _require_right_to_read(path)
     data = path.read_bytes()
     try:
         description: dict[str, Any] = json.loads(data)
@@ -259,10 +281,11 @@ def check_bank(description_path: Path, progress: Progress = silent) -> list[str]
     try:
         description = read_description(description_path)
         digest = description["sha256"]
-    except DamagedError as error:
+        if not path.is_file():
+            return [f"{path} is missing. Delete {description_path.name} and build again."]
+        _require_right_to_read(path)
+    except (DamagedError, DataMissingError) as error:
         return [str(error)]
-    if not path.is_file():
-        return [f"{path} is missing. Delete {description_path.name} and build again."]
     with progress(path.name, path.stat().st_size, "B") as advance:
         got = sha256_file(path, advance)
     if got == digest:
@@ -274,17 +297,18 @@ def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
     """The sha256 of each raw file, as noted when it was verified.
 
     Raises:
-        DataMissingError: files that are not there; the message names the command that gets them.
+        DataMissingError: files that are not there, or others than the manifest wants; the message names the command
+            that gets or verifies them.
     """
-    missing = [
-        name for name in manifest.raw_names if not ((folder.raw / name).is_file() and folder.receipt(name).is_file())
-    ]
+    digests = verified_digests(manifest, folder)
+    unverified = " (there, but not verified as the manifest describes it)"
+    missing = [name + unverified * (folder.raw / name).exists() for name in manifest.raw_names if name not in digests]
     if missing:
         raise DataMissingError(
             f"The raw files of {manifest.name} are not in {folder.raw}: {', '.join(missing)}. "
-            f"Run: mamldata fetch {manifest.reference} --root {folder.root}"
+            f"Run: {fetch_command(manifest, folder.root)}"
         )
-    return {name: folder.receipt(name).read_text().split(" ", 1)[0] for name in manifest.raw_names}
+    return digests
 
 
 def decode_image(
@@ -526,12 +550,15 @@ def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[st
     }
 
 
-def _current(folder: DatasetFolder, size: int, identity: dict[str, Any]) -> Bank | None:
+def _current(folder: DatasetFolder, size: int, identity: dict[str, Any], known: str | None) -> Bank | None:
+    """The bank that is there, if it is of this identity and digest."""
     try:
+        # Read once: a process that holds the lock may put that of another bank in its place meanwhile.
         description = read_description(folder.bank_json(size))
         if all(description.get(key) == value for key, value in identity.items()):
-            return open_bank(folder, size)
-    except (FileNotFoundError, DataMissingError, DamagedError):
+            bank = _described_bank(folder.bank(size), description)
+            return bank if known in {None, bank.sha256} else None
+    except (FileNotFoundError, DamagedError):
         pass
     return None
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.manifest import builtin_names, load_manifest
+from mamldata.raw import verified_digests
 from mamldata.root import DatasetFolder
 
 
 def list_datasets(root: Path) -> list[dict[str, Any]]:
-    """Every built-in dataset as plain values; looks only at which files exist."""
+    """Every built-in dataset as plain values; looks at which files exist and at their receipts."""
     return [_entry(name, root) for name in builtin_names()]
 
 
 def _entry(name: str, root: Path) -> dict[str, Any]:
     manifest, folder = load_manifest(name), DatasetFolder(root, name)
-    here = [f for f in manifest.raw_names if (folder.raw / f).is_file() and folder.receipt(f).is_file()]
     banks = [path.stem.removeprefix(f"{name}-") for path in folder.path.glob(f"{name}-*.json")]
     return {
         "name": name,
@@ -25,7 +25,7 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
         "licence": manifest.licence,
         "homepage": manifest.homepage,
         "files": len(manifest.raw_names),
-        "files_here": len(here),
+        "files_here": len(verified_digests(manifest, folder)),
         "bytes": sum(file.bytes for file in manifest.files),
         "banks": sorted(int(size) for size in banks if size.isdigit()),
         "split_schemes": [

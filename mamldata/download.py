@@ -16,7 +16,6 @@ from email.utils import parsedate_to_datetime
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import HTTPError
@@ -166,10 +165,25 @@ class Part:
         self.forget()
 
 
-def without_password(url: str) -> str:
-    """``url`` as it may be shown and stored."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def without_password(place: str) -> str:
+    """A place as it may be shown and stored: an address without user, password and query, a path as it is.
+
+    The query is the key where addresses are signed; ``?…`` stands for it.
+    """
+    scheme, mark, _ = place.partition("://")
+    if not mark:
+        return place
+    # What stands before the last @ of the host, also where a password has a ? that should have been written %3F.
+    address, mark, _ = re.sub(r"(?<=://)[^/]*@", "", place).partition("?")
+    shown = scheme.lower() + address.removeprefix(scheme)
+    return f"{shown}{mark}…" if mark else shown
+
+
+def without_passwords(text: str) -> str:
+    """``without_password`` for all addresses in a text, such as a library's error message."""
+    return re.sub(
+        r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: without_password(found[0]), text, flags=re.IGNORECASE
+    )
 
 
 def open_session() -> requests.Session:
@@ -337,7 +351,8 @@ def _plain_failures(network: Network) -> Iterator[None]:
         root = _root_cause(error)
         if isinstance(root, TimeoutError):
             raise SourceError(f"silent for {network.read_timeout:g} s") from error
-        raise SourceError(f"the connection failed ({root or type(root).__name__})") from error
+        why = without_passwords(str(root)) or type(root).__name__
+        raise SourceError(f"the connection failed ({why})") from error
 
 
 def _root_cause(error: BaseException) -> BaseException:

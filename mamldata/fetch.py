@@ -22,7 +22,19 @@ from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.mirrors import Mirrors
 from mamldata.places import find, is_http, local_path, needs_network
 from mamldata.progress import Progress, silent
-from mamldata.raw import CheckedBy, fetch_command, judge, read_receipt, write_receipt
+from mamldata.raw import (
+    CheckedBy,
+    Match,
+    Receipt,
+    Verdict,
+    fetch_command,
+    is_pinned,
+    is_verified,
+    judge,
+    read_receipt,
+    receipt_of,
+    write_receipt,
+)
 from mamldata.root import DatasetFolder
 
 __all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
@@ -40,9 +52,9 @@ class Action:
 
     Attributes:
         file: what is wanted.
-        kind: ``have`` (it is there and was verified), ``check`` (it is there, put by hand or just before we were
-            killed), ``resume``, ``download`` (or copy), ``generate``, ``collect`` (images that have no hash, from where
-            the user has them), or ``missing`` (there is no source).
+        kind: ``have`` (it is there and was verified), ``check`` (it is there: put by hand, cut short, right for another
+            manifest, or from just before we were killed), ``resume``, ``download`` (or copy), ``generate``, ``collect``
+            (images that have no hash, from where the user has them), or ``missing`` (there is no source).
         path: its final place.
         sources: paths and URLs in the order in which they will be tried.
         have_bytes: how many bytes of it a broken-off download left, if it goes on from there.
@@ -152,7 +164,7 @@ def _action(folder: DatasetFolder, file: SourceFile, places: Sequence[str], offl
     path = folder.raw / file.name
     found = [source for place in places if (source := find(place, file.name)) is not None]
     if path.is_file():
-        return Action(file, "have" if _is_verified(folder, file) else "check", path, (), 0)
+        return Action(file, "have" if is_verified(folder, file) else "check", path, (), 0)
     if file.generator:
         return Action(file, "generate", path, (), 0)
     usable = [source for source in dict.fromkeys([*found, *file.urls]) if not (offline and needs_network(source))]
@@ -167,35 +179,20 @@ def _collection(manifest: Manifest, folder: DatasetFolder, places: Sequence[str]
     path = folder.raw / COLLECTED
     file = SourceFile(COLLECTED, 0, None, how=manifest.images.how)
     if path.is_file():
-        pin, wanted = read_pin(folder.raw), manifest.images.content_sha256
-        kept = read_receipt(folder, COLLECTED) and pin and wanted in {None, pin.content_sha256}
-        return Action(file, "have" if kept else "check", path, (), 0)
+        return Action(file, "have" if is_pinned(folder, manifest.images) else "check", path, (), 0)
     for place in places:
         if (local := local_path(place)) is not None and (found := find_images(manifest.images.forms, local)):
             return Action(file, "collect", path, (str(found.path),), 0, found)
     return Action(file, "missing", path, (), 0)
 
 
-def _is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
-    """Whether the receipt is one for what the manifest wants; a file of an older manifest is looked at again."""
-    digest = read_receipt(folder, file.name)
-    if digest == file.sha256:
-        return (folder.raw / file.name).stat().st_size == file.bytes
-    return digest is not None and (file.content_sha256 is not None or file.md5 is not None)
-
-
 def _had(folder: DatasetFolder, file: SourceFile) -> Fetched:
-    digest = read_receipt(folder, file.name) or ""
-    size = (folder.raw / file.name).stat().st_size
-    if file.name == COLLECTED and (pin := read_pin(folder.raw)):
-        return Fetched(file.name, "had", "", size, digest, "content_sha256", 0.0, pin.images, pin.content_sha256)
-    return Fetched(file.name, "had", "", size, digest, _checked_by(file, digest), 0.0)
-
-
-def _checked_by(file: SourceFile, digest: str) -> CheckedBy:
-    if digest == file.sha256:
-        return "sha256"
-    return "content_sha256" if file.md5 is None else "md5"
+    receipt, size = read_receipt(folder, file.name), (folder.raw / file.name).stat().st_size
+    assert receipt is not None  # the plan has read it
+    checked_by = receipt.match.checked_by if receipt.match else "sha256"
+    pin = read_pin(folder.raw) if file.name == COLLECTED else None
+    of_images = (pin.images, pin.content_sha256) if pin else ()
+    return Fetched(file.name, "had", "", size, receipt.sha256, checked_by, 0.0, *of_images)
 
 
 def _require_sources(
@@ -211,7 +208,7 @@ def _require_sources(
         if action.kind == "missing":
             looked = ", ".join([str(action.path), *map(without_password, places)])
             lines.append(f"  {action.file.name}: looked for in {looked}")
-            lines += [f"    to be had from {url}" for url in action.file.urls]
+            lines += [f"    to be had from {without_password(url)}" for url in action.file.urls]
             lines += [f"    {line}" for line in action.file.how.splitlines()]
     if lines:
         why = "and --offline forbids to download them" if offline else "and there is no source for them"
@@ -283,16 +280,17 @@ class _Work:
         if file.name == COLLECTED:
             return self._images(action, start)
         with self.progress(file.name, file.bytes or None, "B") as advance:
-            how, source, digest = self._get(action, _Meter(advance))
+            how, source, verdict = self._get(action, _Meter(advance))
         if how != "checked":
             with writing(path):
                 commit(path)
-        self._seal(action, digest)
-        size, seconds = path.stat().st_size, time.monotonic() - start
-        return Fetched(file.name, how, source, size, digest, _checked_by(file, digest), seconds)
+        size = path.stat().st_size
+        self._seal(action, receipt_of(verdict, file, size))
+        assert verdict.checked_by is not None
+        return Fetched(file.name, how, source, size, verdict.sha256, verdict.checked_by, time.monotonic() - start)
 
-    def _get(self, action: Action, meter: _Meter) -> tuple[How, str, str]:
-        """How and where from a right file came, and its sha256; it has its final name only if it was there."""
+    def _get(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
+        """How and where from a right file came, and why it is right; it has its final name only if it was there."""
         match action.kind:
             case "check":
                 return "checked", "", self._check(action, meter)
@@ -325,14 +323,14 @@ class _Work:
             self._pin(action, collected)
         else:
             raise FetchError(f"There is no place with the images of {self.manifest.name}. Run again: {self.command}")
-        digest = sha256_file(path)
-        self._seal(action, digest)
+        digest, size = sha256_file(path), path.stat().st_size
+        self._seal(action, Receipt(digest, Match("content_sha256", collected.content_sha256, size)))
         how: How = "collected" if action.found else "checked"
         return Fetched(
             path.name,
             how,
             "".join(action.sources),
-            path.stat().st_size,
+            size,
             digest,
             "content_sha256",
             time.monotonic() - start,
@@ -358,7 +356,7 @@ class _Work:
             )
         write_pin(self.folder.raw, collected)
 
-    def _check(self, action: Action, meter: _Meter) -> str:
+    def _check(self, action: Action, meter: _Meter) -> Verdict:
         """Verify a file that is there without a receipt. It may be the user's own: a wrong one is left alone.
 
         Raises:
@@ -370,9 +368,9 @@ class _Work:
                 f"{action.path} is not the right file: {verdict.problem}. Delete it or move it elsewhere, and run: "
                 f"{self.command}"
             )
-        return verdict.sha256
+        return verdict
 
-    def _generate(self, action: Action, meter: _Meter) -> str:
+    def _generate(self, action: Action, meter: _Meter) -> Verdict:
         """Draw an embedded dataset.
 
         Raises:
@@ -392,17 +390,17 @@ class _Work:
                 "This is a bug: please report it with the output of: mamldata doctor"
             )
         meter.at(action.file.bytes)
-        return verdict.sha256
+        return verdict
 
-    def _download(self, action: Action, meter: _Meter) -> tuple[How, str, str]:
+    def _download(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
         """Get a file from its sources, and from what an earlier run left."""
         file, part = action.file, Part(action.path)
         meter.at(part.size)
         _require_space(action, part.size)
         got = Mirrors(file, action.sources, part, self.session, self.network, meter.at, self.say, self.command).obtain()
-        return got.how, got.source, got.verdict.sha256
+        return got.how, got.source, got.verdict
 
-    def _seal(self, action: Action, digest: str) -> None:
+    def _seal(self, action: Action, receipt: Receipt) -> None:
         """Make a verified file read-only and write its receipt.
 
         Raises:
@@ -414,7 +412,7 @@ class _Work:
                 action.path.chmod(0o444)
         # The receipt is last: while it is missing, the next run comes by here again.
         Part(action.path).drop()
-        write_receipt(self.folder, action.file.name, digest)
+        write_receipt(self.folder, action.file.name, receipt)
 
 
 def _require_space(action: Action, have: int) -> None:

@@ -10,7 +10,15 @@ from typing import Literal
 import requests
 
 from mamldata.digest import chunks
-from mamldata.download import Network, Part, SourceError, UnusableRangeError, transfer, without_password
+from mamldata.download import (
+    Network,
+    Part,
+    SourceError,
+    UnusableRangeError,
+    transfer,
+    without_password,
+    without_passwords,
+)
 from mamldata.errors import FetchError
 from mamldata.manifest import SourceFile
 from mamldata.places import is_http, is_local, open_source
@@ -198,4 +206,5 @@ def _source_chunks(source: str) -> Iterator[bytes]:
             yield from chunks(stream)
     except Exception as error:  # each of fsspec's file systems has exceptions of its own
         final = is_local(source) or isinstance(error, FileNotFoundError)
-        raise SourceError(f"it cannot be read ({error or type(error).__name__})", final=final) from error
+        why = without_passwords(str(error)) or type(error).__name__
+        raise SourceError(f"it cannot be read ({why})", final=final) from error

@@ -98,7 +98,7 @@ def local_address(url: str) -> Path | None:
 def _require_readable(place: str) -> None:
     if is_http(place):
         if not _host(place):
-            raise RequestError(f"--from {place}: an address with no host.")
+            raise RequestError(f"--from {_shown(place)}: an address with no host.")
         return
     instead = "Give a folder, an http(s) address, or a URL that fsspec reads, such as s3://bucket/folder."
     for protocol in _scheme(place).split("::"):
@@ -116,7 +116,7 @@ def require_address(url: str) -> None:
         return
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or scheme.startswith("pipe") or "::" in url:
         raise RequestError(
-            f"{url}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
+            f"{_shown(url)}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
         )
     require_protocol(scheme, url, "Give https://…, or one that fsspec reads.")
 
@@ -137,9 +137,15 @@ def require_protocol(protocol: str, asked: str, instead: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise RequestError(f"{asked}: reading {protocol}:// needs one more package. {error}") from error
+        raise RequestError(f"{_shown(asked)}: reading {protocol}:// needs one more package. {error}") from error
     except ValueError as error:
-        raise RequestError(f"{asked}: {protocol}:// is not known. {instead}") from error
+        raise RequestError(f"{_shown(asked)}: {protocol}:// is not known. {instead}") from error
+
+
+def _shown(text: str) -> str:
+    from mamldata.download import without_passwords  # which takes its time, and most places are right
+
+    return without_passwords(text)
 
 
 def _host(place: str) -> str | None:

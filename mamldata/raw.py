@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from mamldata.digest import content_sha256, md5_file, sha256_file
+from mamldata.collect import check_collected, pin_file, read_pin
+from mamldata.digest import canonical_json, content_sha256, md5_file, sha256_file
 from mamldata.errors import DamagedError
 from mamldata.files import write_atomic
-from mamldata.manifest import COLLECTED, Manifest, SourceFile
+from mamldata.manifest import COLLECTED, ImageCollection, Manifest, SourceFile
 from mamldata.progress import Progress, silent
 from mamldata.root import DatasetFolder
 
@@ -76,28 +77,110 @@ def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None 
     return Verdict(digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}")
 
 
-def receipt_text(name: str, digest: str) -> str:
-    """A receipt, in the format of ``sha256sum``, so that ``sha256sum --check`` reads it too."""
-    return f"{digest}  {name}\n"
+@dataclass(frozen=True)
+class Match:
+    """Why a file was right, where that is more than the sha256 and the length that the manifest gives.
+
+    Attributes:
+        checked_by: which digest of the manifest it had; of collected images that of the pin.
+        digest: that digest. A manifest that comes to want another one wants another file.
+        bytes: how long the file is.
+    """
+
+    checked_by: CheckedBy
+    digest: str
+    bytes: int
 
 
-def write_receipt(folder: DatasetFolder, name: str, digest: str) -> None:
-    """Note that ``raw/<name>`` was verified, and what its sha256 is.
+@dataclass(frozen=True)
+class Receipt:
+    """What was noted of a file when it was verified.
+
+    Attributes:
+        sha256: of the file as it is.
+        match: why it was right; None if sha256 and length were the manifest's.
+    """
+
+    sha256: str
+    match: Match | None = None
+
+
+def receipt_of(verdict: Verdict, file: SourceFile, size: int) -> Receipt:
+    """The receipt of a file of ``size`` bytes that was found right."""
+    assert verdict.checked_by is not None
+    if verdict.checked_by == "sha256" and size == file.bytes:
+        return Receipt(verdict.sha256)
+    return Receipt(verdict.sha256, Match(verdict.checked_by, _wanted(file, verdict.checked_by) or "", size))
+
+
+def _wanted(file: SourceFile, kind: CheckedBy) -> str | None:
+    return {"sha256": file.sha256, "md5": file.md5, "content_sha256": file.content_sha256}[kind]
+
+
+def receipt_text(name: str, receipt: Receipt) -> str:
+    """A receipt in the format of ``sha256sum``, so that ``sha256sum --check`` reads it too: the match is a comment."""
+    match = receipt.match
+    note = f"# {match.checked_by} {match.digest}, {match.bytes} bytes\n" if match else ""
+    return f"{receipt.sha256}  {name}\n{note}"
+
+
+def write_receipt(folder: DatasetFolder, name: str, receipt: Receipt) -> None:
+    """Note that ``raw/<name>`` was verified, and what it is.
 
     Raises:
         WriteError: the folder cannot be written to.
     """
-    write_atomic(folder.receipt(name), receipt_text(name, digest).encode("ascii"))
+    write_atomic(folder.receipt(name), receipt_text(name, receipt).encode("ascii"))
 
 
-def read_receipt(folder: DatasetFolder, name: str) -> str | None:
-    """The sha256 that the receipt of ``raw/<name>`` gives; None where there is none, or one that nobody wrote so."""
+_RECEIPT = re.compile(
+    rf"(?P<sha256>[0-9a-f]{{64}})  [^\n]+\n"
+    rf"(# (?P<kind>{'|'.join(get_args(CheckedBy))}) (?P<digest>[0-9a-f]+), (?P<bytes>[0-9]{{1,18}}) bytes\n)?"
+)
+
+
+def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
+    """The receipt of ``raw/<name>``; None where there is none, or one that nobody wrote so."""
     try:
         text = folder.receipt(name).read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
-    digest = text[:64]
-    return digest if re.fullmatch("[0-9a-f]{64}", digest) and text == receipt_text(name, digest) else None
+    if (found := _RECEIPT.fullmatch(text)) is None:
+        return None
+    match = Match(found["kind"], found["digest"], int(found["bytes"])) if found["kind"] else None  # type: ignore[arg-type]
+    receipt = Receipt(found["sha256"], match)
+    return receipt if text == receipt_text(name, receipt) else None
+
+
+def is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
+    """Whether a file is there that was found right for what the manifest wants now. Looks at length and receipt only.
+
+    A file that was right for an older manifest is not, nor one that lost its end.
+    """
+    path, receipt = folder.raw / file.name, read_receipt(folder, file.name)
+    if receipt is None or not path.is_file():
+        return False
+    size, match = path.stat().st_size, receipt.match
+    if match is None:
+        return (receipt.sha256, size) == (file.sha256, file.bytes)
+    return (match.digest, match.bytes) == (_wanted(file, match.checked_by), size)
+
+
+def is_pinned(folder: DatasetFolder, images: ImageCollection) -> bool:
+    """Whether the collected images are there, found to be those of the pin, and of the manifest if it says which."""
+    path, receipt, pin = folder.raw / COLLECTED, read_receipt(folder, COLLECTED), read_pin(folder.raw)
+    if receipt is None or pin is None or not path.is_file():
+        return False
+    found = Match("content_sha256", pin.content_sha256, path.stat().st_size)
+    return receipt.match == found and images.content_sha256 in {None, pin.content_sha256}
+
+
+def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
+    """The sha256 of each raw file that is there, verified as the manifest describes it; in the reader's order."""
+    names = [file.name for file in manifest.files if is_verified(folder, file)]
+    if manifest.images is not None and is_pinned(folder, manifest.images):
+        names.append(COLLECTED)
+    return {name: receipt.sha256 for name in names if (receipt := read_receipt(folder, name))}
 
 
 def fetch_command(manifest: Manifest, root: Path) -> str:
@@ -122,24 +205,52 @@ def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> li
     command = fetch_command(manifest, root)
     problems = [_check_file(folder, file, command, progress) for file in manifest.files]
     if manifest.images is not None:
-        problems.append(_check_collected(folder, command, progress))
+        problems.append(_check_collected(manifest, folder, command, progress))
     return [problem for problem in problems if problem]
 
 
-def _check_collected(folder: DatasetFolder, command: str, progress: Progress) -> str:
-    """The tar of collected images has no digest but its receipt's."""
-    path, noted = folder.raw / COLLECTED, read_receipt(folder, COLLECTED)
+def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, progress: Progress) -> str:
+    """The tar of collected images has no digest but its receipt's, and the pin none but that of what is in the tar."""
+    path, receipt, noted = folder.raw / COLLECTED, folder.receipt(COLLECTED), read_receipt(folder, COLLECTED)
+    pin = pin_file(folder.raw)
     if not path.is_file():
         return f"{path} is missing. Run: {command} --from FOLDER"
     if noted is None:
-        return f"{path} has no receipt that can be read. Run: {command}"
-    with progress(path.name, path.stat().st_size, "B") as advance:
-        digest = sha256_file(path, advance)
-    if digest == noted:
-        return ""
+        state = "is damaged" if receipt.exists() else "is missing"
+        return f"{receipt} {state}, and nothing else says what {path.name} should be. Run: {command}"
+    try:
+        with progress(path.name, path.stat().st_size, "B") as advance:
+            digest = sha256_file(path, advance)
+        if digest != noted.sha256:
+            return (
+                f"{path} is damaged: sha256 {digest}, expected {noted.sha256}. Delete it and {receipt.name} beside "
+                f"it, and run: {command} --from FOLDER"
+            )
+        held = check_collected(manifest, folder.raw, path, progress)
+        pinned = pin.read_bytes() if pin.is_file() else None
+    except DamagedError as error:
+        return f"{path} does not have what {manifest.name} needs. {error}"
+    except OSError as error:
+        return _unreadable(path, error)
+    if pinned is None:
+        return f"{pin} is missing; {path.name} beside it is what its receipt says. Run: {command}"
+    if pinned != canonical_json(asdict(held)):
+        return (
+            f"{pin} is damaged: it does not say what is in {path.name} beside it, {held.images:,} images of the "
+            f"content digest {held.content_sha256}. Delete it, and run: {command}"
+        )
+    assert manifest.images is not None
+    return "" if is_pinned(folder, manifest.images) else _outdated(receipt, path, digest, command)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror}). Mend its permissions or its disk, or fetch it elsewhere."
+
+
+def _outdated(receipt: Path, path: Path, digest: str, command: str) -> str:
     return (
-        f"{path} is damaged: sha256 {digest}, expected {noted}. Delete it and {folder.receipt(COLLECTED).name} beside "
-        f"it, and run: {command} --from FOLDER"
+        f"{receipt} was altered, or is of another manifest; {path.name} beside it is right (sha256 {digest}). "
+        f"Run: {command}"
     )
 
 
@@ -151,20 +262,20 @@ def _check_file(folder: DatasetFolder, file: SourceFile, command: str, progress:
         with progress(file.name, path.stat().st_size, "B") as advance:
             verdict = judge(path, file, advance)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror}). Mend its permissions or its disk, or fetch it elsewhere."
+        return _unreadable(path, error)
     noted = read_receipt(folder, file.name)
     again = f"Delete {path} and {receipt.name} beside it, and run: {command}"
     if verdict.checked_by is None:
         return f"{path} is damaged: {verdict.problem}. {again}"
-    if noted == verdict.sha256:
-        return ""
     if noted is None:
         state = "is damaged" if receipt.exists() else "is missing"
         return (
             f"{receipt} {state}; {path.name} beside it is right (sha256 {verdict.sha256}). "
             f"Delete the receipt if it is there, and run: {command}"
         )
+    if noted.sha256 == verdict.sha256:
+        return "" if is_verified(folder, file) else _outdated(receipt, path, verdict.sha256, command)
     return (
-        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted}: one of the two was "
+        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted.sha256}: one of the two was "
         f"altered. {again}"
     )

@@ -40,7 +40,7 @@ class DatasetFolder:
         return self.path / ".lock"
 
     def receipt(self, file: str) -> Path:
-        """The checksum line written once ``raw/<file>`` was verified, in the format of ``sha256sum``."""
+        """Written once ``raw/<file>`` was verified, in the format of ``sha256sum``; see ``mamldata.raw.Receipt``."""
         return self.raw / f"{file}.sha256"
 
     def bank(self, size: int) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from mamldata.containers import list_members
 from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError
-from mamldata.files import write_atomic
+from mamldata.files import locked, make_folder, write_atomic
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
 
@@ -17,7 +18,7 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
     """The content digest of a folder's images (see ``mamldata.digest.content_sha256``).
 
     Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and time of
-    change of every file: while those stay, so does the digest.
+    change of every file: while those stay, so does the digest. Where nothing can be noted, it is computed each time.
 
     Args:
         folder: the user's own, which is only read.
@@ -30,8 +31,23 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
     """
     names = [member.name for member in list_members(folder) if is_image(member.name)]
     listing = _listing(folder, names)
-    if note and (noted := _noted(note, listing)):
+    if note is None:
+        return _hash(folder, names, progress)
+    if noted := _noted(note, listing):
         return noted
+    make_folder(note.parent)
+    if not os.access(note.parent, os.W_OK):
+        return _hash(folder, names, progress)  # a bank that is there can still be read
+    # Of several processes that open the folder for the first time one hashes it, and the others wait for its note.
+    with locked(note.with_suffix(".lock")):
+        if not (content := _noted(note, listing)):
+            content = _hash(folder, names, progress)
+            # Of what was there before the hashing: what changes meanwhile is noticed the next time.
+            write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
+    return content
+
+
+def _hash(folder: Path, names: list[str], progress: Progress) -> str:
     digests = []
     try:
         with progress("hash", sum((folder / name).stat().st_size for name in names), "B") as advance:
@@ -39,11 +55,7 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
                 digests.append((name, sha256_file(folder / name, advance)))
     except OSError as error:
         raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Mend or remove it.") from error
-    content = digest_of_contents(digests)
-    if note:
-        # Of what was there before the hashing: what changes meanwhile is noticed the next time.
-        write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
-    return content
+    return digest_of_contents(digests)
 
 
 def _noted(note: Path, listing: str) -> str:

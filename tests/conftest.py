@@ -27,6 +27,7 @@ from PIL import Image
 
 from mamldata import glyphs
 from mamldata.bank import Bank, make_bank
+from mamldata.fetch import fetch
 from mamldata.manifest import Manifest, load_manifest
 from mamldata.root import DatasetFolder
 
@@ -215,10 +216,41 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+# Runs a program as root without root's right to pass over permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH), for
+# which another user would do as well, were Python not often installed where others may not read.
+OBEDIENT = """\
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+for capability in (1, 2):
+    if os.geteuid() == 0 and libc.prctl(24, capability, 0, 0, 0):
+        sys.exit(os.strerror(ctypes.get_errno()))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+@pytest.fixture
+def run_read_only() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """``run(folder, *arguments)`` runs Python while nothing in ``folder`` can be written; to root neither."""
+    folders: list[Path] = []
+
+    def run(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        folders.append(folder)
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        modules = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        command = [sys.executable, "-c", OBEDIENT, *map(str, arguments)]
+        given = {**os.environ, "PYTHONPATH": modules, **environment}
+        return subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+
+    yield run
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def _omniglot_root(name: str, real_data: Path, root: Path) -> Path:
     manifest = load_manifest(name)
-    for file in manifest.files:
-        add_raw(DatasetFolder(root, name), real_data / "omniglot" / file.name)
+    fetch(manifest, root, [str(real_data / "omniglot")], offline=True)
     make_bank(manifest, root, workers=2)
     return root
 

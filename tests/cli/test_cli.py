@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,37 @@ def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
     assert (entry["how"], entry["images"]) == ("had", 80)
 
 
+SEVERAL = """\
+import json, sys
+from click.testing import CliRunner
+from cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, arguments)
+    print(json.dumps([result.exit_code, result.output]))
+"""
+
+
+def test_a_root_of_others(glyphs_root: Path, tmp_path: Path, run_read_only: Callable[..., Any]):
+    """With files and bank complete every verb but fetch works where nothing can be written; another is refused."""
+    root = shutil.copytree(glyphs_root, tmp_path / "root")
+    (root / "glyphs" / ".lock").unlink()
+    few = ("--train", 2, "--val", 0, "--test", 0, "--workers", 1)
+    verbs = [
+        ("datasets",),
+        ("fetch", "glyphs"),
+        ("verify", "glyphs"),
+        ("build", "glyphs", "--out", tmp_path / "archive", *few),
+        ("preview", "glyphs", "--out", tmp_path / "episode.png"),
+        ("train", "glyphs", "--out", tmp_path / "run", "--steps", 1, "--meta-batch-size", 1, "--device", "cpu"),
+        ("build", "glyphs", "--out", tmp_path / "larger", *few, "--image-size", 29),
+    ]
+    given = json.dumps([list(map(str, verb)) for verb in verbs])
+    done = run_read_only(root, "-c", SEVERAL, given, MAMLDATA_ROOT=str(root))
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _ in told] == [0] * 6 + [1], (told, done.stderr)
+    assert "Cannot write" in told[-1][1]
+
+
 def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
     """A run leaves its files; its folder and its checkpoint evaluate alike; the result says what it is."""
     assert {"config.json", "metrics.jsonl", "curves.png"} < {path.name for path in trained.iterdir()}
@@ -606,6 +638,19 @@ class TestBadInput:
         result = run("build", "glyphs", "--out", tmp_path / "file" / "a", root=glyphs_root)
         refused(result, 1, str(tmp_path / "file"), "Make the folder writable, or choose another one")
         refused(run("fetch", "glyphs", root=tmp_path / "file" / "root"), 1, str(tmp_path / "file"))
+
+    def test_a_plan_without_passwords(self, tmp_path: Path):
+        """Where a file would be had from is shown without what opens the place."""
+        path = tmp_path / "my.toml"
+        whole = MANIFEST.replace("Bad Name", "letters").replace("ftp:", "https:")
+        path.write_text(whole.replace("bytes = 3", f'bytes = 3\nsha256 = "{"0" * 64}"'))
+        asked = ("fetch", path, "--dry-run", "--from", "https://me:secret@host/folder?key=secret")
+        for more in ((), ("--json",)):
+            result = run(*asked, *more, root=tmp_path / "root")
+            assert result.exit_code == 0, result.output
+            assert "https://host/folder/a.zip?" in result.stdout
+            assert "https://example.org/a.zip" in result.stdout
+            assert "secret" not in result.output
 
     @pytest.mark.usefixtures("permissions_count")
     def test_a_read_only_folder(self, glyphs_root: Path, tmp_path: Path):

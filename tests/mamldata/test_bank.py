@@ -8,22 +8,27 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from mamldata import bank
 from mamldata.bank import Bank, check_bank, decode_image, make_bank, open_bank
 from mamldata.errors import DamagedError, DataMissingError, RequestError, WriteError
+from mamldata.fetch import fetch
 from mamldata.files import temporary, write_atomic
 from mamldata.manifest import Manifest, load_manifest
 from mamldata.root import DatasetFolder
@@ -46,6 +51,12 @@ def files(folder: DatasetFolder) -> set[str]:
 
 def with_image(manifest: Manifest, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, **changes))
+
+
+def described_anew(manifest: Manifest, archive: Path) -> Manifest:
+    """The manifest of a new version of its only file."""
+    file = dataclasses.replace(manifest.files[0], bytes=archive.stat().st_size, sha256=sha256(archive))
+    return dataclasses.replace(manifest, files=(file,))
 
 
 def by_pillow(pixels: np.ndarray, size: int, channels: int, invert: bool) -> np.ndarray:
@@ -294,17 +305,150 @@ def test_made_anew_when_the_recipe_changes(make_dataset: Make) -> None:
 
 
 def test_made_anew_when_a_source_changes(make_dataset: Make) -> None:
-    """Another raw file, known by its receipt, is another bank."""
+    """Another raw file, that the manifest wants and fetch has verified, is another bank; until then there is none."""
     tiny = make_dataset()
     before = make_bank(tiny.manifest, tiny.root)
     with zipfile.ZipFile(tiny.archive, "a") as container:
         container.writestr("tiny/Zelkova/one/1.png", container.read(container.namelist()[0]))
-    shutil.copy(tiny.archive, tiny.folder.raw)
-    assert make_bank(tiny.manifest, tiny.root) == before, "the receipt says that nothing changed"
-    tiny.folder.receipt(tiny.archive.name).write_text(f"{sha256(tiny.archive)}  {tiny.archive.name}\n")
-    after = make_bank(tiny.manifest, tiny.root)
+    manifest = described_anew(tiny.manifest, tiny.archive)
+    pattern = r"tiny\.zip \(there, but not verified as the manifest describes it\)\. Run: mamldata fetch .*/tiny\.toml "
+    with pytest.raises(DataMissingError, match=pattern):
+        make_bank(manifest, tiny.root)
+    (tiny.folder.raw / tiny.archive.name).unlink()
+    fetch(manifest, tiny.root, [str(tiny.archive.parent)], offline=True)
+    after = make_bank(manifest, tiny.root)
     assert after.class_names == (*before.class_names, "Zelkova/one")
     assert after.shape[0] == 44
+
+
+@pytest.mark.parametrize("receipt", ["", "anything", "{other}  tiny.zip\n", "{right}  other.zip\n"])
+def test_a_file_that_nobody_verified(receipt: str, make_dataset: Make) -> None:
+    """A receipt put there by hand does not stand for the manifest's digest, nor does one for a file cut short."""
+    tiny = make_dataset()
+    path = tiny.folder.receipt(tiny.archive.name)
+    whole = path.read_text()
+    path.write_text(receipt.format(other="0" * 64, right=sha256(tiny.archive)))
+    with pytest.raises(DataMissingError, match="not verified as the manifest describes it"):
+        make_bank(tiny.manifest, tiny.root)
+    path.write_text(whole)
+    os.truncate(tiny.folder.raw / tiny.archive.name, 1000)
+    with pytest.raises(DataMissingError, match="not verified as the manifest describes it"):
+        make_bank(tiny.manifest, tiny.root)
+
+
+def test_a_finished_bank_waits_for_nobody(make_dataset: Make) -> None:
+    """Another process is at work on the dataset: what is finished is opened meanwhile."""
+    tiny = make_dataset()
+    made = make_bank(tiny.manifest, tiny.root)
+    with ThreadPoolExecutor() as pool, FileLock(tiny.folder.lock):
+        assert pool.submit(make_bank, tiny.manifest, tiny.root).result(timeout=20) == made
+
+
+OPEN = """\
+import sys
+from pathlib import Path
+from mamldata.bank import make_bank
+from mamldata.manifest import load_manifest
+manifest = load_manifest(sys.argv[1])
+print("ready", flush=True)
+for root in sys.stdin:
+    print(make_bank(manifest, Path(root.strip())).sha256, flush=True)
+"""
+
+
+def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
+    """As the processes of one job do: all get the bank, whoever is the first to hash the folder and to make it."""
+    for position in range(9):
+        image = tmp_path / "pictures" / f"class{position // 3}" / f"{position}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (position, 0, 0)).save(image)
+    manifest = load_manifest(str(tmp_path / "pictures"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "pictures")]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                    env=environment,
+                )
+            )
+            for _ in range(4)
+        ]  # fmt: skip
+        for root in [None, *(tmp_path / str(number) for number in range(20))]:
+            for process in processes if root else ():
+                print(root, file=process.stdin, flush=True)
+            told = {process.stdout.readline() for process in processes if process.stdout}
+            assert told == ({f"{make_bank(manifest, root).sha256}\n"} if root else {"ready\n"})
+        assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 4
+
+
+READ = """\
+import sys
+from pathlib import Path
+from mamldata.bank import make_bank
+from mamldata.errors import WriteError
+from mamldata.manifest import load_manifest
+for target in sys.argv[2:]:
+    manifest = load_manifest(target)
+    bank = make_bank(manifest, Path(sys.argv[1]))
+    print(bank.sha256, int(bank.open_images().sum()))
+try:
+    make_bank(manifest, Path(sys.argv[1]), 5)
+except WriteError as error:
+    print(error)
+"""
+
+
+def test_a_root_of_others(make_dataset: Make, tmp_path: Path, run_read_only: Callable[..., Any]) -> None:
+    """A bank that is complete is opened where nothing can be written; one that must be made is refused."""
+    tiny = make_dataset()
+    pictures = tmp_path / "pictures"
+    for position in range(3):
+        (pictures / f"class{position}").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (position, 0, 0)).save(pictures / f"class{position}" / "0.png")
+    targets = [str(tiny.manifest_path), str(pictures)]
+    banks = [make_bank(load_manifest(target), tiny.root) for target in targets]
+    for lock in tiny.root.rglob("*.lock"):
+        lock.unlink()
+    wanted = [f"{made.sha256} {made.open_images().sum()}" for made in banks]
+    for _ in range(2):
+        done = run_read_only(tiny.root, "-c", READ, tiny.root, *targets)
+        assert done.stderr == ""
+        *found, refusal = done.stdout.splitlines()
+        assert found == wanted
+        assert re.search(r"Cannot write .*/pictures-.*\.lock \(Permission denied\)\. Make the folder writable", refusal)
+        # The second time the note of what the folder holds is out of date, and no newer one can be written.
+        os.utime(pictures / "class0" / "0.png", ns=(1, 1))
+    assert not list(tiny.root.rglob("*.lock"))
+
+
+PRIVATE = """\
+import sys
+from pathlib import Path
+from mamldata.bank import check_bank, make_bank
+from mamldata.errors import DataMissingError
+from mamldata.manifest import load_manifest
+for name in ("tiny-8.json", "tiny-8.npy"):
+    path = Path(sys.argv[1]) / "tiny" / name
+    path.chmod(0)
+    try:
+        make_bank(load_manifest(sys.argv[2]), Path(sys.argv[1]))
+    except DataMissingError as error:
+        print(error)
+    print(*check_bank(path.with_suffix(".json")))
+    path.chmod(0o444)
+"""
+
+
+def test_a_private_bank_of_others(make_dataset: Make, run_read_only: Callable[..., Any]) -> None:
+    """A bank that may not be read is named, and what to do; it is not tried to make another one."""
+    tiny = make_dataset()
+    make_bank(tiny.manifest, tiny.root)
+    done = run_read_only(tiny.root, "-c", PRIVATE, tiny.root, tiny.manifest_path)
+    assert done.stderr == ""
+    for name in ("tiny-8.json", "tiny-8.npy"):
+        assert done.stdout.count(f"{tiny.folder.path / name} is there, and may not be read. Ask its owner") == 2
 
 
 def test_a_known_digest_changes_no_bank(make_dataset: Make) -> None:
@@ -328,6 +472,8 @@ def test_another_digest_than_the_known_one_is_refused(make_dataset: Make) -> Non
             make_bank(wrong, tiny.root)
         assert not any(name.endswith((".npy", ".part", ".json")) for name in files(tiny.folder))
     assert make_bank(with_image(tiny.manifest, bank_sha256={9: "0" * 64}), tiny.root)
+    with pytest.raises(DamagedError, match=pattern):
+        make_bank(wrong, tiny.root)
 
 
 # --- made whole
@@ -493,8 +639,8 @@ def test_an_old_description_never_vouches_for_a_new_array(make_dataset: Make, mo
 # --- what stands in the way
 
 
-def replace_member(tiny: Any, member: str, data: bytes) -> None:
-    """Another image in the raw zip, which is whole as a zip."""
+def replace_member(tiny: Any, member: str, data: bytes) -> Manifest:
+    """Another image in the raw zip, which is whole as a zip; gives the manifest that wants it."""
     path = tiny.folder.raw / tiny.archive.name
     with zipfile.ZipFile(path) as container:
         members = {name: container.read(name) for name in container.namelist()}
@@ -502,6 +648,9 @@ def replace_member(tiny: Any, member: str, data: bytes) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as container:
         for name, content in members.items():
             container.writestr(name, content)
+    manifest = described_anew(tiny.manifest, path)
+    fetch(manifest, tiny.root, offline=True)
+    return manifest
 
 
 def png(image: Image.Image) -> bytes:
@@ -513,9 +662,9 @@ def test_a_damaged_image(workers: int, make_dataset: Make, monkeypatch: pytest.M
     """The error names the file and the member, from another process too; no bank appears."""
     monkeypatch.setattr(bank, "_TASK_IMAGES", 20)
     tiny = make_dataset()
-    replace_member(tiny, "tiny/Birch/two/003.png", png(Image.new("L", (64, 64), 7))[:60])
+    manifest = replace_member(tiny, "tiny/Birch/two/003.png", png(Image.new("L", (64, 64), 7))[:60])
     with pytest.raises(DamagedError, match=r"raw/tiny\.zip, tiny/Birch/two/003\.png: image file is trunc"):
-        make_bank(tiny.manifest, tiny.root, workers=workers)
+        make_bank(manifest, tiny.root, workers=workers)
     assert not tiny.folder.bank_json(8).exists()
 
 
@@ -562,13 +711,13 @@ def test_too_many_pixels() -> None:
 def test_missing_raw_files_name_the_command(make_dataset: Make) -> None:
     """Nothing is downloaded silently: the error is the command to run. A file without its receipt counts as missing."""
     tiny = make_dataset(fetched=False)
-    pattern = r"The raw files of tiny are not in .*raw: tiny\.zip\. Run: mamldata fetch .*/tiny\.toml --root .*/root$"
-    with pytest.raises(DataMissingError, match=pattern):
+    pattern = r"The raw files of tiny are not in .*raw: tiny\.zip{}\. Run: mamldata fetch .*/tiny\.toml --root .*/root$"
+    with pytest.raises(DataMissingError, match=pattern.format("")):
         make_bank(tiny.manifest, tiny.root)
     assert not tiny.root.exists(), "asking leaves no trace"
     tiny.folder.raw.mkdir(parents=True)
     shutil.copy(tiny.archive, tiny.folder.raw)
-    with pytest.raises(DataMissingError, match=pattern):
+    with pytest.raises(DataMissingError, match=pattern.format(r" \(there, but not verified .*\)")):
         make_bank(tiny.manifest, tiny.root)
 
 

@@ -354,6 +354,31 @@ def test_the_first_good_images_are_pinned(world: World, tmp_path: Path):
     assert world.fetch(root, place).content_sha256 == first.content_sha256
 
 
+def test_any_flipped_byte_beside_the_images_is_found(world: World, tmp_path: Path):
+    """Of the pin and of the receipt: verify names the file, and what it says to do mends it."""
+    root = tmp_path / "root"
+    world.fetch(root, names_in_folder(world))
+    raw = root / "mini" / "raw"
+    for name in ("images.json", "images.tar.sha256"):
+        whole = (raw / name).read_bytes()
+        for position in range(0, len(whole), 7):
+            for bit in (1, 6):
+                flipped = bytes([whole[position] ^ bit])
+                (raw / name).write_bytes(whole[:position] + flipped + whole[position + 1 :])
+                assert [name in problem for problem in verify_dataset(world.manifest, root)] == [True], position
+        (raw / name).unlink()
+        (problem,) = verify_dataset(world.manifest, root)
+        assert f"{name} is missing" in problem
+        assert world.fetch(root).how == "checked"
+        assert (raw / name).read_bytes() == whole
+        assert verify_dataset(world.manifest, root) == []
+    with tarfile.open(raw / "images.tar") as tar:
+        last = tar.getmembers()[-1]
+    (raw / "images.tar").chmod(0o644)
+    os.truncate(raw / "images.tar", last.offset)
+    assert plan(world.manifest, root)[-1].kind == "check", "a tar that lost its end"
+
+
 def test_a_known_content_digest(world: World, tmp_path: Path):
     """A manifest can name it: then only those images will do."""
     place = names_in_folder(world)
@@ -368,6 +393,9 @@ def test_a_known_content_digest(world: World, tmp_path: Path):
         else:
             with pytest.raises(FetchError, match=r"these are other images: .* the manifest says"):
                 world.fetch(tmp_path / "three", place, manifest=manifest)
+            assert plan(manifest, tmp_path / "two")[-1].kind == "check", "those of another version are there"
+            (problem,) = verify_dataset(manifest, tmp_path / "two")
+            assert "images.tar.sha256 was altered, or is of another manifest" in problem
 
 
 def test_a_tar_put_there_by_hand(world: World, tmp_path: Path):

@@ -50,10 +50,11 @@ class Made:
             (self.raw / f"{split}.csv").write_text("".join(f"{line}\n" for line in lines))
         holder = self.raw / f"images.{self.kind}"
         write(holder, self.kind, {f"images/{name}": data for name, data in self.images.items()})
-        names = [*(f"{split}.csv" for split in self.tables), holder.name]
-        for name in names:
+        files = []
+        for name in [*(f"{split}.csv" for split in self.tables), holder.name]:
             digest = banks.sha256_file(self.raw / name)
             (self.raw / f"{name}.sha256").write_text(f"{digest}  {name}\n")
+            files.append(SourceFile(name, (self.raw / name).stat().st_size, digest))
         return Manifest(
             reference="beasts.toml",
             name="beasts",
@@ -62,7 +63,7 @@ class Made:
             licence="none",
             homepage="none",
             citation="none",
-            files=tuple(SourceFile(name, 1, "0" * 64) for name in names),
+            files=tuple(files),
             reader=self.reader,
             image=ImageRecipe(8, 3, "lanczos", invert=False, bank_sha256={}),
             rotations="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import os
 import resource
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from mamldata.errors import FetchError, RequestError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
 from mamldata.manifest import Manifest, SourceFile, load_manifest
-from mamldata.raw import check_raw, write_receipt
+from mamldata.raw import Receipt, check_raw, write_receipt
 from mamldata.root import DatasetFolder
 
 DATA = hashlib.shake_256(b"the file").digest(300_000)
@@ -162,12 +163,12 @@ def get(root: Path, *files: SourceFile, **more: object) -> list[Fetched]:
     return fetch(manifest_of(*files), root, network=QUICK, **more)  # type: ignore[arg-type]
 
 
-def arrived(root: Path, data: bytes = DATA, name: str = "file.bin") -> bool:
+def arrived(root: Path, data: bytes = DATA, name: str = "file.bin", match: str = "") -> bool:
     """Whether the file is whole under its final name, with its receipt, read-only, and nothing else is there."""
     folder = DatasetFolder(root, "thing")
     path = folder.raw / name
     assert path.read_bytes() == data
-    assert folder.receipt(name).read_text() == f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+    assert folder.receipt(name).read_text() == f"{hashlib.sha256(data).hexdigest()}  {name}\n{match}"
     assert path.stat().st_mode & 0o777 == 0o444
     assert sorted(entry.name for entry in folder.raw.iterdir()) == [name, f"{name}.sha256"]
     return True
@@ -463,7 +464,7 @@ class TestPlaces:
         for name in ("have", "check"):
             (folder.raw / name).write_bytes(DATA)
         (folder.raw / "resume.part").write_bytes(b"12345")
-        write_receipt(folder, "have", files[0].sha256)
+        write_receipt(folder, "have", Receipt(files[0].sha256))
         actions = plan(thing, tmp_path)
         assert [action.kind for action in actions] == ["have", "check", "resume", "download", "generate"]
         assert [action.have_bytes for action in actions] == [0, 0, 5, 0, 0]
@@ -525,8 +526,19 @@ class TestContainers:
         entry, root = self.entry(tmp_path), tmp_path / "root"
         (result,) = get(root, entry, sources=self.offered(tmp_path, data), offline=True)
         assert result.checked_by == "content_sha256"
-        assert arrived(root, data, "file.zip")
+        assert arrived(root, data, "file.zip", f"# content_sha256 {entry.content_sha256}, {len(data)} bytes\n")
         assert check_raw(manifest_of(entry), root) == []
+        assert get(root, entry) == [replace(result, how="had", source="", seconds=0.0)]
+
+    def test_a_manifest_that_wants_other_members(self, tmp_path: Path):
+        """The dataset's next version: what was right for the last one is looked at again, and refused."""
+        data = zipped(dict(reversed(self.MEMBERS.items())), zipfile.ZIP_DEFLATED)
+        entry, root = self.entry(tmp_path), tmp_path / "root"
+        get(root, entry, sources=self.offered(tmp_path, data), offline=True)
+        newer = self.entry(tmp_path, self.MEMBERS | {"a/3.png": b"three"})
+        assert [plan(manifest_of(file), root)[0].kind for file in (entry, newer)] == ["have", "check"]
+        with pytest.raises(FetchError, match=r"file\.zip is not the right file: .*content digest"):
+            get(root, newer, offline=True)
 
     def test_a_tar_with_the_same_members(self, tmp_path: Path):
         """A tar will do as well."""
@@ -645,6 +657,17 @@ class TestProcesses:
         DatasetFolder(tmp_path / "root", "thing").receipt("file.bin").unlink()
         assert get(tmp_path / "root", source())[0].how == "checked"
         assert arrived(tmp_path / "root")
+
+    def test_a_file_that_lost_its_end(self, server: FaultServer, tmp_path: Path):
+        """A file cut short behind fetch's back is looked at again, and named."""
+        file = source(server.serve("/f", Reply()))
+        get(tmp_path, file)
+        path = DatasetFolder(tmp_path, "thing").raw / "file.bin"
+        path.chmod(0o644)
+        os.truncate(path, len(DATA) - 1)
+        assert plan(manifest_of(file), tmp_path)[0].kind == "check"
+        with pytest.raises(FetchError, match=r"file\.bin is not the right file: sha256 .*\(299,999 bytes\), expected"):
+            get(tmp_path, file)
 
     def test_two_processes_at_once(self, server: FaultServer, tmp_path: Path):
         """Two processes fetch the file once; the second one waits, and says so."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make_bank
@@ -17,6 +20,7 @@ from mamldata.build import BuildRequest, build
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
 from mamldata.folder import dataset_name, folder_manifest, seeded_counts
 from mamldata.manifest import load_manifest
+from mamldata.progress import silent
 from mamldata.sources import live
 from mamldata.splits import divide
 from mamldata.verify import verify_dataset
@@ -110,6 +114,27 @@ def test_the_bank_follows_the_folder(tmp_path: Path):
     assert make_bank(load_manifest(str(folder)), root, 8).sha256 != first.sha256
     (folder / "kind c" / "0.jpg").write_bytes(stored)
     assert make_bank(load_manifest(str(folder)), root, 8).sha256 == first.sha256
+
+
+def test_a_folder_is_hashed_by_one_process(tmp_path: Path):
+    """Whoever comes while another hashes it waits, and takes over what that one noted."""
+    folder, root = photos(tmp_path / "p"), tmp_path / "root"
+    manifest = load_manifest(str(folder))
+    note = make_bank(manifest, root, 8).path.parent / "folder.json"
+    aside = note.rename(tmp_path / "aside")
+    labels: list[str] = []
+
+    def progress(label: str, total: int | None, unit: str) -> AbstractContextManager[Callable[[int], object]]:
+        labels.append(label)
+        return silent(label, total, unit)
+
+    with ThreadPoolExecutor() as pool, FileLock(note.with_suffix(".lock")):
+        later = pool.submit(make_bank, manifest, root, 8, progress=progress)
+        with pytest.raises(TimeoutError):
+            later.result(timeout=0.5)
+        aside.rename(note)
+    assert later.result().shape[0] > 0
+    assert labels == []
 
 
 def test_two_folders_of_one_name_do_not_meet(tmp_path: Path):

@@ -18,11 +18,11 @@ from filelock import FileLock
 
 from mamldata.digest import content_sha256
 from mamldata.download import Network, Part
-from mamldata.errors import FetchError, WriteError
+from mamldata.errors import FetchError, RequestError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
 from mamldata.manifest import Manifest, SourceFile, load_manifest
-from mamldata.raw import check_raw, write_receipt
+from mamldata.raw import Receipt, check_raw, write_receipt
 from mamldata.root import DatasetFolder
 
 Wire = Any  # the class in conftest.py
@@ -102,22 +102,48 @@ class TestRounds:
         assert names(tmp_path) == []
 
     def test_every_failure_is_told_and_listed(self, wire: Wire, answer: Answer, tmp_path: Path):
-        """While it goes on, each failed try; at the end, each source's last one, without passwords."""
+        """While it goes on, each failed try; at the end, each source's last one, without passwords and keys."""
         wire.answers = [answer(b"", "404 Not Found"), answer(b"", "403 Forbidden")]
         told: list[str] = []
-        secret = wire.url.replace("//", "//me:secret@")
+        secret = wire.url.replace("//", "//me:secret@") + "?key=secret"
         with pytest.raises(FetchError) as raised:
             get(tmp_path, entry(NOWHERE, secret), notify=told.append)
         assert str(raised.value) == (
             "file.bin could not be had. Tried:\n"
             f"  {NOWHERE}: the connection failed ([Errno 111] Connection refused)\n"
-            f"  {wire.url}: HTTP 403 Forbidden\n"
-            f"Or get it by hand from {wire.url}, put it into a folder, and run: "
+            f"  {wire.url}?…: HTTP 403 Forbidden\n"
+            f"Or get it by hand from {wire.url}?…, put it into a folder, and run: "
             f"mamldata fetch thing --root {tmp_path} --from FOLDER"
         )
-        assert f"file.bin: {wire.url}: HTTP 404 Not Found" in told
+        assert f"file.bin: {wire.url}?…: HTTP 404 Not Found" in told
         assert "file.bin: trying again in 0 s" in told
         assert "secret" not in "".join(told)
+
+    def test_what_a_library_says_has_no_password(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Some repeat in their own errors the address that they were given, as fsspec does with one over HTTP."""
+
+        def refuse(source: str) -> None:
+            raise FileNotFoundError(source)
+
+        monkeypatch.setattr("mamldata.mirrors.open_source", refuse)
+        told: list[str] = []
+        places = ["http://me:secret@127.0.0.1:port", "simplecache::http://me:secret@host/a"]
+        with pytest.raises(FetchError) as raised:
+            get(tmp_path, entry(), sources=places, notify=told.append)
+        assert "  http://127.0.0.1:port/file.bin: the connection failed (Failed to parse: " in str(raised.value)
+        seen = "simplecache::http://host/a/file.bin"
+        assert f"  {seen}: it cannot be read ({seen})" in str(raised.value)
+        assert "secret" not in f"{raised.value} {told}"
+
+    @pytest.mark.parametrize("place", ["http://me:secret@", "nosuch://me:secret@host/a", "http://me:secret@/a?secret"])
+    def test_a_place_that_is_refused_keeps_its_password(self, place: str, tmp_path: Path):
+        """Nor is it in the message that says what is wrong with a place, or where a file is not."""
+        with pytest.raises(RequestError, match=r"--from (http|nosuch)://") as raised:
+            get(tmp_path, entry(), sources=[place])
+        assert "secret" not in str(raised.value)
+        with pytest.raises(FetchError, match=r"to be had from http://host/a\?…") as missing:
+            get(tmp_path, entry("http://me:secret@host/a?secret"), offline=True)
+        assert "secret" not in str(missing.value)
 
     def test_one_bad_file_does_not_keep_the_others_away(self, wire: Wire, answer: Answer, tmp_path: Path):
         """All files are tried, and all that failed are named at once."""
@@ -265,7 +291,7 @@ class TestHad:
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / "file.bin").write_bytes(b"old")
-        write_receipt(folder, "file.bin", hashlib.sha256(b"old").hexdigest())
+        write_receipt(folder, "file.bin", Receipt(hashlib.sha256(b"old").hexdigest()))
         assert plan(manifest_of(entry()), tmp_path)[0].kind == "check"
         with pytest.raises(FetchError, match=f"expected {entry().sha256} .* Delete it or move it elsewhere, and run"):
             get(tmp_path, entry())
@@ -276,7 +302,7 @@ class TestHad:
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / "file.bin").write_bytes(DATA[:-1])
-        write_receipt(folder, "file.bin", entry().sha256)
+        write_receipt(folder, "file.bin", Receipt(entry().sha256))
         assert plan(manifest_of(entry()), tmp_path)[0].kind == "check"
 
     def test_a_link_is_left_as_it_is(self, tmp_path: Path):
@@ -330,7 +356,7 @@ def test_who_waits_for_the_lock_says_so_and_takes_what_the_other_got(tmp_path: P
         thread.start()
         assert waiting.wait(10)
         (folder.raw / "file.bin").write_bytes(DATA)
-        write_receipt(folder, "file.bin", entry().sha256)
+        write_receipt(folder, "file.bin", Receipt(entry().sha256))
     thread.join()
     assert told == [f"Another process is at work on {folder.path}; waiting until it is done."]
     assert [result.how for result in results] == ["had"]

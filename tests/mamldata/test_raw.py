@@ -15,7 +15,17 @@ import pytest
 
 from mamldata.digest import content_sha256
 from mamldata.manifest import Manifest, SourceFile, load_manifest
-from mamldata.raw import check_raw, judge, most_bytes, read_receipt, write_receipt
+from mamldata.raw import (
+    Match,
+    Receipt,
+    check_raw,
+    is_verified,
+    judge,
+    most_bytes,
+    read_receipt,
+    receipt_of,
+    write_receipt,
+)
 from mamldata.root import DatasetFolder
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": b"two" * 50}
@@ -138,23 +148,26 @@ class TestJudge:
 class TestReceipts:
     """What is noted of a verified file."""
 
-    def test_sha256sum_reads_them(self, entry: SourceFile, tmp_path: Path):
-        """They are what sha256sum writes."""
+    @pytest.mark.parametrize("match", [None, Match("content_sha256", "1" * 64, 5)])
+    def test_sha256sum_reads_them(self, match: Match | None, entry: SourceFile, tmp_path: Path):
+        """They are what sha256sum writes; what else was right is a comment to it."""
         folder = DatasetFolder(tmp_path, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / entry.name).write_bytes(tar_of(MEMBERS))
-        write_receipt(folder, entry.name, entry.sha256)
+        write_receipt(folder, entry.name, Receipt(entry.sha256, match))
         told = subprocess.run(
             ["sha256sum", "--check", "--strict", f"{entry.name}.sha256"],
             cwd=folder.raw, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert (told.returncode, told.stdout) == (0, f"{entry.name}: OK\n")
-        assert read_receipt(folder, entry.name) == entry.sha256
+        assert read_receipt(folder, entry.name) == Receipt(entry.sha256, match)
 
     @pytest.mark.parametrize(
         "text",
         [b"", b"0", b"0" * 64, b"0" * 64 + b"  file.tar", b"0" * 64 + b" file.tar\n", b"0" * 64 + b"  file.zip\n",
-         b"0" * 63 + b"G  file.tar\n", b"0" * 63 + b"\xff  file.tar\n", b"0" * 64 + b"  file.tar\n\n"],
+         b"0" * 63 + b"G  file.tar\n", b"0" * 63 + b"\xff  file.tar\n", b"0" * 64 + b"  file.tar\n\n",
+         b"0" * 64 + b"  file.tar\n# md5 00, 5 bytes", b"0" * 64 + b"  file.tar\n# md5 00, 05 bytes\n",
+         b"0" * 64 + b"  file.tar\n# sha1 00, 5 bytes\n", b"0" * 64 + b"  file.tar\n# md5 00, 5 bytes\n\n"],
     )  # fmt: skip
     def test_others_are_none(self, text: bytes, tmp_path: Path):
         """What nobody wrote so, to the byte, is not believed."""
@@ -164,6 +177,69 @@ class TestReceipts:
         assert read_receipt(folder, "file.tar") is None
 
 
+class TestIsVerified:
+    """Which files need not be looked at again; ``content``, ``md5``, and a length that is not published."""
+
+    def sealed(self, root: Path, entry: SourceFile, data: bytes) -> DatasetFolder:
+        """A file as fetch leaves it."""
+        folder = DatasetFolder(root, "thing")
+        folder.raw.mkdir(parents=True)
+        path = folder.raw / entry.name
+        path.write_bytes(data)
+        write_receipt(folder, entry.name, receipt_of(judge(path, entry), entry, len(data)))
+        return folder
+
+    @pytest.fixture
+    def md5_entry(self, entry: SourceFile) -> SourceFile:
+        digest = hashlib.md5(tar_of(MEMBERS)).hexdigest()
+        return replace(entry, sha256=None, content_sha256=None, content_bytes=None, md5=digest)
+
+    def test_by_its_own_digest(self, entry: SourceFile, tmp_path: Path):
+        """Of the manifest's sha256 and length: the receipt is what sha256sum writes, no more."""
+        folder = self.sealed(tmp_path, entry, tar_of(MEMBERS))
+        assert folder.receipt(entry.name).read_text() == f"{entry.sha256}  {entry.name}\n"
+        assert is_verified(folder, entry)
+        assert not is_verified(folder, replace(entry, sha256="0" * 64))
+
+    def test_by_its_content(self, entry: SourceFile, tmp_path: Path):
+        """A repacked copy is right only while the manifest wants that content."""
+        folder = self.sealed(tmp_path, entry, tar_of(dict(reversed(MEMBERS.items()))))
+        assert is_verified(folder, entry)
+        assert is_verified(folder, replace(entry, sha256="0" * 64, bytes=1)), "no digest of the copy"
+        assert not is_verified(folder, replace(entry, content_sha256="0" * 64))
+        assert not is_verified(folder, replace(entry, content_sha256=None))
+
+    def test_by_its_md5(self, md5_entry: SourceFile, tmp_path: Path):
+        """The same for an MD5."""
+        folder = self.sealed(tmp_path, md5_entry, tar_of(MEMBERS))
+        assert is_verified(folder, md5_entry)
+        assert not is_verified(folder, replace(md5_entry, md5="0" * 32))
+
+    @pytest.mark.parametrize("kind", ["sha256", "content", "md5", "no length", "wrong length"])
+    def test_a_file_that_lost_its_end(self, kind: str, entry: SourceFile, md5_entry: SourceFile, tmp_path: Path):
+        """It is noticed by its length, whatever made it right, and also where the manifest gives none or another."""
+        entry = {"md5": md5_entry, "no length": replace(entry, bytes=0), "wrong length": replace(entry, bytes=7)}.get(
+            kind, entry
+        )
+        data = tar_of(dict(reversed(MEMBERS.items())) if kind == "content" else MEMBERS)
+        folder = self.sealed(tmp_path, entry, data)
+        assert is_verified(folder, entry)
+        (folder.raw / entry.name).write_bytes(data[:-1])
+        assert not is_verified(folder, entry)
+        (folder.raw / entry.name).unlink()
+        assert not is_verified(folder, entry)
+
+    def test_an_older_receipt(self, entry: SourceFile, tmp_path: Path):
+        """One that does not say why a repacked copy was right is read, and the file looked at again."""
+        data = tar_of(dict(reversed(MEMBERS.items())))
+        folder = self.sealed(tmp_path, entry, data)
+        write_receipt(folder, entry.name, Receipt(hashlib.sha256(data).hexdigest()))
+        assert not is_verified(folder, entry)
+        (problem,) = check_raw(manifest_of(entry), tmp_path)
+        assert "file.tar.sha256 was altered, or is of another manifest; file.tar beside it is right" in problem
+        assert "Run: mamldata fetch 'my thing.toml'" in problem
+
+
 class TestCheck:
     """What ``check_raw`` says; a line for each bad file, with what to do."""
 
@@ -171,7 +247,7 @@ class TestCheck:
         folder = DatasetFolder(root, "thing")
         folder.raw.mkdir(parents=True)
         (folder.raw / entry.name).write_bytes(data)
-        write_receipt(folder, entry.name, receipt)
+        write_receipt(folder, entry.name, Receipt(receipt))
 
     def test_a_receipt_of_another_file(self, entry: SourceFile, tmp_path: Path):
         """Genuine content with a receipt of another container: one of the two was altered, and both are shown."""

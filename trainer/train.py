@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
 from trainer import metrics
 from trainer.adapt import require_shots
@@ -165,6 +166,7 @@ class _Run:
                 rank=world.rank,
                 ranks=world.ranks,
             )
+            self._val_batches()  # refused now rather than at the first validation
             if world.first:
                 begin_run(self.run_dir, settings, self.about, checkpoint)
                 if settings.tensorboard:
@@ -257,15 +259,7 @@ class _Run:
         settings, learner, world = self.settings, self.learner, self.world
         world.require_same(learner.learned, f"The weights at step {self.step}")
         with world.together():
-            batches = self.data.eval(
-                "val",
-                settings.eval_episodes,
-                settings.meta_batch_size,
-                learner.device,
-                normalise=settings.normalise,
-                rank=world.rank,
-                ranks=world.ranks,
-            )
+            batches = self._val_batches()
         inner = settings.inner_loop_at_test()
         evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.beside, world)
         with world.together():
@@ -273,6 +267,18 @@ class _Run:
             self._note({"event": "val", "step": self.step, **evaluation.to_json()})
             self.report(f"step {self.step}  val {evaluation}")
             return self._save(stream, evaluation.accuracy)
+
+    def _val_batches(self) -> Iterable[EpisodeBatch]:
+        settings, world = self.settings, self.world
+        return self.data.eval(
+            "val",
+            settings.eval_episodes,
+            settings.meta_batch_size,
+            self.learner.device,
+            normalise=settings.normalise,
+            rank=world.rank,
+            ranks=world.ranks,
+        )
 
     def _note(self, row: dict[str, Any]) -> None:
         if self.world.first:

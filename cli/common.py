@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mamldata.archive import is_archive
 from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, builtin_names, did_you_mean
-from mamldata.places import is_remote
+from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
     """
     if options:
         names = ", ".join("--" + name.replace("_", "-") for name in options)
-        raise click.UsageError(f"{names}: the episodes of the archive {folder} are fixed. Leave the option out.")
+        raise click.UsageError(
+            f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave the option out."
+        )
 
 
 def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
@@ -159,7 +161,7 @@ def say(message: str) -> None:
 
 def next_command(command: str) -> None:
     """The closing line: what one would do next."""
-    say(f"Next: {command}")
+    say(f"Next: {' '.join(map(shown_place, command.split(' ')))}")
 
 
 def print_json(value: Any) -> None:

@@ -9,6 +9,7 @@ import click
 from cli.common import archive_folder, bars, json_option, next_command, print_json, root_option
 from mamldata.archive import read_archive
 from mamldata.manifest import load_manifest
+from mamldata.places import shown_place
 from mamldata.remote import read_remote_archive
 from mamldata.root import data_root
 from mamldata.verify import verify_archive, verify_dataset
@@ -31,13 +32,13 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
     else:
         problems = verify_archive(folder, bars, digest=digest)
     if as_json:
-        print_json({"target": target, "whole": not problems, "problems": problems})
+        print_json({"target": shown_place(target), "whole": not problems, "problems": problems})
     else:
         for problem in problems:
             click.echo(problem)
         if not problems:
             found = "" if folder is None else f", digest {_digest(folder)}"
-            click.echo(f"{target} is whole{found}")
+            click.echo(f"{shown_place(target)} is whole{found}")
             next_command(f"mamldata build {target} --out ARCHIVE" if folder is None else f"mamldata train {target}")
     if problems:
         raise click.exceptions.Exit(1)

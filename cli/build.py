@@ -24,10 +24,9 @@ from cli.common import (
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
-from mamldata.download import without_password
 from mamldata.manifest import load_manifest
 from mamldata.parallel import default_workers
-from mamldata.places import is_remote
+from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root
 
 
@@ -86,7 +85,7 @@ def command(
     manifest = load_manifest(name)
     processes = workers or default_workers()
     place = out if is_remote(out) else Path(out)
-    shown = without_password(out) if is_remote(out) else out
+    shown = shown_place(out)
     with _executor(dask) as executor:
         bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}

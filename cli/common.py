@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mamldata.archive import is_archive
 from mamldata.errors import RequestError
 from mamldata.manifest import ROTATIONS, builtin_names, did_you_mean
-from mamldata.places import is_remote
+from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
     """
     if options:
         names = ", ".join(_option(name) for name in options)
-        raise click.UsageError(f"{names}: the episodes of the archive {folder} are fixed. Leave the option out.")
+        raise click.UsageError(
+            f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave the option out."
+        )
 
 
 def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
@@ -169,7 +171,7 @@ def next_command(*commands: Sequence[object]) -> None:
     context = click.get_current_context()
     given_root = context.get_parameter_source("root") is click.core.ParameterSource.COMMANDLINE
     root = ["--root", context.params["root"]] if given_root else []
-    lines = [shlex.join(["mamldata", *(str(word) for word in words), *root]) for words in commands]
+    lines = [shlex.join(["mamldata", *(shown_place(str(word)) for word in words), *root]) for words in commands]
     say(f"Next: {' && '.join(lines)}")
 
 
@@ -189,7 +191,7 @@ def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxy
 
 def _name(target: Path | str) -> str:
     if is_remote(target):
-        return str(target).partition("?")[0].rstrip("/").rpartition("/")[2]
+        return shown_place(target).partition("?")[0].rstrip("/").rpartition("/")[2]
     return Path(target).absolute().name.removesuffix(".toml")
 
 

@@ -9,7 +9,7 @@ import click
 
 from cli.common import json_option, next_command, print_json, size_text
 from mamldata.archive import Archive, read_archive
-from mamldata.places import is_remote
+from mamldata.places import is_remote, shown_place
 from mamldata.remote import read_remote_archive
 
 
@@ -22,9 +22,9 @@ def command(archive: str, as_json: bool) -> None:
     """Show what is in an archive, and the digest to cite."""
     content = read_remote_archive(archive) if is_remote(archive) else read_archive(Path(archive))
     if as_json:
-        print_json(describe(content, archive))
+        print_json(describe(content, shown_place(archive)))
         return
-    print_archive(content, archive)
+    print_archive(content, shown_place(archive))
     next_command(["verify", archive])
 
 

@@ -18,6 +18,7 @@ from cli.common import (
 )
 from mamldata.archive import read_archive
 from mamldata.manifest import load_manifest
+from mamldata.places import shown_place
 from mamldata.remote import read_remote_archive
 from mamldata.root import data_root
 from mamldata.verify import verify_archive, verify_dataset
@@ -40,13 +41,13 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
     else:
         problems = verify_archive(folder, bars, digest=digest)
     if as_json:
-        print_json({"target": target, "whole": not problems, "problems": problems})
+        print_json({"target": shown_place(target), "whole": not problems, "problems": problems})
     else:
         for problem in problems:
             click.echo(problem)
         if not problems:
             found = "" if folder is None else f", digest {_digest(folder)}"
-            click.echo(f"{target} is whole{found}")
+            click.echo(f"{shown_place(target)} is whole{found}")
             next_command(build_command(target) if folder is None else train_command(target))
     if problems:
         raise click.exceptions.Exit(1)

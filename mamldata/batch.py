@@ -54,7 +54,7 @@ class BatchReader:
         dtype: of the images.
         device: where finished meta-batches are.
         rank, ranks: which part of each meta-batch is read, see ``mamldata.order.share``.
-        normalise: by the mean and deviation of the train split.
+        normalise: by this mean and deviation; None: images stay in [0, 1].
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BatchReader:
         rank: int = 0,
         ranks: int = 1,
         *,
-        normalise: bool = False,
+        normalise: Normalisation | None = None,
     ) -> None:
         self.source = source
         self.order = order
@@ -79,7 +79,7 @@ class BatchReader:
         self._labels = tuple(
             torch.arange(info.n_way).repeat_interleave(k).repeat(self.batch_size, 1).to(device) for k in counts
         )
-        self._affine = _affine(info.normalisation) if normalise else None
+        self._affine = _affine(normalise) if normalise else None
         self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 

@@ -52,6 +52,18 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
     return isinstance(place, str) and "://" in place
 
 
+def shown_place(place: str | os.PathLike[str]) -> str:
+    """A place as it may be shown and stored: an address without what gives the right to read it."""
+    from mamldata.download import without_password  # which takes its time to import
+
+    if not is_remote(place):
+        return str(place)
+    try:
+        return without_password(str(place))
+    except ValueError:
+        return f"{_scheme(str(place))}://…"  # of what cannot be taken apart nothing is known to be harmless
+
+
 def needs_network(source: str) -> bool:
     """Whether reading this source may touch a network."""
     return _scheme(source) not in ("", *_HERE)
@@ -113,12 +125,14 @@ def require_address(url: str) -> None:
     """
     scheme = _scheme(url)
     if scheme in _HTTP:
+        if not _host(url):
+            raise RequestError(f"{shown_place(url)}: an address with no host.")
         return
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or scheme.startswith("pipe") or "::" in url:
         raise RequestError(
-            f"{_shown(url)}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
+            f"{shown_place(url)}: not an address. Give https://…, or one that fsspec reads, such as s3://bucket/folder."
         )
-    require_protocol(scheme, url, "Give https://…, or one that fsspec reads.")
+    require_protocol(scheme, shown_place(url), "Give https://…, or one that fsspec reads.")
 
 
 def require_protocol(protocol: str, asked: str, instead: str) -> None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import requests
 
@@ -222,6 +222,14 @@ class RemoteSource(ArchiveSource):
     def fits(self) -> bool:
         """Whether all shards of the split can be here at once."""
         return self.cache.bytes is None or sum(shard.bytes for shard in self._split.shards) <= self.cache.bytes
+
+    def view(self, episodes: int | None = None) -> Self:
+        """See ``ArchiveSource.view``; they have the cache in common, and no shard that is here is fetched again."""
+        view = super().view(episodes)
+        view._open, view._ahead = {}, Ahead()  # which are for one thread at a time
+        if not self.cache.lasting:
+            weakref.finalize(view, view._ahead.join, 1)  # before the folder that its threads write to goes
+        return view
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
         """Fetch shards in the background, ``window`` at a time at the most.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -120,9 +122,10 @@ class ArchiveSource:
         self.verify = verify
         self._split = self.archive.split(split)
         self._info = archive_info(self.archive, split)
-        self._episodes = self._split.episodes if episodes is None else min(episodes, self._split.episodes)
+        self._episodes = _at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
+        self._whole: ArchiveSource | None = None  # what a view is of, whose temporary folder must stay
 
     @property
     def info(self) -> EpisodeInfo:
@@ -198,14 +201,32 @@ class ArchiveSource:
         return self._split.classes
 
     def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
-        layout = self.archive.layout
-        rows = np.empty((len(index), self._info.n_way), dtype=np.int64)
-        for row, episode in zip(rows, index.tolist(), strict=True):
-            number = self._shard_of(episode)
-            shard = np.frombuffer(self._map(number), dtype=np.uint8)
-            row[:] = layout.view(shard, layout.source)[episode - self._starts[number], :, 0]
-        return rows
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label.
+
+        Drawn again, which gives what is stored and reads no shard: whoever asks need not be the thread that reads.
+        """
+        return _draw(self._sampler, index)[..., 0].astype(np.int64)
+
+    def view(self, episodes: int | None = None) -> Self:
+        """The same split for another reader, such as a stream with a thread of its own.
+
+        What was done once is not done again: ``archive.json`` is not read, no shard checked that is open.
+
+        Args:
+            episodes: the limit; None: that of this one.
+
+        Raises:
+            RequestError: it is less than one.
+        """
+        view = copy.copy(self)
+        view._open = self._open  # which __getstate__ has left out
+        view._whole = self
+        view._episodes = _at_most(episodes, self._episodes)
+        return view
+
+    @cached_property
+    def _sampler(self) -> EpisodeSampler:
+        return EpisodeSampler(self.archive.spec(self._info.split), self.table)
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -266,7 +287,7 @@ class LiveSource:
 
     def read(self, index: Indices, support: Images, query: Images) -> None:
         """Draw episodes and copy their images out of the bank."""
-        source = self._draw(index)
+        source = _draw(self.sampler, index)
         info = self.info
         shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
         parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
@@ -278,14 +299,11 @@ class LiveSource:
 
     def classes(self, index: Indices) -> Indices:
         """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
-        return self._draw(index)[..., 0].astype(np.int64)
+        return _draw(self.sampler, index)[..., 0].astype(np.int64)
 
-    def _draw(self, index: Indices) -> npt.NDArray[np.int32]:
-        breaks = np.flatnonzero(np.diff(index) != 1) + 1
-        runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
-        return np.concatenate(
-            [self.sampler.sample(int(run[0]), len(run)) for run in runs] or [self.sampler.sample(0, 0)]
-        )
+    def view(self, episodes: int | None = None) -> Self:
+        """The same episodes, at most the first so many, see ``ArchiveSource.view``."""
+        return self if episodes is None else replace(self, episodes=_at_most(self.episodes, _some(episodes)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "images": self.images.shape}
@@ -295,6 +313,24 @@ class LiveSource:
         self.__dict__.update(state)
         start = self.bank_path.stat().st_size - int(np.prod(images))
         self.__dict__["images"] = np.asarray(np.memmap(self.bank_path, np.uint8, "r", start, images))
+
+
+def _draw(sampler: EpisodeSampler, index: Indices) -> npt.NDArray[np.int32]:
+    """Episodes by their indices, see ``EpisodeSampler.sample``."""
+    breaks = np.flatnonzero(np.diff(index) != 1) + 1
+    runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
+    return np.concatenate([sampler.sample(int(run[0]), len(run)) for run in runs] or [sampler.sample(0, 0)])
+
+
+def _at_most(limit: int | None, episodes: int) -> int:
+    """So many episodes, under a limit if there is one."""
+    return episodes if limit is None else min(_some(limit), episodes)
+
+
+def _some(episodes: int) -> int:
+    if episodes < 1:
+        raise RequestError(f"episodes must be at least 1, not {episodes}.")
+    return episodes
 
 
 def live(
@@ -334,8 +370,8 @@ def live(
         raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     if rotations not in {None, *ROTATIONS}:
         raise RequestError(f"rotations must be one of {', '.join(ROTATIONS)}, not {rotations!r}.")
-    if episodes is not None and episodes < 1:
-        raise RequestError(f"episodes must be at least 1, not {episodes}.")
+    if episodes is not None:
+        _some(episodes)
     manifest = load_manifest(dataset)
     scheme = manifest.scheme(split_scheme)
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)

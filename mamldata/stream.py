@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mamldata.batch import BatchReader, EpisodeBatch
 from mamldata.device import DeviceStream
 from mamldata.errors import RequestError
+from mamldata.normalisation import Normalisation
 from mamldata.order import Order
 from mamldata.remix import RemixedSource
 from mamldata.remote import RemoteSource
@@ -41,7 +42,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             not depend on how many there are.
         dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
         normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
-            channel; ``info.normalisation`` says what they are.
+            channel; ``info.normalisation`` says what they are. Or by another mean and deviation, such as those that
+            a network was trained with.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
         cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
         cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
@@ -64,7 +66,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         rank: int = 0,
         ranks: int = 1,
         dtype: torch.dtype = torch.float32,
-        normalise: bool = False,
+        normalise: bool | Normalisation = False,
         verify: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
@@ -93,7 +95,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.ranks = rank, ranks
         self.dtype = dtype
-        self.normalise = normalise
+        self.normalise = _normalisation(normalise, self.source.info)
         self.next_batch = 0
         self._resumed = False
         self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
@@ -221,6 +223,23 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         # It follows from the bank and the split scheme, which are compared.
         del info["normalisation"]
         return {**order, **info, "image_shape": list(info["image_shape"])}
+
+
+def _normalisation(asked: bool | Normalisation, info: EpisodeInfo) -> Normalisation | None:
+    """The mean and deviation to normalise by.
+
+    Raises:
+        RequestError: they are of images with another number of channels, or no channel can be divided by them.
+    """
+    if not isinstance(asked, Normalisation):
+        return info.normalisation if asked else None
+    channels = info.image_shape[2]
+    if {len(values) for values in asked} != {channels} or not all(value > 0 for value in asked.std):
+        raise RequestError(
+            f"normalise={asked}: it takes a mean and a deviation above 0 for each channel, of which these images "
+            f"have {channels}."
+        )
+    return asked
 
 
 def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:

@@ -23,7 +23,7 @@ from mamldata.bank import check_bank, read_description
 from mamldata.episodes import EpisodeSampler
 from mamldata.errors import DamagedError, DataMissingError, FetchError, RequestError
 from mamldata.manifest import Manifest
-from mamldata.places import is_remote, join
+from mamldata.places import is_remote, join, shown_place
 from mamldata.progress import Progress, silent
 from mamldata.raw import check_raw
 from mamldata.remote import ShardCache, read_remote_archive
@@ -113,9 +113,9 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
     largest = max(shard.bytes for split in archive.splits.values() for shard in split.shards)
     with TemporaryDirectory(prefix="mamldata-") as place:
         cache = ShardCache(Path(place), largest, lasting=False)
-        problems = _check_digest(url, archive, digest)
+        problems = _check_digest(shown_place(url), archive, digest)
         return problems + _check_shards(
-            join(url, INDEX), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)
+            shown_place(join(url, INDEX)), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)
         )
 
 

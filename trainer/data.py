@@ -12,25 +12,36 @@ from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.device import DeviceStream
-from mamldata.errors import RequestError
+from mamldata.errors import DamagedError, RequestError
+from mamldata.normalisation import Normalisation
 from mamldata.parallel import default_workers
-from mamldata.sources import Source, live, open_archive
+from mamldata.places import shown_place
+from mamldata.sources import ArchiveSource, LiveSource, Source, live, open_archive
 from mamldata.stream import EpisodeStream
+
+OpenSource = Callable[[str], ArchiveSource | LiveSource]
 
 
 class EpisodeData:
     """Episodes to train and to evaluate on, from sources of ``mamldata``.
 
+    A split is opened when it is first asked for, and then kept, so that what changes where it came from does not change
+    a run that is under way. Streams can be read at the same time; each keeps what it reads from.
+
     Args:
-        place: where they come from, for people.
-        open_source: gives the source of a split, limited to its first episodes if the number is not None.
+        place: where they come from, as it may be shown and stored.
+        open_source: gives the source of a split.
         remix: whether to train on remixed episodes.
+
+    Raises:
+        DamagedError: by any method that opens a split: the data have changed since another one was opened.
     """
 
-    def __init__(self, place: str, open_source: Callable[[str, int | None], Source], *, remix: bool = False) -> None:
+    def __init__(self, place: str, open_source: OpenSource, *, remix: bool = False) -> None:
         self.place = place
         self.remix = remix
         self._open = open_source
+        self._sources: dict[str, ArchiveSource | LiveSource] = {}
         self._trained_on: Source | None = None
 
     def train(
@@ -44,9 +55,8 @@ class EpisodeData:
         ranks: int = 1,
     ) -> DeviceStream:
         """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
-        source = self._open("train", None)
         stream = EpisodeStream(
-            source,
+            self._source("train").view(),
             batch_size=batch_size,
             seed=seed,
             remix=self.remix,
@@ -64,7 +74,7 @@ class EpisodeData:
         batch_size: int,
         device: torch.device,
         *,
-        normalise: bool = False,
+        normalise: bool | Normalisation = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> Iterable[EpisodeBatch]:
@@ -73,21 +83,17 @@ class EpisodeData:
         Raises:
             RequestError: there are not so many.
         """
-        source = self._open(split, episodes)
-        if source.episodes is None or source.episodes < episodes:
+        source = self._source(split)
+        if source.episodes is not None and source.episodes < episodes:
             raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} are asked for.")
         stream = EpisodeStream(
-            source, batch_size=batch_size, shuffle=False, normalise=normalise, rank=rank, ranks=ranks
+            source.view(episodes), batch_size=batch_size, shuffle=False, normalise=normalise, rank=rank, ranks=ranks
         )
         return stream.to(device)
 
     def describe(self) -> dict[str, Any]:
         """What the episodes are, whatever their split."""
-        info = asdict(self._open("train", None).info)
-        del info["split"], info["normalisation"]  # which follows from the rest
-        digest = info["archive_sha256"] or info["bank_sha256"]
-        shape = list(info["image_shape"])
-        return {**info, "image_shape": shape, "digest": digest, "remix": self.remix, "source": self.place}
+        return self._describe(next(iter(self._sources.values()), None) or self._source("train"))
 
     def available(self, split: str) -> int | None:
         """How many episodes a split has; None if it never ends.
@@ -95,16 +101,42 @@ class EpisodeData:
         Raises:
             RequestError: it has none.
         """
-        return self._open(split, None).episodes
+        return self._source(split).episodes
 
     def class_count(self) -> int:
         """How many classes the train split has, turned ones included."""
-        return len((self._trained_on or self._open("train", None)).table)
+        return len(self._source("train").table)
 
     def classes(self, index: Tensor) -> Tensor:
         """The classes of the episodes that ``train`` gives: int64 ``[B, n_way]``, by label."""
         assert self._trained_on is not None, "which episodes an index means is known once training has begun"
         return torch.from_numpy(self._trained_on.classes(index.cpu().numpy()))
+
+    def _source(self, split: str) -> ArchiveSource | LiveSource:
+        if split not in self._sources:
+            source = self._open(split)
+            if self._sources:
+                self._require_same(source)
+            self._sources[split] = source
+        return self._sources[split]
+
+    def _require_same(self, source: Source) -> None:
+        before, now = self.describe(), self._describe(source)
+        if different := [key for key in before if before[key] != now[key]]:
+            raise DamagedError(
+                f"{self.place} changed while it was in use: its {source.info.split} split has another "
+                f"{', '.join(different)} than the splits that were opened before. Run the same command again."
+            )
+
+    def _describe(self, source: Source) -> dict[str, Any]:
+        info = asdict(source.info)
+        del info["split"]
+        digest = info["archive_sha256"] or info["bank_sha256"]
+        plain = {
+            "image_shape": list(info["image_shape"]),
+            "normalisation": {key: list(value) for key, value in source.info.normalisation._asdict().items()},
+        }
+        return {**info, **plain, "digest": digest, "remix": self.remix, "source": self.place}
 
 
 def archive_data(
@@ -123,10 +155,10 @@ def archive_data(
         cache_dir: where the shards of an archive at an address are kept.
     """
 
-    def open_source(split: str, episodes: int | None) -> Source:
-        return open_archive(folder, split, verify=verify, episodes=episodes, cache_dir=cache_dir)
+    def open_source(split: str) -> ArchiveSource:
+        return open_archive(folder, split, verify=verify, cache_dir=cache_dir)
 
-    return EpisodeData(str(folder), open_source, remix=remix)
+    return EpisodeData(shown_place(folder), open_source, remix=remix)
 
 
 def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EpisodeData:
@@ -138,7 +170,7 @@ def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mappin
         options: more arguments of ``mamldata.live``.
     """
 
-    def open_source(split: str, episodes: int | None) -> Source:
-        return live(dataset, split, root=root, episodes=episodes, workers=default_workers(), **options)
+    def open_source(split: str) -> LiveSource:
+        return live(dataset, split, root=root, workers=default_workers(), **options)
 
     return EpisodeData(dataset, open_source)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.normalisation import Normalisation
 from trainer.adapt import (
     Episode,
     InnerLoop,
@@ -188,6 +189,9 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Evaluate a checkpoint, or the best one of a run folder.
 
+    Images are transformed as they were in training: with ``normalise`` by the mean and deviation of what the network
+    was trained on, whatever it is evaluated on.
+
     Args:
         place: file or folder.
         data: the episodes.
@@ -218,6 +222,7 @@ def evaluate_checkpoint(
             if here != there:
                 raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
         settings = saved_settings(checkpoint.settings, path)
+        normalise = settings.normalise and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
@@ -226,11 +231,27 @@ def evaluate_checkpoint(
         where = world.device(pick_device(device))
         # So that each process has an episode of every meta-batch, whose size makes no difference here.
         size = max(settings.meta_batch_size, world.ranks)
-        batches = data.eval(
-            split, episodes, size, where, normalise=settings.normalise, rank=world.rank, ranks=world.ranks
-        )
+        batches = data.eval(split, episodes, size, where, normalise=normalise, rank=world.rank, ranks=world.ranks)
         network, beside = checkpoint.restored(path)
         network, learned = network.to(where), {name: value.to(where) for name, value in beside.items()}
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
     return evaluate(network, batches, inner, about, split, learned, world)
+
+
+def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalisation:
+    """What to normalise by, so that images are what they were in training.
+
+    Raises:
+        RequestError: the checkpoint does not say, and these are other data.
+    """
+    if (known := checkpoint.data.get("normalisation")) is not None:
+        return Normalisation(tuple(known["mean"]), tuple(known["std"]))
+    # The first checkpoints do not say; the data that they were trained on do.
+    if any(checkpoint.data[key] != about[key] for key in ("digest", "split_scheme")):
+        raise RequestError(
+            f"{path} was trained on normalised images, and does not say by which mean and deviation. It can be "
+            f"evaluated on what it was trained on: {checkpoint.data['dataset']}, split scheme "
+            f"{checkpoint.data['split_scheme']}, digest {checkpoint.data['digest']}."
+        )
+    return True

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.normalisation import Normalisation
 
 
 class TrainStream(Protocol):
@@ -64,12 +65,13 @@ class TrainData(ClassData, Protocol):
         batch_size: int,
         device: torch.device,
         *,
-        normalise: bool,
+        normalise: bool | Normalisation,
         rank: int,
         ranks: int,
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice.
 
+        Images are in [0, 1], or normalised by the mean and deviation of the train split, or by those given.
         Of several processes each gets its part of every meta-batch, which can be empty at the end.
         """
         ...
@@ -78,8 +80,9 @@ class TrainData(ClassData, Protocol):
         """What the episodes are, fit for JSON.
 
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
-        ``digest`` and ``source``. A run goes on only with data whose description is the same, ``source`` (the place)
-        aside.
+        ``digest`` and ``source``; and what ``normalise=True`` means, ``normalisation``, with lists ``mean`` and ``std``
+        of a number for each channel. A run goes on only with data whose description is the same, ``source`` (the
+        place) and ``normalisation``, which follows from the rest, aside.
         """
         ...
 

@@ -25,6 +25,8 @@ CONFIG = "config.json"
 COMPARISON = "compare.json"
 
 _KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that tells
+# Of what data are: where they are, and what follows from the rest; the first runs did not note that.
+_INCIDENTAL = frozenset({"source", "normalisation"})
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any
     told = world.gather(json.loads(json.dumps([settings.resolved(), data])))  # lists in place of tuples
     with world.together():
         for rank, (its_settings, its_data) in enumerate(told):
-            pairs = [(told[0][0], its_settings, frozenset()), (told[0][1], its_data, frozenset({"source"}))]
+            pairs = [(told[0][0], its_settings, frozenset()), (told[0][1], its_data, _INCIDENTAL)]
             if lines := [line for before, now, free in pairs for line in _differences(before, now, free)]:
                 raise RequestError(
                     f"Rank {rank} of this job (here) was told otherwise than rank 0 (there):\n"
@@ -128,7 +130,7 @@ def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, A
         saved = json.loads(config.read_text(encoding="utf-8"))
         # Read as settings, for one that did not exist then has its default.
         there = saved_settings(saved["settings"], config).resolved()
-        pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, frozenset({"source"}))]
+        pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, _INCIDENTAL)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
     differences = [line for before, now, free in pairs for line in _differences(before, now, free)]

@@ -8,7 +8,7 @@ import pytest
 from fsspec.registry import known_implementations
 
 from mamldata.errors import RequestError
-from mamldata.places import find, is_http, is_local, needs_network, open_source
+from mamldata.places import find, is_http, is_local, needs_network, open_source, shown_place
 
 
 @pytest.fixture
@@ -86,3 +86,19 @@ def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(known_implementations, "needy", known)
     with pytest.raises(RequestError, match=r"reading needy:// needs one more package\. Install no_such_package"):
         find("needy://bucket", "f.zip")
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("http://me:secret@x.example:8000/a", "http://x.example:8000/a"),
+        ("ftp://me:secret@x.example/a", "ftp://x.example/a"),
+        ("s3://bucket/a", "s3://bucket/a"),
+        ("https://[me:secret@", "https://…"),
+        ("me:secret@folder/a?b=c", "me:secret@folder/a?b=c"),
+        (Path("folder"), "folder"),
+    ],
+)
+def test_places_are_shown_without_passwords(place: str | Path, expected: str):
+    """Of an address only what may be seen; of what is none, all."""
+    assert shown_place(place) == expected

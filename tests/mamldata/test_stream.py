@@ -23,6 +23,7 @@ from mamldata.archive import open_shard, read_archive
 from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, build
 from mamldata.errors import DamagedError, RequestError
+from mamldata.normalisation import Normalisation
 from mamldata.sources import ArchiveSource
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4
@@ -256,6 +257,17 @@ class TestNormalised:
         source = live(str(tiny.manifest_path), "val", n_way=3, k_shot=2, k_query=4, root=tiny.root)
         assert source.info.normalisation == archive.normalisation
         assert all(0 < value < 1 for values in archive.normalisation for value in values)
+
+    def test_by_given_numbers(self, colours):
+        """In place of the train split's own; it takes one for each channel, and nothing is divided by 0."""
+        given = Normalisation((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+        mean, std = (torch.tensor(values)[:, None, None] for values in given)
+        plain = EpisodeStream(colours, "test", BATCH)
+        for expected, batch in zip(plain, EpisodeStream(colours, "test", BATCH, normalise=given), strict=True):
+            torch.testing.assert_close(batch.query_x, (expected.query_x - mean) / std, atol=2e-6, rtol=0)
+        for wrong in (Normalisation((0.1,), (0.5,)), given._replace(std=(0.5, 0.0, 0.5))):
+            with pytest.raises(RequestError, match="above 0 for each channel, of which these images have 3"):
+                EpisodeStream(colours, "test", BATCH, normalise=wrong)
 
     def test_bytes_cannot_be_normalised(self, folder):
         """There is no such dtype."""

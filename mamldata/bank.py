@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
-from mamldata.files import commit, locked, make_folder, temporary, write_atomic, writing
+from mamldata.files import commit, locked, make_folder, require_space, temporary, write_atomic, writing
 from mamldata.manifest import ImageRecipe, Manifest
 from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
@@ -462,15 +462,17 @@ def _resume(
             pieces = [json.loads(line) for line in lines[:-1]]
             return {start: {int(row): why for row, why in damage.items()} for start, damage in pieces}
     journal.unlink(missing_ok=True)
+    part.unlink(missing_ok=True)
+    require_space(part.with_suffix(""), npy_bytes("|u1", shape))
     with part.open("wb") as stream:
         stream.write(npy_header("|u1", shape))
         stream.truncate(npy_bytes("|u1", shape))
-    _require_space(part, shape)
+    _claim_space(part, shape)
     write_atomic(journal, f"{key}\n".encode())
     return {}
 
 
-def _require_space(part: Path, shape: tuple[int, int, int, int]) -> None:
+def _claim_space(part: Path, shape: tuple[int, int, int, int]) -> None:
     """Claim the blocks now: a memory-mapped write to a full disk ends a process without a word (SIGBUS)."""
     if hasattr(os, "posix_fallocate"):
         with part.open("rb+") as stream:

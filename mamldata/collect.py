@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,8 @@ import numpy as np
 from mamldata.containers import MOST_IMAGE_BYTES, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
 from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes
-from mamldata.errors import DatasetError, Fault, Report, WriteError
-from mamldata.files import temporary, write_atomic, writing
+from mamldata.errors import DatasetError, Fault, Report
+from mamldata.files import require_space, temporary, write_atomic, writing
 from mamldata.forms import Found, Item, list_images
 from mamldata.manifest import PIN, SPLITS, Manifest
 from mamldata.progress import Progress, silent
@@ -81,7 +80,7 @@ def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: P
     """
     faults: list[Fault] = []
     items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
-    _require_space(items, path)
+    require_space(path, sum(item.size + 1024 for item in items))
     with (
         writing(path),
         tarfile.open(temporary(path), "w", format=tarfile.PAX_FORMAT) as tar,
@@ -173,16 +172,6 @@ def wanted_rows(manifest: Manifest, raw: Path, report: Report) -> list[Row] | No
             rows += read_rows(table, split, report)
     check_classes(rows, report)
     return rows
-
-
-def _require_space(items: Sequence[Item], path: Path) -> None:
-    need = sum(item.size + 1024 for item in items)
-    free = shutil.disk_usage(path.parent).free
-    if need > free:
-        raise WriteError(
-            f"{path.name} needs about {need:,} bytes in {path.parent}, where {free:,} are free. Free some space, or "
-            "choose another folder with --root."
-        )
 
 
 def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -16,7 +15,7 @@ from mamldata.collect import Collected, check_collected, collect, pin_file, read
 from mamldata.digest import sha256_file
 from mamldata.download import Network, Part, open_session, without_password
 from mamldata.errors import DamagedError, FetchError, MamldataError, WriteError
-from mamldata.files import commit, locked, make_folder, temporary, writing
+from mamldata.files import commit, locked, make_folder, require_space, temporary, writing
 from mamldata.forms import Found, find_images
 from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.mirrors import Mirrors
@@ -379,7 +378,7 @@ class _Work:
         from mamldata.glyphs import write_archive
 
         part = Part(action.path)
-        _require_space(action, 0)
+        require_space(action.path, action.file.bytes)
         with writing(part.path):
             write_archive(part.path)
         verdict = judge(part.path, action.file)
@@ -396,7 +395,7 @@ class _Work:
         """Get a file from its sources, and from what an earlier run left."""
         file, part = action.file, Part(action.path)
         meter.at(part.size)
-        _require_space(action, part.size)
+        require_space(action.path, action.file.bytes - part.size)
         got = Mirrors(file, action.sources, part, self.session, self.network, meter.at, self.say, self.command).obtain()
         return got.how, got.source, got.verdict
 
@@ -413,18 +412,3 @@ class _Work:
         # The receipt is last: while it is missing, the next run comes by here again.
         Part(action.path).drop()
         write_receipt(self.folder, action.file.name, receipt)
-
-
-def _require_space(action: Action, have: int) -> None:
-    """Say at once that a file does not fit, not after an hour.
-
-    Raises:
-        WriteError: the disk has less free space than the rest of the file takes.
-    """
-    folder = action.path.parent
-    need, free = action.file.bytes - have, shutil.disk_usage(folder).free
-    if need > free:
-        raise WriteError(
-            f"{action.file.name} needs {need:,} more bytes in {folder}, where {free:,} are free. "
-            "Free some space, or choose another folder with --root."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -89,6 +90,24 @@ def writing(place: Path) -> Iterator[None]:
                 f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
             ) from error
         raise
+
+
+def require_space(path: Path, need: int) -> None:
+    """Say at once that a file does not fit, not after an hour, with the disk full.
+
+    Args:
+        path: the file.
+        need: the bytes that it still takes.
+
+    Raises:
+        WriteError: its disk has less.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise WriteError(
+            f"{path.name} needs {need:,} more bytes in {path.parent}, where {free:,} are free. Free some space, or "
+            "choose another folder with --root."
+        )
 
 
 @contextmanager

@@ -764,6 +764,19 @@ def test_a_full_disk(make_dataset: Make) -> None:
     assert make_bank(tiny.manifest, tiny.root).shape[0] == 43
 
 
+def test_a_disk_that_is_too_small(make_dataset: Make, small_disk: Any) -> None:
+    """What does not fit is not begun, and leaves the disk as it was; with room the same call goes through."""
+    tiny = make_dataset()
+    root = small_disk.path / "root"
+    shutil.copytree(tiny.root, root)
+    before = shutil.disk_usage(root).free
+    with pytest.raises(WriteError, match=r"-900\.npy needs [\d,]+ more bytes in .*, where [\d,]+ are free"):
+        make_bank(tiny.manifest, root, 900)
+    assert before - shutil.disk_usage(root).free < 1 << 14
+    small_disk.grow(1 << 28)
+    assert make_bank(tiny.manifest, root, 900).shape[1] == 900
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot claim blocks")
 def test_space_is_claimed_before_the_work(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills up later would end a process without a word, so all blocks are claimed first."""

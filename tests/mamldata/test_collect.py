@@ -570,9 +570,9 @@ def test_a_truncated_tar_of_tars(world: World, tmp_path: Path):
 def test_too_little_space(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Said before an hour is spent."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("mamldata.collect.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("mamldata.fetch._require_space", lambda *_: None)
-    with pytest.raises(WriteError, match=r"images\.tar needs about [\d,]+ bytes in .*, where 1,000 are free"):
+    monkeypatch.setattr("mamldata.files.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("mamldata.fetch.require_space", lambda *_: None)
+    with pytest.raises(WriteError, match=r"images\.tar needs [\d,]+ more bytes in .*, where 1,000 are free"):
         world.fetch(tmp_path / "root", names_in_folder(world))
 
 

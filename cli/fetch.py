@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from cli.common import bars, build_command, json_option, next_command, print_json, root_option, say, size_text
-from mamldata.download import without_password
 from mamldata.errors import FetchError
 from mamldata.fetch import Action, Fetched, fetch, plan
 from mamldata.manifest import Manifest, load_manifest
+from mamldata.places import shown_place
 from mamldata.root import data_root
 
 
@@ -74,7 +74,7 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
                     "path": str(action.path),
                     "bytes": action.file.bytes,
                     "have_bytes": action.have_bytes,
-                    "sources": [without_password(source) for source in action.sources],
+                    "sources": [shown_place(source) for source in action.sources],
                 }
                 for action in actions
             ]
@@ -84,7 +84,7 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
             size = f", {size_text(action.file.bytes)}" if action.file.bytes else ""
             click.echo(f"{action.file.name}: {action.kind}{size}")
             for source in action.sources:
-                click.echo(f"    {without_password(source)}")
+                click.echo(f"    {shown_place(source)}")
         click.echo(f"into {manifest.home(root).raw}")
     if missing := [action.file.name for action in actions if action.kind == "missing"]:
         raise FetchError(f"Without a network there is no source for: {', '.join(missing)}. Give one with --from.")

@@ -20,6 +20,7 @@ from cli.common import (
 )
 from mamldata.manifest import SPLITS
 from mamldata.parallel import default_workers
+from mamldata.places import is_remote
 from mamldata.preview import contact_sheet, episode, save, title
 from mamldata.sources import Source, live, open_archive
 
@@ -50,7 +51,7 @@ def command(
         source = live(target, split, root=root, workers=default_workers(), **episodes)
     else:
         refuse_with_archive(folder, episodes)
-        source = open_archive(folder, split, cache_dir=archive_cache(folder, root))
+        source = open_archive(folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root))
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)
     if as_json:

@@ -23,6 +23,7 @@ from urllib3.exceptions import HTTPError
 import mamldata
 from mamldata.errors import RequestError
 from mamldata.files import temporary, write_atomic, writing
+from mamldata.places import shown_place, shown_text
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
 _LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
@@ -134,12 +135,12 @@ class Part:
             url_noted, validator = note["url"], note["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        known = url_noted == without_password(url) and isinstance(validator, str) and _TAG.fullmatch(validator)
+        known = url_noted == shown_place(url) and isinstance(validator, str) and _TAG.fullmatch(validator)
         return validator if known else None
 
     def note(self, url: str, validator: str | None) -> None:
         """Remember which version of the file at ``url`` the bytes are of."""
-        text = json.dumps({"url": without_password(url), "validator": validator})
+        text = json.dumps({"url": shown_place(url), "validator": validator})
         write_atomic(self._note, text.encode(), lasting=False)  # it is checked against the server, and costs a flush
 
     @contextmanager
@@ -163,27 +164,6 @@ class Part:
         with writing(self.path):
             self.path.unlink(missing_ok=True)
         self.forget()
-
-
-def without_password(place: str) -> str:
-    """A place as it may be shown and stored: an address without user, password and query, a path as it is.
-
-    The query is the key where addresses are signed; ``?…`` stands for it.
-    """
-    scheme, mark, _ = place.partition("://")
-    if not mark:
-        return place
-    # What stands before the last @ of the host, also where a password has a ? that should have been written %3F.
-    address, mark, _ = re.sub(r"(?<=://)[^/]*@", "", place).partition("?")
-    shown = scheme.lower() + address.removeprefix(scheme)
-    return f"{shown}{mark}…" if mark else shown
-
-
-def without_passwords(text: str) -> str:
-    """``without_password`` for all addresses in a text, such as a library's error message."""
-    return re.sub(
-        r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: without_password(found[0]), text, flags=re.IGNORECASE
-    )
 
 
 def open_session() -> requests.Session:
@@ -351,7 +331,7 @@ def _plain_failures(network: Network) -> Iterator[None]:
         root = _root_cause(error)
         if isinstance(root, TimeoutError):
             raise SourceError(f"silent for {network.read_timeout:g} s") from error
-        why = without_passwords(str(root)) or type(root).__name__
+        why = shown_text(str(root)) or type(root).__name__
         raise SourceError(f"the connection failed ({why})") from error
 
 

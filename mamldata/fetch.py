@@ -13,13 +13,13 @@ import requests
 
 from mamldata.collect import Collected, check_collected, collect, pin_file, read_pin, write_pin
 from mamldata.digest import sha256_file
-from mamldata.download import Network, Part, open_session, without_password
+from mamldata.download import Network, Part, open_session
 from mamldata.errors import DamagedError, FetchError, MamldataError, WriteError
 from mamldata.files import commit, locked, make_folder, require_space, temporary, writing
 from mamldata.forms import Found, find_images
 from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.mirrors import Mirrors
-from mamldata.places import find, is_http, local_path, needs_network
+from mamldata.places import find, is_http, local_path, needs_network, shown_place
 from mamldata.progress import Progress, silent
 from mamldata.raw import (
     CheckedBy,
@@ -205,9 +205,9 @@ def _require_sources(
     lines = []
     for action in actions:
         if action.kind == "missing":
-            looked = ", ".join([str(action.path), *map(without_password, places)])
+            looked = ", ".join([str(action.path), *map(shown_place, places)])
             lines.append(f"  {action.file.name}: looked for in {looked}")
-            lines += [f"    to be had from {without_password(url)}" for url in action.file.urls]
+            lines += [f"    to be had from {shown_place(url)}" for url in action.file.urls]
             lines += [f"    {line}" for line in action.file.how.splitlines()]
     if lines:
         why = "and --offline forbids to download them" if offline else "and there is no source for them"

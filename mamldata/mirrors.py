@@ -16,12 +16,10 @@ from mamldata.download import (
     SourceError,
     UnusableRangeError,
     transfer,
-    without_password,
-    without_passwords,
 )
 from mamldata.errors import FetchError
 from mamldata.manifest import SourceFile
-from mamldata.places import is_http, is_local, open_source
+from mamldata.places import is_http, is_local, open_source, shown_place, shown_text
 from mamldata.raw import Verdict, judge, most_bytes
 
 _HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
@@ -83,7 +81,7 @@ class Mirrors:
                     return self._attempt(source)
                 except SourceError as error:
                     failures[source] = str(error)
-                    self.say(f"{self.file.name}: {without_password(source)}: {error}")
+                    self.say(f"{self.file.name}: {shown_place(source)}: {error}")
                     asked = max(asked, error.retry_after)
                     if error.final:
                         alive.remove(source)
@@ -115,7 +113,7 @@ class Mirrors:
         Raises:
             SourceError: it did not give the right file.
         """
-        shown = without_password(source)
+        shown = shown_place(source)
         if not is_http(source):
             how: Literal["copied", "downloaded"] = "copied" if is_local(source) else "downloaded"
             return Obtained(how, shown, self._copy(source))
@@ -146,7 +144,7 @@ class Mirrors:
             if resumed:
                 return None
             raise
-        return Obtained("resumed" if resumed else "downloaded", without_password(url), verdict)
+        return Obtained("resumed" if resumed else "downloaded", shown_place(url), verdict)
 
     def _transfer(self, url: str) -> bool:
         return transfer(self.session, url, self.part, most_bytes(self.file), self.network, self.at)
@@ -191,11 +189,11 @@ class Mirrors:
     def _nothing_helped(self, failures: dict[str, str]) -> str:
         name, size = self.file.name, self.part.size
         lines = [f"{name} could not be had. Tried:"]
-        lines += [f"  {without_password(source)}: {failure}" for source, failure in failures.items()]
+        lines += [f"  {shown_place(source)}: {failure}" for source, failure in failures.items()]
         if size:
             lines.append(f"{size:,} of {self.file.bytes:,} bytes are kept; the same command goes on from there.")
         web = [source for source in self.sources if is_http(source)]
-        origin = f" from {without_password(web[-1])}" if web else ""
+        origin = f" from {shown_place(web[-1])}" if web else ""
         lines.append(f"Or get it by hand{origin}, put it into a folder, and run: {self.command} --from FOLDER")
         return "\n".join(lines)
 
@@ -206,5 +204,5 @@ def _source_chunks(source: str) -> Iterator[bytes]:
             yield from chunks(stream)
     except Exception as error:  # each of fsspec's file systems has exceptions of its own
         final = is_local(source) or isinstance(error, FileNotFoundError)
-        why = without_passwords(str(error)) or type(error).__name__
+        why = shown_text(str(error)) or type(error).__name__
         raise SourceError(f"it cannot be read ({why})", final=final) from error

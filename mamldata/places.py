@@ -53,15 +53,23 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
 
 
 def shown_place(place: str | os.PathLike[str]) -> str:
-    """A place as it may be shown and stored: an address without what gives the right to read it."""
-    from mamldata.download import without_password  # which takes its time to import
+    """A place as it may be shown and stored: an address without user, password and query, a path as it is.
 
-    if not is_remote(place):
-        return str(place)
-    try:
-        return without_password(str(place))
-    except ValueError:
-        return f"{_scheme(str(place))}://…"  # of what cannot be taken apart nothing is known to be harmless
+    The query is the key where addresses are signed; ``?…`` stands for it.
+    """
+    place = str(place)
+    scheme, mark, _ = place.partition("://")
+    if not mark:
+        return place
+    # What stands before the last @ of the host, also where a password has a ? that should have been written %3F.
+    address, mark, _ = re.sub(r"(?<=://)[^/]*@", "", place).partition("?")
+    shown = scheme.lower() + address.removeprefix(scheme)
+    return f"{shown}{mark}…" if mark else shown
+
+
+def shown_text(text: str) -> str:
+    """``shown_place`` for all addresses in a text, such as a library's error message."""
+    return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: shown_place(found[0]), text, flags=re.IGNORECASE)
 
 
 def needs_network(source: str) -> bool:
@@ -110,7 +118,7 @@ def local_address(url: str) -> Path | None:
 def _require_readable(place: str) -> None:
     if is_http(place):
         if not _host(place):
-            raise RequestError(f"--from {_shown(place)}: an address with no host.")
+            raise RequestError(f"--from {shown_place(place)}: an address with no host.")
         return
     instead = "Give a folder, an http(s) address, or a URL that fsspec reads, such as s3://bucket/folder."
     for protocol in _scheme(place).split("::"):
@@ -151,15 +159,9 @@ def require_protocol(protocol: str, asked: str, instead: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise RequestError(f"{_shown(asked)}: reading {protocol}:// needs one more package. {error}") from error
+        raise RequestError(f"{shown_text(asked)}: reading {protocol}:// needs one more package. {error}") from error
     except ValueError as error:
-        raise RequestError(f"{_shown(asked)}: {protocol}:// is not known. {instead}") from error
-
-
-def _shown(text: str) -> str:
-    from mamldata.download import without_passwords  # which takes its time, and most places are right
-
-    return without_passwords(text)
+        raise RequestError(f"{shown_text(asked)}: {protocol}:// is not known. {instead}") from error
 
 
 def _host(place: str) -> str | None:

@@ -35,11 +35,10 @@ from mamldata.download import (
     Writable,
     open_session,
     transfer,
-    without_password,
 )
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.files import commit, locked, locked_if_free, make_folder, writing
-from mamldata.places import is_http, join, require_address
+from mamldata.places import is_http, join, require_address, shown_place
 from mamldata.sources import ArchiveSource, Classes
 
 _log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
@@ -61,7 +60,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
         DamagedError: ``archive.json`` is not what was written.
     """
     require_address(url)
-    shown = without_password(join(url, INDEX))
+    shown = shown_place(join(url, INDEX))
     with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
         found = []
         for name, bound in ((INDEX, _MOST_INDEX), (INDEX_SUM, 1 << 10)):
@@ -353,10 +352,10 @@ def _obtain(
             most = max(most, part.size)
             if error.final or error.refused or vain >= network.rounds:
                 remedy = _REMEDY_WRONG if error.wrong else _REMEDY
-                raise FetchError(f"{without_password(url)} could not be had: {error}. {remedy}") from error
+                raise FetchError(f"{shown_place(url)} could not be had: {error}. {remedy}") from error
             pause = network.pause(vain, error.retry_after)
             # Its text: a handler that keeps records would keep alive whatever the error's traceback holds.
-            _log.warning("%s: %s; trying again in %.0f s", without_password(url), str(error), pause)
+            _log.warning("%s: %s; trying again in %.0f s", shown_place(url), str(error), pause)
             time.sleep(pause)
     with writing(final):
         commit(final, lasting=lasting)

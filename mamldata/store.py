@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mamldata.digest import chunks, sha256_file
-from mamldata.download import without_password
 from mamldata.errors import MamldataError, RequestError, WriteError
 from mamldata.files import locked, make_folder, publish, writing
-from mamldata.places import is_http, is_remote, local_address, require_address
+from mamldata.places import is_http, is_remote, local_address, require_address, shown_place
 
 BUILD = ".build"  # what an unfinished build needs, and nobody else
 _LOCK = ".lock"
@@ -90,7 +89,7 @@ def store_at(place: Path | str) -> Store:
     url = str(place)
     if is_http(url):
         raise RequestError(
-            f"{without_password(url)}: archives are read over http(s), but a web server takes no files. Build into a "
+            f"{shown_place(url)}: archives are read over http(s), but a web server takes no files. Build into a "
             "folder and copy it there, or give an address that can be written to, such as s3://bucket/folder."
         )
     require_address(url)
@@ -188,7 +187,7 @@ class AddressStore:
     url: str
 
     def __str__(self) -> str:
-        return without_password(self.url)
+        return shown_place(self.url)
 
     def _open(self) -> tuple[Any, str]:
         """The file system, and the path in it. Others write there too, so nothing that it remembers counts."""

@@ -15,7 +15,7 @@ from mamldata.device import DeviceStream
 from mamldata.errors import DamagedError, RequestError
 from mamldata.normalisation import Normalisation
 from mamldata.parallel import default_workers
-from mamldata.places import shown_place
+from mamldata.places import is_remote, shown_place
 from mamldata.sources import ArchiveSource, LiveSource, Source, live, open_archive
 from mamldata.stream import EpisodeStream
 
@@ -142,7 +142,7 @@ class EpisodeData:
 def archive_data(
     folder: str | os.PathLike[str],
     *,
-    verify: bool = False,
+    verify: bool = True,
     remix: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> EpisodeData:
@@ -150,13 +150,13 @@ def archive_data(
 
     Args:
         folder: of the archive, or its address.
-        verify: hash each shard when it is opened.
+        verify: hash each shard of a folder when it is first read from; from an address all come hashed.
         remix: train on episodes formed anew in each epoch, see ``mamldata.remix``; evaluation never does.
         cache_dir: where the shards of an archive at an address are kept.
     """
 
     def open_source(split: str) -> ArchiveSource:
-        return open_archive(folder, split, verify=verify, cache_dir=cache_dir)
+        return open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
 
     return EpisodeData(shown_place(folder), open_source, remix=remix)
 

@@ -86,7 +86,7 @@ def test_no_password_is_said_or_kept(host: str, tmp_path: Path, monkeypatch: pyt
     ("address", "said"),
     [
         ("http://", "http://: an address with no host"),
-        ("http://[me:SECRET@", "http://…: an address with no host"),
+        ("http://[me:SECRET@", "http://: an address with no host"),
         ("pipe://me:SECRET@x", "pipe://x: not an address"),
         ("nosuch://me:SECRET@x", "nosuch://x: nosuch:// is not known"),
     ],

@@ -560,6 +560,23 @@ def test_doctor_prints_versions(tmp_path: Path):
     assert report["packages"]["torch"] != "not installed"
 
 
+@pytest.mark.parametrize("verb", ["preview", "train", "eval"])
+def test_a_flipped_pixel_gets_into_no_result(archive: Path, trained: Path, tmp_path: Path, verb: str):
+    """Whatever reads a damaged shard of a folder says so, and which shard it is."""
+    own = Path(shutil.copytree(archive, tmp_path / "own"))
+    shard = own / ("train-00000.tar" if verb == "train" else "test-00000.tar")
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1  # a pixel of the first episode
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    words = {
+        "preview": [own, "--out", tmp_path / "p.png"],
+        "eval": [trained, own],
+        "train": [own, "--out", tmp_path / "r"],
+    }
+    refused(run(verb, *words[verb]), 1, f"The shard {shard}", "is damaged: sha256")
+
+
 class TestBadInput:
     """What a user gets wrong is one clear paragraph and the right exit code."""
 

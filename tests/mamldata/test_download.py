@@ -21,8 +21,6 @@ from mamldata.download import (
     _retry_after,
     open_session,
     transfer,
-    without_password,
-    without_passwords,
 )
 from mamldata.errors import RequestError
 
@@ -125,25 +123,6 @@ class TestRequests:
         assert b"secret" not in part.path.with_name(".file.bin.origin.json").read_bytes()
         assert part.validator(url) == '"v1"'
         assert part.validator(url.replace("secret", "newer")) == '"v1"', "signed anew, it is the same file"
-
-    @pytest.mark.parametrize(
-        ("place", "shown"),
-        [
-            ("http://me:secret@example.org:8000/a?b=c", "http://example.org:8000/a?…"),
-            ("HTTPS://me@example.org", "https://example.org"),
-            ("http://me:sec@ret?@example.org/@a", "http://example.org/@a"),
-            ("ftp://me:secret@[::1]/a/b", "ftp://[::1]/a/b"),
-            ("simplecache::sftp://me:secret@host/a", "simplecache::sftp://host/a"),
-            ("s3://bucket/a?X-Amz-Signature=secret", "s3://bucket/a?…"),
-            ("https://example.org/a#b", "https://example.org/a#b"),
-            ("/data/me@home/a?b", "/data/me@home/a?b"),
-            ("http://[secret@/a", "http:///a"),
-        ],
-    )
-    def test_what_is_shown_of_a_place(self, place: str, shown: str):
-        """Of an address neither user, password nor query; of a path all; of what is neither no error."""
-        assert without_password(place) == shown
-        assert without_passwords(f"Failed to parse: '{place}', HTTP://a:b@c") == f"Failed to parse: '{shown}', http://c"
 
 
 class TestAnswers:

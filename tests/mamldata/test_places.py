@@ -8,7 +8,7 @@ import pytest
 from fsspec.registry import known_implementations
 
 from mamldata.errors import RequestError
-from mamldata.places import find, is_http, is_local, needs_network, open_source, shown_place
+from mamldata.places import find, is_http, is_local, needs_network, open_source, shown_place, shown_text
 
 
 @pytest.fixture
@@ -91,14 +91,21 @@ def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("http://me:secret@x.example:8000/a", "http://x.example:8000/a"),
-        ("ftp://me:secret@x.example/a", "ftp://x.example/a"),
+        ("http://me:secret@example.org:8000/a?b=c", "http://example.org:8000/a?…"),
+        ("HTTPS://me@example.org", "https://example.org"),
+        ("http://me:sec@ret?@example.org/@a", "http://example.org/@a"),
+        ("ftp://me:secret@[::1]/a/b", "ftp://[::1]/a/b"),
+        ("simplecache::sftp://me:secret@host/a", "simplecache::sftp://host/a"),
+        ("s3://bucket/a?X-Amz-Signature=secret", "s3://bucket/a?…"),
+        ("https://example.org/a#b", "https://example.org/a#b"),
+        ("/data/me@home/a?b", "/data/me@home/a?b"),
+        ("http://[secret@/a", "http:///a"),
         ("s3://bucket/a", "s3://bucket/a"),
-        ("https://[me:secret@", "https://…"),
-        ("me:secret@folder/a?b=c", "me:secret@folder/a?b=c"),
+        ("https://[me:secret@", "https://"),
         (Path("folder"), "folder"),
     ],
 )
 def test_places_are_shown_without_passwords(place: str | Path, expected: str):
-    """Of an address only what may be seen; of what is none, all."""
+    """Of an address neither user, password nor query; of a path all; of what is neither no error."""
     assert shown_place(place) == expected
+    assert shown_text(f"Failed to parse: '{place}', HTTP://a:b@c") == f"Failed to parse: '{expected}', http://c"

@@ -11,8 +11,7 @@ import torch
 from mamldata.buffers import BufferPool
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices, Order, shard_runs, share
-from mamldata.remote import RemoteSource
-from mamldata.sources import Source
+from mamldata.sources import Source, StoredSource
 
 
 class EpisodeBatch(NamedTuple):
@@ -93,7 +92,7 @@ class BatchReader:
         At the end of a shuffled epoch the next one's are among them: whoever shuffles comes again.
         """
         source, per_epoch = self.source, self.order.batches_per_epoch
-        if not isinstance(source, RemoteSource) or per_epoch is None:
+        if not isinstance(source, StoredSource) or not source.window or per_epoch is None:
             return
         epoch, step = divmod(t, per_epoch)
         numbers, ends = shard_runs(self.order, epoch, source.shard_episodes)

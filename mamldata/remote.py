@@ -39,7 +39,7 @@ from mamldata.download import (
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.files import commit, locked, locked_if_free, make_folder, writing
 from mamldata.places import is_http, join, require_address, shown_place
-from mamldata.sources import ArchiveSource, Classes
+from mamldata.sources import Classes, StoredSource
 
 _log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
 
@@ -156,7 +156,7 @@ def _remove_cached(found: Path) -> None:
             Part(final).drop()
 
 
-class RemoteSource(ArchiveSource):
+class RemoteSource(StoredSource):
     """A split of an archive at an address; at most its first ``episodes``.
 
     While a shard is read from, threads fetch the next ones.
@@ -193,7 +193,7 @@ class RemoteSource(ArchiveSource):
     ) -> None:
         network = network or Network()
         self.url = url
-        self._set_up(read_remote_archive(url, network), split, verify, episodes)
+        super().__init__(read_remote_archive(url, network), split, verify=verify, episodes=episodes)
         self._ahead: Ahead[int, Path] = Ahead()
         largest = max(shard.bytes for shard in self._split.shards)
         if cache_bytes is not None and (cache_dir is None or cache_bytes < 2 * largest):
@@ -211,19 +211,12 @@ class RemoteSource(ArchiveSource):
         self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
 
     @property
-    def shard_episodes(self) -> tuple[int, ...]:
-        """How many episodes of each shard are read."""
-        left = [self.episodes - shard.first_episode for shard in self._split.shards]
-        counts = [min(shard.episodes, some) for shard, some in zip(self._split.shards, left, strict=True)]
-        return tuple(count for count in counts if count > 0)
-
-    @property
     def fits(self) -> bool:
         """Whether all shards of the split can be here at once."""
         return self.cache.bytes is None or sum(shard.bytes for shard in self._split.shards) <= self.cache.bytes
 
     def view(self, episodes: int | None = None) -> Self:
-        """See ``ArchiveSource.view``; they have the cache in common, and no shard that is here is fetched again."""
+        """See ``StoredSource.view``; they have the cache in common, and no shard that is here is fetched again."""
         view = super().view(episodes)
         view._open, view._ahead = {}, Ahead()  # which are for one thread at a time
         if not self.cache.lasting:
@@ -244,7 +237,7 @@ class RemoteSource(ArchiveSource):
                 self._ahead.start(number, partial(self.cache.get, join(self.url, shard.file), shard))
 
     def way_classes(self) -> Classes:
-        """The class of each way, see ``ArchiveSource.way_classes``; all shards are fetched for it."""
+        """The class of each way, see ``StoredSource.way_classes``; all shards are fetched for it."""
         for number in range(len(self.shard_episodes)):
             self.prefetch(range(number, len(self.shard_episodes)))
             self._map(number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,31 +95,27 @@ class Source(Protocol):
         ...
 
 
-class ArchiveSource:
-    """A split of an archive in a local folder, memory-mapped; at most its first ``episodes``.
+class StoredSource(ABC):
+    """A split of an archive, read from memory maps of its shards; at most its first ``episodes``.
 
-    All shards must be there and have their length when the source is made. A shard's headers are checked, and with
-    ``verify`` its digest, when it is first read from.
+    A shard's headers are checked, and with ``verify`` its digest, when it is first read from. For one thread at a time.
+
+    Args:
+        archive: what ``archive.json`` says.
+        split: ``train``, ``val`` or ``test``.
+        verify: hash shards when they are opened.
+        episodes: the limit; None: all.
+
+    Attributes:
+        window: how many shards are fetched at a time, the one that is read from included; 0 where none need be.
 
     Raises:
-        RequestError: not an archive, or it has no such split.
-        DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
+        RequestError: the archive has no such split, or the limit is less than one.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        split: str = "train",
-        *,
-        verify: bool = False,
-        episodes: int | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self._set_up(read_archive(self.folder), split, verify, episodes)
-        for shard in self._split.shards:
-            check_size(self.folder / shard.file, shard)
+    window = 0
 
-    def _set_up(self, archive: Archive, split: str, verify: bool, episodes: int | None) -> None:
+    def __init__(self, archive: Archive, split: str, *, verify: bool, episodes: int | None) -> None:
         self.archive = archive
         self.verify = verify
         self._split = self.archive.split(split)
@@ -125,7 +123,26 @@ class ArchiveSource:
         self._episodes = _at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
-        self._whole: ArchiveSource | None = None  # what a view is of, whose temporary folder must stay
+        self._whole: StoredSource | None = None  # what a view is of, whose temporary folder must stay
+
+    @abstractmethod
+    def _open_shard(self, number: int) -> memoryview:
+        """Map a shard, check it, and keep it in ``_open``."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether all shards of the split can be here at once."""
+        return True
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:  # noqa: B027  # not abstract: what is here is not fetched
+        """Fetch shards in the background: the one that is read from now, and those after it."""
+
+    @property
+    def shard_episodes(self) -> tuple[int, ...]:
+        """How many episodes of each shard are read."""
+        left = [self.episodes - shard.first_episode for shard in self._split.shards]
+        counts = [min(shard.episodes, some) for shard, some in zip(self._split.shards, left, strict=True)]
+        return tuple(count for count in counts if count > 0)
 
     @property
     def info(self) -> EpisodeInfo:
@@ -234,15 +251,39 @@ class ArchiveSource:
     def _map(self, number: int) -> memoryview:
         return self._open.get(number) or self._open_shard(number)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Maps are opened anew in another process: pickling them would copy the archive.
+        return {**self.__dict__, "_open": {}}
+
+
+class ArchiveSource(StoredSource):
+    """A split of an archive in a local folder; at most its first ``episodes``.
+
+    All shards must be there and have their length when the source is made.
+
+    Raises:
+        RequestError: not an archive, or it has no such split.
+        DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        verify: bool = False,
+        episodes: int | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        super().__init__(read_archive(self.folder), split, verify=verify, episodes=episodes)
+        for shard in self._split.shards:
+            check_size(self.folder / shard.file, shard)
+
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
         mapped = open_shard(self.folder / shard.file, shard, self.archive.layout, verify=self.verify)
         self._open[number] = mapped.data
         return self._open[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Maps are opened anew in another process: pickling them would copy the archive.
-        return {**self.__dict__, "_open": {}}
 
 
 def archive_info(archive: Archive, split: str) -> EpisodeInfo:
@@ -405,7 +446,7 @@ def open_archive(
     episodes: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
-) -> ArchiveSource:
+) -> StoredSource:
     """A split of an archive, from its folder or its address; see ``ArchiveSource`` and ``RemoteSource``.
 
     Raises:

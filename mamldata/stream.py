@@ -16,8 +16,7 @@ from mamldata.errors import RequestError
 from mamldata.normalisation import Normalisation
 from mamldata.order import Order
 from mamldata.remix import RemixedSource
-from mamldata.remote import RemoteSource
-from mamldata.sources import ArchiveSource, EpisodeInfo, Source, as_source
+from mamldata.sources import EpisodeInfo, Source, StoredSource, as_source
 
 _STATE_VERSION = 1
 
@@ -91,7 +90,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
         if shuffle is None:
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
-        shards = self.source.shard_episodes if shuffle and isinstance(self.source, RemoteSource) else None
+        shards = None
+        if shuffle and isinstance(self.source, StoredSource) and self.source.window:
+            shards = self.source.shard_episodes
         self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.ranks = rank, ranks
         self.dtype = dtype
@@ -248,13 +249,13 @@ def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     Raises:
         RequestError: there is nothing to mix, or the result would not be what was asked for.
     """
-    if not isinstance(source, ArchiveSource):
+    if not isinstance(source, StoredSource):
         raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
     if source.info.split != "train":
         raise RequestError(
             f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
         )
-    if isinstance(source, RemoteSource) and not source.fits:
+    if not source.fits:
         raise RequestError(
             "remix=True takes ways from all shards at once. Give a cache_dir, with room for all shards of the split."
         )

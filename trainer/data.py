@@ -16,10 +16,10 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.normalisation import Normalisation
 from mamldata.parallel import default_workers
 from mamldata.places import is_remote, shown_place
-from mamldata.sources import ArchiveSource, LiveSource, Source, live, open_archive
+from mamldata.sources import LiveSource, Source, StoredSource, live, open_archive
 from mamldata.stream import EpisodeStream
 
-OpenSource = Callable[[str], ArchiveSource | LiveSource]
+OpenSource = Callable[[str], StoredSource | LiveSource]
 
 
 class EpisodeData:
@@ -41,7 +41,7 @@ class EpisodeData:
         self.place = place
         self.remix = remix
         self._open = open_source
-        self._sources: dict[str, ArchiveSource | LiveSource] = {}
+        self._sources: dict[str, StoredSource | LiveSource] = {}
         self._trained_on: Source | None = None
 
     def train(
@@ -112,7 +112,7 @@ class EpisodeData:
         assert self._trained_on is not None, "which episodes an index means is known once training has begun"
         return torch.from_numpy(self._trained_on.classes(index.cpu().numpy()))
 
-    def _source(self, split: str) -> ArchiveSource | LiveSource:
+    def _source(self, split: str) -> StoredSource | LiveSource:
         if split not in self._sources:
             source = self._open(split)
             if self._sources:
@@ -155,7 +155,7 @@ def archive_data(
         cache_dir: where the shards of an archive at an address are kept.
     """
 
-    def open_source(split: str) -> ArchiveSource:
+    def open_source(split: str) -> StoredSource:
         return open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
 
     return EpisodeData(shown_place(folder), open_source, remix=remix)

@@ -28,7 +28,7 @@ from mamldata.verify import verify_archive, verify_dataset
     epilog="\b\nExamples:\n  mamldata verify glyphs\n  mamldata verify glyphs-5w1s",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--digest", help="The digest that the archive should have, as cited.")
+@click.option("--digest", help="The digest that the archive should have, as cited: all 64 digits, or the first ones.")
 @root_option
 @json_option
 def command(target: str, digest: str | None, root: str | None, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -84,13 +85,13 @@ def verify_archive(folder: Path | str, progress: Progress = silent, *, digest: s
     Args:
         folder: the archive, or its address; its shards are then fetched anew, one after the other, and not kept.
         progress: told of hashed bytes.
-        digest: the digest that the archive should have, as cited.
+        digest: the digest that the archive should have, as cited: 64 hexadecimal digits, or the first 12 or more.
 
     Returns:
         One line for each problem, naming file and episode. Empty if all is well.
 
     Raises:
-        RequestError: the folder is no archive.
+        RequestError: the folder is no archive, or ``digest`` no digest.
         FetchError: ``archive.json`` could not be had from the address.
     """
     if is_remote(folder):
@@ -152,7 +153,12 @@ def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str
 
 
 def _check_digest(place: Path | str, archive: Archive, digest: str | None) -> list[str]:
-    if digest is None or digest.removeprefix("sha256:").lower() == archive.digest:
+    if digest is None:
+        return []
+    asked = digest.removeprefix("sha256:").lower()
+    if not re.fullmatch(r"[0-9a-f]{12,64}", asked):
+        raise RequestError(f"{digest!r} is no digest: that is 64 hexadecimal digits, or the first 12 of them or more.")
+    if archive.digest.startswith(asked):
         return []
     return [f"{place} is another archive: its digest is {archive.digest}, expected {digest}."]
 

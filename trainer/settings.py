@@ -196,6 +196,9 @@ class TrainSettings:
                 yield "msl_epochs is for the loss multi-step, and this one is final."
             if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
                 yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
+            epochs_count = self.first_order_epochs or self.point.loss == "multi-step"
+            if self.epoch_steps != TrainSettings.epoch_steps and not epochs_count:
+                yield "epoch_steps is for first_order_epochs and for the loss multi-step, and there is neither."
             if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
                 yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
             if self.engine == "higher" and self.precision == "bf16":

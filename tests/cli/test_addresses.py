@@ -67,7 +67,7 @@ def test_no_password_is_said_or_kept(host: str, tmp_path: Path, monkeypatch: pyt
     assert json.loads(run("inspect ADDRESS --json").stdout)["archive"] == public
     assert run("verify ADDRESS").stdout.startswith(f"{public} is whole")
     assert json.loads(run("verify ADDRESS --json").stdout)["target"] == public
-    assert run("verify ADDRESS --digest abc", 1).stdout.startswith(f"{public} is another archive")
+    assert run("verify ADDRESS --digest abcabcabcabc", 1).stdout.startswith(f"{public} is another archive")
     run("verify ADDRESS/nowhere", 1)
     run("preview ADDRESS --out episode.png")
     assert f"the archive {public} are fixed" in run("preview ADDRESS --out x.png --n-way 4", 2).stderr

@@ -183,6 +183,15 @@ class TestForged:
         problem = the_problem(own, digest="sha256:" + "0" * 64)
         assert f"{own} is another archive: its digest is {digest}, expected sha256:000" in problem
 
+    def test_a_digest_that_is_cited_in_short(self, own):
+        """The first twelve digits will do, as previews show them; fewer, or what is no digest, says nothing."""
+        digest = read_archive(own).digest
+        for asked in (digest, digest[:12], f"SHA256:{digest[:20]}".lower(), digest.upper()):
+            assert not verify_archive(own, digest=asked)
+        for asked in (digest[:11], "", "nonsense", digest + "0"):
+            with pytest.raises(RequestError, match=r"is no digest: that is 64 hexadecimal digits"):
+                verify_archive(own, digest=asked)
+
     def test_a_stranger_among_the_shards(self, own):
         """A tar that does not belong is named: plain readers would take it."""
         (own / "train-00002.tar").write_bytes((own / "train-00001.tar").read_bytes())

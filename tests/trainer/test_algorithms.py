@@ -286,6 +286,8 @@ def test_senseless_combinations_are_refused_all_at_once() -> None:
         "  first_order_epochs must be 0 with order first: there is no second order to change to.",
         "  msl_epochs is for the loss multi-step, and this one is final.",
     ]
+    with pytest.raises(RequestError, match="epoch_steps is for first_order_epochs and for the loss multi-step, and th"):
+        TrainSettings(epoch_steps=3)
 
 
 @pytest.mark.parametrize(

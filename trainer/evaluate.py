@@ -53,6 +53,7 @@ class Evaluation:
         dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
+        trained_on: what a checkpoint was trained on, where it was another dataset, split scheme or number of shots.
     """
 
     accuracy: float
@@ -72,6 +73,7 @@ class Evaluation:
     k_shot: int
     k_query: int
     accuracy_by_episode: tuple[float, ...] = field(repr=False)
+    trained_on: str | None = None
 
     @property
     def deviation(self) -> float:
@@ -89,7 +91,7 @@ class Evaluation:
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
             f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, "
-            f"{self.precision}, single model"
+            f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
         )
 
 
@@ -236,7 +238,15 @@ def evaluate_checkpoint(
         network, learned = network.to(where), {name: value.to(where) for name, value in beside.items()}
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    return evaluate(network, batches, inner, about, split, learned, world)
+    evaluation = evaluate(network, batches, inner, about, split, learned, world)
+    return replace(evaluation, trained_on=_origin(checkpoint.data, about))
+
+
+def _origin(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """What a network was trained on, if it is evaluated on something else: under another scheme on its own classes."""
+    if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
+        return None
+    return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 
 
 def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalisation:

@@ -180,6 +180,15 @@ def test_a_checkpoint_is_refused_for_other_episodes(run: RunResult) -> None:
         evaluate_checkpoint(run.run_dir, Synthetic(size=8), device="cpu")
 
 
+def test_training_on_something_else_is_told(run: RunResult) -> None:
+    """Whoever reads a result on other data, or with more shots, sees where the network comes from."""
+    same = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=2, device="cpu")
+    assert same.trained_on is None
+    assert "trained on" not in str(same)
+    other = evaluate_checkpoint(run.run_dir, Synthetic(k_shot=2), episodes=2, device="cpu")
+    assert str(other).endswith(", trained on synthetic, split scheme made-up, 5-way 1-shot")
+
+
 def test_an_evaluation_without_inner_steps_is_possible(run: RunResult) -> None:
     """No inner step measures the initialisation itself, which knows nothing of an episode's classes."""
     result = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=20, inner_steps=0, device="cpu")

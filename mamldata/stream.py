@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -73,8 +74,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         super().__init__()
         if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
             raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
-        if not isinstance(batch_size, int):
-            raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.")
+        try:
+            batch_size = operator.index(batch_size)  # NumPy's whole numbers, too
+        except TypeError as error:
+            raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
         if normalise and dtype == torch.uint8:
             raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
         if not 0 <= rank < ranks <= max(batch_size, 1):

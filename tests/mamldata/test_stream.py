@@ -312,7 +312,7 @@ class TestEpochs:
     def test_its_representation(self, folder, glyphs_root):
         """What it gives, in a line."""
         shape = f"{N_WAY}-way {K_SHOT}-shot {K_QUERY}-query"
-        assert repr(EpisodeStream(folder, batch_size=BATCH)) == (
+        assert repr(EpisodeStream(folder, batch_size=np.int64(BATCH))) == (
             f"<EpisodeStream: glyphs train, {shape}, 23 episodes, in meta-batches of {BATCH}>"
         )
         assert "episodes without end" in repr(EpisodeStream(live("glyphs", root=glyphs_root)))

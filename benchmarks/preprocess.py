@@ -10,7 +10,8 @@ from pathlib import Path
 
 from common import arguments, in_turn, ratio, raw, report
 
-from mamldata.bank import decode_image, make_bank
+from mamldata.bank import make_bank
+from mamldata.decode import decode_image
 from mamldata.manifest import ImageRecipe
 from mamldata.parallel import default_workers
 from mamldata.readers import ImageRef, index_images, read_images

@@ -81,9 +81,11 @@ class Evaluation:
         return statistics.stdev(self.accuracy_by_episode)
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of plain values."""
+        """As a dict of plain values; ``trained_on`` only where there is something to tell."""
         values = asdict(self)
         del values["accuracy_by_episode"]
+        if self.trained_on is None:
+            del values["trained_on"]
         return values
 
     def __str__(self) -> str:

@@ -185,8 +185,10 @@ def test_training_on_something_else_is_told(run: RunResult) -> None:
     same = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=2, device="cpu")
     assert same.trained_on is None
     assert "trained on" not in str(same)
+    assert "trained_on" not in same.to_json()
     other = evaluate_checkpoint(run.run_dir, Synthetic(k_shot=2), episodes=2, device="cpu")
     assert str(other).endswith(", trained on synthetic, split scheme made-up, 5-way 1-shot")
+    assert other.to_json()["trained_on"] == "synthetic, split scheme made-up, 5-way 1-shot"
 
 
 def test_an_evaluation_without_inner_steps_is_possible(run: RunResult) -> None:

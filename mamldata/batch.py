@@ -71,6 +71,8 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.ranks = rank, ranks
+        self._fetched = source if isinstance(source, StoredSource) and source.window else None
+        self._shards = self._fetched.shard_episodes if self._fetched else ()
         self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -91,16 +93,16 @@ class BatchReader:
 
         At the end of a shuffled epoch the next one's are among them: whoever shuffles comes again.
         """
-        source, per_epoch = self.source, self.order.batches_per_epoch
-        if not isinstance(source, StoredSource) or not source.window or per_epoch is None:
+        source, per_epoch = self._fetched, self.order.batches_per_epoch
+        if source is None or per_epoch is None:
             return
         epoch, step = divmod(t, per_epoch)
-        numbers, ends = shard_runs(self.order, epoch, source.shard_episodes)
+        numbers, ends = shard_runs(self.order, epoch, self._shards)
         first = int(np.searchsorted(ends, step * self.order.batch_size, side="right"))
         last = int(np.searchsorted(ends, per_epoch * self.order.batch_size))  # a rest that fills no batch is not read
         upcoming = numbers[first : min(last + 1, first + source.window)].tolist()
         if self.order.shuffle and len(upcoming) < source.window:
-            following, _ = shard_runs(self.order, epoch + 1, source.shard_episodes)
+            following, _ = shard_runs(self.order, epoch + 1, self._shards)
             upcoming += [number for number in following.tolist() if number not in upcoming]
         source.prefetch(upcoming)
 

@@ -120,6 +120,11 @@ def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
     return [name for name in names if name not in untouched]
 
 
+def beside_network(parameters: Parameters) -> Parameters:
+    """Of all that is learned, what an evaluation needs beside the network: learned rates and per-step norms."""
+    return {name: value for name, value in parameters.items() if name.startswith((RATE, STEP_NORM))}
+
+
 def meta_parameters(network: nn.Module, inner: InnerLoop) -> Parameters:
     """All that an outer loop learns: the network's own parameters, and fresh rates and per-step norms.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
-from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters
+from trainer.adapt import Parameters, beside_network, meta_parameters
 from trainer.models import build_network
 from trainer.settings import saved_settings
 
@@ -72,8 +72,7 @@ class Checkpoint:
         settings = saved_settings(self.settings, place)
         height, _, channels = self.data["image_shape"]
         network = build_network(settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters)
-        fresh = meta_parameters(network, settings.inner_loop())
-        beside = {name: value for name, value in fresh.items() if name.startswith((RATE, STEP_NORM))}
+        beside = beside_network(meta_parameters(network, settings.inner_loop()))
         load_weights(network, beside, self.weights, place)
         return network, {name: value.detach() for name, value in beside.items()}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import RATE, STEP_NORM, Parameters, meta_parameters
+from trainer.adapt import Parameters, beside_network, meta_parameters
 from trainer.baselines import joint, joint_parameters
 from trainer.checkpoint import all_weights, load_weights
 from trainer.distributed import ALONE, World
@@ -61,8 +61,8 @@ class Learner:
 
     @property
     def beside(self) -> Parameters:
-        """What an evaluation needs beside the network: learned rates and per-step norms."""
-        return {name: value for name, value in self.parameters.items() if name.startswith((RATE, STEP_NORM))}
+        """See ``trainer.adapt.beside_network``."""
+        return beside_network(self.parameters)
 
     @property
     def learned(self) -> list[torch.Tensor]:

@@ -14,12 +14,14 @@ import torch
 from common import arguments, report
 from train import made_up
 
-from trainer.adapt import InnerLoop
+from trainer.algorithms import InnerLoop
 from trainer.allocator import keep_large_buffers
 from trainer.costs import most_memory
 from trainer.engines import loop
 from trainer.models import build_network
+from trainer.parameters import MetaParameters
 from trainer.settings import pick_device
+from trainer.variants import method_of
 
 
 def main() -> None:
@@ -84,14 +86,14 @@ def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, 
     n_way, k_shot, k_query = options.episode
     batch = made_up(options.meta_batch_size, device, (size, size, channels), n_way, (k_shot, k_query))
     network = build_network(options.network, channels, size, n_way, seed=0).to(device)
-    parameters = dict(network.named_parameters())
+    parameters = MetaParameters(dict(network.named_parameters()))
     inner = InnerLoop(steps, 0.01, "second", "transductive", checkpoint=bool(checkpoint))
     if options.network in {"conv4", "resnet18"}:  # they take images of every size
         # Kernels that are loaded on first use are no part of the graph.
         small = batch._replace(support_x=batch.support_x[..., :4, :4], query_x=batch.query_x[..., :4, :4])
-        loop(network, parameters, small, replace(inner, steps=1))
+        loop(network, parameters, small, method_of(network, replace(inner, steps=1)))
     before, start = most_memory(device), time.perf_counter()
-    loop(network, parameters, batch, inner)
+    loop(network, parameters, batch, method_of(network, inner))
     after = most_memory(device)
     return {"graph_mib": (after - before) / 2**20, "process_mib": after / 2**20, "seconds": time.perf_counter() - start}
 

@@ -24,11 +24,13 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.parallel import default_workers
-from trainer.adapt import InnerLoop
+from trainer.algorithms import InnerLoop
 from trainer.allocator import keep_large_buffers
 from trainer.engines import pick_engine
 from trainer.models import build_network
+from trainer.parameters import MetaParameters
 from trainer.settings import pick_device
+from trainer.variants import method_of
 
 ORDERS = ("second", "first")
 INNER_LR = 0.1
@@ -124,7 +126,7 @@ def take_steps(options: argparse.Namespace) -> None:
     else:
         keep_large_buffers()
     network = build_network(options.network, 1, 28, 5, seed=0).to(device)
-    parameters = dict(network.named_parameters())
+    parameters = MetaParameters(dict(network.named_parameters()))
     plain = {
         (steps, order): plain_example(options.network, batch, steps, INNER_LR, second=order == "second")
         for steps in options.inner_steps
@@ -136,7 +138,7 @@ def take_steps(options: argparse.Namespace) -> None:
             loss = plain[steps, order]()
         else:
             inner = InnerLoop(steps, INNER_LR, "second" if order == "second" else "first", "transductive")
-            loss = pick_engine(options.one)(network, parameters, batch, inner).loss
+            loss = pick_engine(options.one)(network, parameters, batch, method_of(network, inner, options.one)).loss
         assert float(loss) >= 0  # and wait for the device
         print(time.process_time() - start, flush=True)
 

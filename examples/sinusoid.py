@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import Episode, InnerLoop, adapt, episodes, meta_parameters, query_logits
+from trainer.adapt import adapt, query_logits
+from trainer.algorithms import InnerLoop
 from trainer.engines import vmap
 from trainer.evaluate import measure_together
 from trainer.models import mlp
+from trainer.parameters import Episode, episodes, meta_parameters
 from trainer.sinusoid import Sinusoids
+from trainer.variants import method_of
 
 TRAIN, VAL, TEST = (Sinusoids(seed=0), Sinusoids(seed=1, k_query=100), Sinusoids(seed=2, k_query=100))
 TASKS = 25  # in a meta-batch
@@ -36,12 +39,12 @@ RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # of which the joint train
 def meta_train(steps: int) -> nn.Module:
     """MAML: one inner step on ten points, an outer loss on ten others."""
     network = mlp(seed=0)
-    parameters = meta_parameters(network, INNER)
-    optimizer = torch.optim.Adam(parameters.values(), lr=1e-3)
+    parameters, method = meta_parameters(network, INNER), method_of(network, INNER, "vmap")
+    optimizer = torch.optim.Adam(parameters.tensors(), lr=1e-3)
     for step in range(steps):
-        outcome = vmap(network, parameters, TRAIN.batch(TASKS * step, TASKS), INNER)
-        for name, parameter in parameters.items():
-            parameter.grad = outcome.gradient[name]
+        outcome = vmap(network, parameters, TRAIN.batch(TASKS * step, TASKS), method)
+        for parameter, gradient in zip(parameters.tensors(), outcome.gradient.tensors(), strict=True):
+            parameter.grad = gradient
         optimizer.step()
     return network
 
@@ -76,9 +79,10 @@ def best_rate(network: nn.Module) -> float:
 def draw(panel: matplotlib.axes.Axes, network: nn.Module, task: Episode, lr: float) -> None:
     """One network on one task: before, and after one and ten steps."""
     x = torch.linspace(-5, 5, 200)[:, None]
+    method = method_of(network, replace(INNER, steps=10, lr=lr))
     with torch.no_grad():
-        path = adapt(network, meta_parameters(network, INNER), task, replace(INNER, steps=10, lr=lr))
-        lines = [query_logits(network, path[i], task._replace(query_x=x), INNER.bn).flatten() for i in (0, 1, 10)]
+        path = adapt(network, meta_parameters(network, INNER), task, method)
+        lines = [query_logits(network, path[i], task._replace(query_x=x), method).flatten() for i in (0, 1, 10)]
     order = task.query_x.flatten().argsort()
     panel.plot(task.query_x.flatten()[order], task.query_y.flatten()[order], color="tab:red", label="the sinusoid")
     for line, style, name in zip(lines, (":", "--", "-"), ("before", "1 step", "10 steps"), strict=True):

@@ -1,9 +1,11 @@
-"""The algorithms: points in a small space, not classes with loops of their own."""
+"""The algorithms: points in a small space, not classes with loops of their own; and the inner loop of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from mamldata.errors import RequestError
 
 Order = Literal["first", "second"]
 BatchNorm = Literal["transductive", "per-step", "support", "frozen"]
@@ -21,6 +23,52 @@ ADAPTS: tuple[Adapts, ...] = ("all", "head")
 
 
 @dataclass(frozen=True)
+class InnerLoop:
+    """How a network adapts to an episode.
+
+    Attributes:
+        steps: of gradient descent on the support set.
+        lr: the inner learning rate, alpha in Finn et al. 2017; where rates are learned, what they start from.
+        order: ``first`` takes the inner gradients for constants.
+        bn: where the batch norm of the query images comes from: ``transductive``, all query images of the
+            episode together; ``support``, the support images alone, so that each query image stands for itself;
+            ``frozen``, the support images before the first step, whose statistics are then kept for the inner steps,
+            too; ``per-step``, as transductive, but each step has a scale and a shift of its own, which the outer loop
+            learns and the inner loop leaves alone (Antoniou et al. 2019, section 4).
+        rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
+        adapts: ``all``, or the ``head`` alone.
+        support_batches: the support set is divided into this many batches of equal shots, of which each step takes
+            the next one; k_shot must be a multiple.
+        checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
+            gradient; at second order, with the engine loop.
+        task_loss: of the support and of the query set: ``cross-entropy`` where the answers are classes,
+            ``squared-error`` where they are numbers.
+    """
+
+    steps: int
+    lr: float
+    order: Order
+    bn: BatchNorm
+    rates: Rates = "fixed"
+    adapts: Adapts = "all"
+    support_batches: int = 1
+    checkpoint: bool = False
+    task_loss: TaskLoss = "cross-entropy"
+
+    def require_shots(self, k_shot: int) -> None:
+        """Make sure that a class's support images can be divided among the batches.
+
+        Raises:
+            RequestError: they cannot.
+        """
+        if k_shot % self.support_batches:
+            raise RequestError(
+                f"k_shot is {k_shot}, which cannot be divided into {self.support_batches} support batches. Take "
+                "episodes with a multiple of it, or another support_batches."
+            )
+
+
+@dataclass(frozen=True)
 class Algorithm:
     """One way of meta-learning.
 
@@ -34,7 +82,7 @@ class Algorithm:
         rates: inner learning rates: ``fixed``; learned, one for each ``layer-step`` (tensor of the network and inner
             step); or learned, one for each ``parameter`` (single number of the network), for all steps.
         adapts: what the inner loop changes: ``all``, or the ``head`` alone.
-        bn: the batch norm that goes with it, unless another one is asked for; see ``trainer.adapt.InnerLoop``.
+        bn: the batch norm that goes with it, unless another one is asked for; see ``InnerLoop``.
     """
 
     name: str

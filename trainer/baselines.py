@@ -7,31 +7,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import Parameters, accuracy
 from trainer.distributed import ALONE, World, sum_over_ranks
 from trainer.engines import Outcome
+from trainer.losses import accuracy
 from trainer.models import Norm, Statistics, batch_statistics, given_statistics, head_names
+from trainer.parameters import MetaParameters
 from trainer.precision import call
 
-WIDE = "joint:"
 
-
-def joint_parameters(network: nn.Module, wide: nn.Module) -> Parameters:
+def joint_parameters(network: nn.Module, wide: nn.Module) -> MetaParameters:
     """The network's parameters, but for its head, which stays as it was drawn, until an episode adapts it.
 
     Args:
         network: with a head for the classes of an episode.
-        wide: the same one with a head for all classes; only that is taken, under ``joint:NAME``.
+        wide: the same one with a head for all classes; only that is taken.
     """
     heads = head_names(network)
     own = {name: value for name, value in network.named_parameters() if name not in heads}
     device = next(iter(own.values())).device
     values = {name: value.detach().to(device) for name, value in wide.named_parameters() if name in heads}
-    return own | {WIDE + name: value.requires_grad_() for name, value in values.items()}
+    return MetaParameters(own, joint={name: value.requires_grad_() for name, value in values.items()})
 
 
 def joint(
-    network: nn.Module, parameters: Parameters, batch: EpisodeBatch, classes: Tensor, world: World = ALONE
+    network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, classes: Tensor, world: World = ALONE
 ) -> Outcome:
     """The gradient of one step of plain classification, with the signature and the outcome of an engine.
 
@@ -46,12 +45,11 @@ def joint(
     x = torch.cat([batch.support_x.flatten(0, 1), batch.query_x.flatten(0, 1)])
     labels = [classes.to(part.device).gather(1, part).flatten() for part in (batch.support_y, batch.query_y)]
     y = torch.cat(labels)
-    weights = {name.removeprefix(WIDE): value for name, value in parameters.items()}
     norm = batch_statistics if world.ranks == 1 else statistics_of_all(len(x))
-    logits = call(network, weights, x, norm)
+    logits = call(network, parameters.weights | parameters.joint, x, norm)
     loss = F.cross_entropy(logits, y)
-    slopes = torch.autograd.grad(loss, list(parameters.values()))
-    return Outcome(dict(zip(parameters, slopes, strict=True)), loss.detach(), accuracy(logits.detach(), y)[None])
+    gradient = parameters.like(torch.autograd.grad(loss, parameters.tensors()))
+    return Outcome(gradient, loss.detach(), accuracy(logits.detach(), y)[None])
 
 
 def statistics_of_all(count: int) -> Norm:

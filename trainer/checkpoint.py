@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
-from trainer.adapt import Parameters, beside_network, meta_parameters
 from trainer.models import build_network
+from trainer.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.settings import saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
+# What is learned beside the network stands among its parameters, under their names with these in front.
+_PREFIXES = {"rates": "inner_lr:", "norms": "per_step:", "joint": "joint:"}
 _NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)(_acc\d\.\d{4})?\.pt(?P<part>\.part)?")
 
 
@@ -37,7 +39,7 @@ class Checkpoint:
         best_step, best_accuracy: the best validation so far; the earliest among equals. 0 and -1 before the first.
         settings: the fields of ``TrainSettings``.
         data: the description of the data.
-        weights: all that was learned: the network's parameters and what ``meta_parameters`` puts beside them.
+        weights: all that was learned: the network's parameters, and what stands beside them in ``MetaParameters``.
         optimizer: its state.
         stream: where the training data stood.
         window: what the next line of the metrics sums up, see ``metrics.Window``; empty right after a line.
@@ -60,11 +62,12 @@ class Checkpoint:
         measured = "" if self.accuracy is None else f"_acc{self.accuracy:.4f}"
         return f"{self.settings['algorithm']}_step{self.step}{measured}.pt"
 
-    def restored(self, place: Path) -> tuple[nn.Module, Parameters]:
-        """The trained network, and what an evaluation needs beside it: learned rates and per-step norms; on the CPU.
+    def restored(self, place: Path, device: torch.device | None = None) -> tuple[nn.Module, MetaParameters]:
+        """The trained network, and all that an evaluation needs of what was learned.
 
         Args:
             place: the checkpoint's file.
+            device: to put them on; None is the CPU.
 
         Raises:
             RequestError: its settings or weights are not such as this trainer makes.
@@ -72,18 +75,23 @@ class Checkpoint:
         settings = saved_settings(self.settings, place)
         height, _, channels = self.data["image_shape"]
         network = build_network(settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters)
-        beside = beside_network(meta_parameters(network, settings.inner_loop()))
-        load_weights(network, beside, self.weights, place)
-        return network, {name: value.detach() for name, value in beside.items()}
+        network.to(device)
+        parameters = meta_parameters(network, settings.inner_loop())
+        load_weights(network, parameters, self.weights, place)
+        return network, parameters
 
 
-def all_weights(network: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
+def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
     """The network's parameters, and those learned beside them; no copies."""
-    beside = {name: value.detach() for name, value in parameters.items() if ":" in name}
+    beside = {
+        prefix + name: value.detach()
+        for part, prefix in _PREFIXES.items()
+        for name, value in getattr(parameters, part).items()
+    }
     return {**network.state_dict(), **beside}
 
 
-def load_weights(network: nn.Module, parameters: Parameters, weights: dict[str, Tensor], place: Path) -> None:
+def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parameters, place: Path) -> None:
     """Put back what ``all_weights`` gave; of what was learned beside the network, no more than ``parameters`` has.
 
     Args:
@@ -104,11 +112,9 @@ def load_weights(network: nn.Module, parameters: Parameters, weights: dict[str, 
             "in shape, or are in one of the two alone. Another version of this trainer wrote it, or somebody changed "
             "it; use that version, or another checkpoint."
         )
-    network.load_state_dict({name: value for name, value in weights.items() if ":" not in name})
     with torch.no_grad():
-        for name, value in parameters.items():
-            if ":" in name:
-                value.copy_(weights[name])
+        for name, value in wanted.items():
+            value.copy_(weights[name])
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:

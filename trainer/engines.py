@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,23 +11,13 @@ from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import (
-    Episode,
-    InnerLoop,
-    Parameters,
-    adapt,
-    adapted_names,
-    episodes,
-    func_slopes,
-    inner_rate,
-    loss_of,
-    support_of_step,
-)
-from trainer.batchnorm import batch_norm
+from trainer.adapt import Method, adapt
 from trainer.crew import each_task
-from trainer.features import head_on_features
-from trainer.models import batch_statistics, written_out
-from trainer.objective import Measured, Objective, judge
+from trainer.losses import loss_of
+from trainer.models import batch_statistics
+from trainer.objective import Measured, Objective, meta_loss
+from trainer.parameters import Episode, FastWeights, MetaParameters, episodes, support_of_step
+from trainer.rates import inner_rate
 
 FINAL = Objective()
 
@@ -43,16 +32,16 @@ class Outcome(NamedTuple):
             or before and after each inner step ``[inner.steps + 1]`` if that was asked for.
     """
 
-    gradient: Parameters
+    gradient: MetaParameters
     loss: Tensor
     score: Tensor
 
 
 def loop(
     network: nn.Module,
-    parameters: Parameters,
+    parameters: MetaParameters,
     batch: EpisodeBatch,
-    inner: InnerLoop,
+    method: Method,
     objective: Objective = FINAL,
     *,
     every_step: bool = False,
@@ -66,48 +55,47 @@ def loop(
         network: with a ``forward(x, norm)``.
         parameters: those of ``meta_parameters``, all requiring gradients; they are not changed.
         batch: B episodes.
-        inner: how to adapt.
+        method: how to adapt, as ``method_of`` chooses it for the network and this engine.
         objective: what the gradient is of.
         every_step: report the score before and after each inner step, at the price of as many forward passes.
     """
-    if inner.order == "second":
-        inner = replace(inner, norm=batch_norm)  # the same numbers as torch's, with a cheaper second derivative
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
-        own, at, episode = head_on_features(own, parameters, episode, inner)
-        goal, measured = judge(own, adapt(own, at, episode, inner), episode, inner, objective, every_step=every_step)
+        own, at, episode = method.shortcut(own, parameters, episode, method)
+        path = adapt(own, at, episode, method)
+        goal, measured = meta_loss(own, path, episode, method, objective, every_step=every_step)
         return _gradient(goal, parameters), measured
 
     tasks = list(episodes(batch))
     # With one or two inner steps most of the work is the query set's, which two threads divide as well between them.
-    divide = inner.steps <= 2 and torch.get_num_threads() <= 2
+    divide = method.inner.steps <= 2 and torch.get_num_threads() <= 2
     return _mean(each_task(one, network, tasks, batch.support_x.device, divide=divide), parameters, len(tasks))
 
 
 Gradient = tuple[Tensor, ...]
 
 
-def _gradient(goal: Tensor, parameters: Parameters) -> Gradient:
+def _gradient(goal: Tensor, parameters: MetaParameters) -> Gradient:
     # To first order not everything has a part in the loss, such as the norms of a step: its gradient is zero.
-    return torch.autograd.grad(goal, list(parameters.values()), materialize_grads=True)
+    return torch.autograd.grad(goal, parameters.tensors(), materialize_grads=True)
 
 
-def _mean(results: Iterable[tuple[Gradient, Measured]], parameters: Parameters, tasks: int) -> Outcome:
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+def _mean(results: Iterable[tuple[Gradient, Measured]], parameters: MetaParameters, tasks: int) -> Outcome:
+    total = [torch.zeros_like(value) for value in parameters.tensors()]
     rows = []
     for slopes, measured in results:
-        for whole, slope in zip(total.values(), slopes, strict=True):
+        for whole, slope in zip(total, slopes, strict=True):
             whole.add_(slope, alpha=1 / tasks)
         rows.append(measured)
     losses, scores = zip(*rows, strict=True)
-    return Outcome(total, torch.stack(losses).mean(), torch.stack(scores).mean(0))
+    return Outcome(parameters.like(total), torch.stack(losses).mean(), torch.stack(scores).mean(0))
 
 
 def vmap(
     network: nn.Module,
-    parameters: Parameters,
+    parameters: MetaParameters,
     batch: EpisodeBatch,
-    inner: InnerLoop,
+    method: Method,
     objective: Objective = FINAL,
     *,
     every_step: bool = False,
@@ -116,27 +104,27 @@ def vmap(
 
     Arguments and outcome are those of ``loop``.
     """
-    inner = replace(inner, norm=written_out, slopes=func_slopes)
 
-    def mean(at: Parameters) -> tuple[Tensor, Measured]:
+    def mean(at: MetaParameters) -> tuple[Tensor, Measured]:
         def one(*parts: Tensor) -> tuple[Tensor, Measured]:
             episode = Episode(*parts)
-            return judge(network, adapt(network, at, episode, inner), episode, inner, objective, every_step=every_step)
+            path = adapt(network, at, episode, method)
+            return meta_loss(network, path, episode, method, objective, every_step=every_step)
 
         goals, measured = torch.func.vmap(one)(*batch[:4])
         return goals.mean(), measured
 
     # Constants, or autograd would keep a second graph beside the one of torch.func.
-    at = {name: value.detach() for name, value in parameters.items()}
+    at = parameters.like(value.detach() for value in parameters.tensors())
     gradient, measured = torch.func.grad(mean, has_aux=True)(at)
     return Outcome(gradient, measured.loss.mean(), measured.score.mean(0))
 
 
 def higher(
     network: nn.Module,
-    parameters: Parameters,
+    parameters: MetaParameters,
     batch: EpisodeBatch,
-    inner: InnerLoop,
+    method: Method,
     objective: Objective = FINAL,
     *,
     every_step: bool = False,
@@ -147,32 +135,31 @@ def higher(
     """
 
     def one(episode: Episode) -> tuple[Gradient, Measured]:
-        path = _higher_path(network, parameters, episode, inner)
-        goal, measured = judge(network, path, episode, inner, objective, every_step=every_step)
+        path = _higher_path(network, parameters, episode, method)
+        goal, measured = meta_loss(network, path, episode, method, objective, every_step=every_step)
         return _gradient(goal, parameters), measured
 
     return _mean(map(one, episodes(batch)), parameters, len(batch.index))
 
 
-def _higher_path(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> list[Parameters]:
+def _higher_path(network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method) -> list[FastWeights]:
     """What ``adapt`` gives, by Grefenstette et al. 2019, https://arxiv.org/abs/1910.01727."""
-    package = _import_higher()
+    package, inner = _import_higher(), method.inner
     own = dict(network.named_parameters())
-    adapted = adapted_names(network, inner)
     # A group for each parameter, so that each can have a rate of its own.
-    optimizer = torch.optim.SGD([{"params": [own[name]]} for name in adapted], lr=inner.lr)
+    optimizer = torch.optim.SGD([{"params": [own[name]]} for name in method.names], lr=inner.lr)
     functional = package.monkeypatch(network, copy_initial_weights=False)
     descent = package.get_diff_optim(optimizer, network.parameters(), fmodel=functional)
-    path = [{name: parameters[name] for name in own}]
+    path = [FastWeights(parameters.weights)]
     for step in range(inner.steps):
         rates = None
         if inner.rates != "fixed":
-            rates = {"lr": [inner_rate(parameters, name, inner, step) for name in adapted]}
+            rates = {"lr": [inner_rate(parameters, name, inner, step) for name in method.names]}
         part = support_of_step(episode, inner, step)
         loss = loss_of(functional(part.support_x, batch_statistics), part.support_y, inner.task_loss)
         constant = inner.order == "first"
         descent.step(loss, override=rates, grad_callback=_detach_all if constant else None)
-        path.append(dict(zip(own, functional.parameters(), strict=True)))
+        path.append(FastWeights(dict(zip(own, functional.parameters(), strict=True))))
     return path
 
 
@@ -195,9 +182,9 @@ class Engine(Protocol):
     def __call__(
         self,
         network: nn.Module,
-        parameters: Parameters,
+        parameters: MetaParameters,
         batch: EpisodeBatch,
-        inner: InnerLoop,
+        method: Method,
         objective: Objective = FINAL,
         *,
         every_step: bool = False,

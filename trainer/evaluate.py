@@ -14,26 +14,18 @@ from torch import Tensor, nn
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
 from mamldata.normalisation import Normalisation
-from trainer.adapt import (
-    Episode,
-    InnerLoop,
-    Parameters,
-    adapt,
-    episodes,
-    func_slopes,
-    loss_of,
-    query_logits,
-    require_shots,
-    score_of,
-)
+from trainer.adapt import Method, adapt
+from trainer.algorithms import InnerLoop
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
 from trainer.distributed import ALONE, World
-from trainer.features import head_on_features
 from trainer.intervals import half_width
+from trainer.losses import loss_of, score_of
+from trainer.parameters import Episode, MetaParameters, episodes
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import pick_device, saved_settings
+from trainer.variants import method_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ def evaluate(
     inner: InnerLoop,
     data: dict[str, Any],
     split: str,
-    learned: Parameters | None = None,
+    learned: MetaParameters | None = None,
     world: World = ALONE,
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
@@ -116,17 +108,18 @@ def evaluate(
         inner: how to adapt; its order makes no difference here.
         data: what the episodes are, see ``TrainData.describe``.
         split: the episodes' split.
-        learned: rates and per-step norms that ``inner`` asks for; see ``meta_parameters``.
+        learned: with the rates and per-step norms that ``inner`` asks for.
         world: the processes that evaluate together; all get the whole result.
 
     Raises:
         RequestError: fewer than two episodes, which give no interval.
     """
-    parameters: Parameters = {**dict(network.named_parameters()), **(learned or {})}
+    parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
+    method = method_of(network, inner)
     rows, index = [], []
     with torch.no_grad(), world.together():
         for batch in batches:
-            rows += [measure(network, parameters, one, inner) for one in episodes(batch)]
+            rows += [measure(network, parameters, one, method) for one in episodes(batch)]
             index.append(batch.index)
     # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
     table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
@@ -155,26 +148,28 @@ def evaluate(
     )
 
 
-def measure(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> Tensor:
+def measure(network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method) -> Tensor:
     """Query loss after adaptation, then the score before adaptation and after each step: ``[steps + 2]``.
 
     The score is the query set's accuracy, or its squared error where the answers are numbers.
     """
-    network, parameters, episode = head_on_features(network, parameters, episode, inner)
-    logits = [query_logits(network, at, episode, inner.bn) for at in adapt(network, parameters, episode, inner)]
-    loss = loss_of(logits[-1], episode.query_y, inner.task_loss)
-    return torch.stack([loss, *(score_of(step, episode.query_y, inner.task_loss).to(loss.dtype) for step in logits)])
+    network, parameters, episode = method.shortcut(network, parameters, episode, method)
+    path = adapt(network, parameters, episode, method)
+    logits = [method.query_logits(network, fast, episode, method) for fast in path]
+    task_loss = method.inner.task_loss
+    loss = loss_of(logits[-1], episode.query_y, task_loss)
+    return torch.stack([loss, *(score_of(step, episode.query_y, task_loss).to(loss.dtype) for step in logits)])
 
 
-def measure_together(network: nn.Module, parameters: Parameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
+def measure_together(network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
     """What ``measure`` finds of each episode, ``[B, steps + 2]``, all at once by ``torch.func.vmap``.
 
     Many times faster than one after the other for networks as small as the sinusoid problem's.
     """
-    inner = replace(inner, slopes=func_slopes)
+    method = method_of(network, inner, "vmap")
 
     def one(*parts: Tensor) -> Tensor:
-        return measure(network, parameters, Episode(*parts), inner)
+        return measure(network, parameters, Episode(*parts), method)
 
     with torch.no_grad():
         rows: Tensor = torch.func.vmap(one)(*batch[:4])
@@ -230,14 +225,13 @@ def evaluate_checkpoint(
         inner = settings.inner_loop_at_test()
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
-        require_shots(inner, about["k_shot"])
+        inner.require_shots(about["k_shot"])
         keep_large_buffers()
         where = world.device(pick_device(device))
         # So that each process has an episode of every meta-batch, whose size makes no difference here.
         size = max(settings.meta_batch_size, world.ranks)
         batches = data.eval(split, episodes, size, where, normalise=normalise, rank=world.rank, ranks=world.ranks)
-        network, beside = checkpoint.restored(path)
-        network, learned = network.to(where), {name: value.to(where) for name, value in beside.items()}
+        network, learned = checkpoint.restored(path, where)
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
     evaluation = evaluate(network, batches, inner, about, split, learned, world)

@@ -8,40 +8,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.adapt import RATE, Episode, InnerLoop, Parameters
+from trainer.adapt import Method
 from trainer.models import Norm, batch_statistics, leading_statistics
+from trainer.parameters import Episode, MetaParameters
 from trainer.precision import call, precision_of
 
 
 def head_on_features(
-    network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop
-) -> tuple[nn.Module, Parameters, Episode]:
+    network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
+) -> tuple[nn.Module, MetaParameters, Episode]:
     """A smaller problem with the same answers: the head as the network, and features in place of images.
 
-    The body's gradient goes through the features, which are computed, and differentiated, once. Where the body is not
-    the same in all steps, or cannot be told from the head, the problem stays what it is.
+    The body's gradient goes through the features, which are computed, and differentiated, once. The body must be the
+    same in all steps: see ``method_of``.
 
     Args:
-        network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
-        parameters, episode, inner: as for ``adapt``, and so is what is given back.
+        network: with a ``features(x, norm)`` before its head.
+        parameters, episode, method: as for ``adapt``, and so is what is given back.
     """
-    once = inner.adapts == "head" and inner.bn in {"transductive", "support"} and inner.support_batches == 1
-    # A checkpointed step has gradients for its parameters only, and not for features.
-    if not once or inner.checkpoint or not hasattr(network, "features"):
-        return network, parameters, episode
     head = _Head(network)
-    support_x, query_x = _features(network, parameters, episode, inner)
-    if inner.order == "first":
+    support_x, query_x = _features(network, parameters, episode, method)
+    if method.inner.order == "first":
         support_x = support_x.detach()  # a constant, as in every inner gradient of the first order
-    heads = {name: value for name, value in parameters.items() if hasattr(head, name) or name.startswith(RATE)}
-    return head, heads, episode._replace(support_x=support_x, query_x=query_x)
+    heads = {name: parameters.weights[name] for name in method.names}
+    return head, parameters._replace(weights=heads), episode._replace(support_x=support_x, query_x=query_x)
 
 
-def _features(network: nn.Module, parameters: Parameters, episode: Episode, inner: InnerLoop) -> tuple[Tensor, Tensor]:
+def _features(
+    network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
+) -> tuple[Tensor, Tensor]:
     """Of support and query images, ``[images, features]`` each."""
     body = _Body(network)
-    own = {f"network.{name}": value for name, value in parameters.items() if not name.startswith(RATE)}
-    if inner.bn == "support":
+    own = {f"network.{name}": value for name, value in parameters.weights.items()}
+    if method.inner.bn == "support":
         support = len(episode.support_x)
         together = torch.cat([episode.support_x, episode.query_x])
         both = call(body, own, together, leading_statistics(support))

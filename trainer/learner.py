@@ -10,15 +10,16 @@ from torch import nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Parameters, beside_network, meta_parameters
 from trainer.baselines import joint, joint_parameters
 from trainer.checkpoint import all_weights, load_weights
 from trainer.distributed import ALONE, World
 from trainer.engines import Outcome, pick_engine
 from trainer.models import build_network
+from trainer.parameters import MetaParameters, meta_parameters
 from trainer.precision import pick_precision, set_precision
 from trainer.protocol import ClassData
 from trainer.settings import TrainSettings
+from trainer.variants import method_of
 
 
 class Learner:
@@ -46,13 +47,14 @@ class Learner:
         self._data = data
         self.network = _fresh_network(settings, about).to(device)
         set_precision(self.network, pick_precision(settings.precision, device))
-        self.parameters: Parameters
+        self.parameters: MetaParameters
+        self._engine = pick_engine(settings.engine)
         if settings.point.outer == "joint":
             wide = _fresh_network(settings, {**about, "n_way": data.class_count()})
             self.parameters = joint_parameters(self.network, wide)
         else:
             self.parameters = meta_parameters(self.network, settings.inner_loop())
-        values = list(self.parameters.values())
+        values = self.parameters.tensors()
         self.optimizer: torch.optim.Optimizer
         if settings.meta_optimizer == "sgd":
             self.optimizer = torch.optim.SGD(values, lr=settings.meta_lr)
@@ -60,14 +62,9 @@ class Learner:
             self.optimizer = torch.optim.Adam(values, lr=settings.meta_lr)
 
     @property
-    def beside(self) -> Parameters:
-        """See ``trainer.adapt.beside_network``."""
-        return beside_network(self.parameters)
-
-    @property
     def learned(self) -> list[torch.Tensor]:
         """Every tensor that several processes must hold alike."""
-        return [*self.network.parameters(), *self.parameters.values()]
+        return [*self.network.parameters(), *self.parameters.tensors()]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """For a checkpoint; no copies."""
@@ -99,18 +96,19 @@ class Learner:
             classes = self._data.classes(batch.index)
             outcome = joint(self.network, self.parameters, batch, classes, world)
         else:
-            inner, objective = settings.inner_loop(step), settings.objective(step)
-            engine = pick_engine(settings.engine)
-            outcome = engine(self.network, self.parameters, batch, inner, objective, every_step=every_step)
+            method = method_of(self.network, settings.inner_loop(step), settings.engine)
+            outcome = self._engine(
+                self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
+            )
         # All at once, since each exchange has its price.
-        *slopes, loss, score = world.average([*outcome.gradient.values(), *outcome[1:]], share)
-        return Outcome(dict(zip(outcome.gradient, slopes, strict=True)), loss, score)
+        *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
+        return Outcome(self.parameters.like(slopes), loss, score)
 
     def descend(self, outcome: Outcome, step: int) -> None:
         """Change all that is learned by what the outer step, counted from 0, has taught."""
-        settings, values = self.settings, self.parameters.values()
-        for name, parameter in self.parameters.items():
-            parameter.grad = outcome.gradient[name]
+        settings, values = self.settings, self.parameters.tensors()
+        for value, slope in zip(values, outcome.gradient.tensors(), strict=True):
+            value.grad = slope
         if settings.meta_clip_norm is not None:
             nn.utils.clip_grad_norm_(values, settings.meta_clip_norm)
         if settings.meta_clip_value is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -66,7 +66,7 @@ def noting_statistics(noted: list[Statistics]) -> Norm:
     return norm
 
 
-def given_statistics(given: list[Statistics]) -> Norm:
+def given_statistics(given: Sequence[Statistics]) -> Norm:
     """Batch norm by the statistics given for each layer, for one forward pass."""
     layers = iter(given)
 

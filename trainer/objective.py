@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.adapt import Episode, InnerLoop, Parameters, loss_of, query_logits, score_of
+from trainer.adapt import Method
 from trainer.algorithms import Outer
+from trainer.losses import loss_of, score_of
+from trainer.parameters import Episode, FastWeights
 
 _FLOOR = 0.03  # of 1 / steps; Antoniou's released code
 
@@ -53,11 +55,11 @@ def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
     return (*[share] * (steps - 1), 1 - share * (steps - 1))
 
 
-def judge(
+def meta_loss(
     network: nn.Module,
-    path: list[Parameters],
+    path: list[FastWeights],
     episode: Episode,
-    inner: InnerLoop,
+    method: Method,
     objective: Objective,
     *,
     every_step: bool,
@@ -68,39 +70,38 @@ def judge(
         network: with a ``forward(x, norm)``.
         path: from ``adapt``.
         episode: that it adapted to.
-        inner: how.
+        method: how.
         objective: what the outer loop follows.
         every_step: measure the score before and after each inner step, not only after the last one.
 
     Returns:
         The scalar whose gradient the outer loop follows; and what to report, without a graph.
     """
-    weights = objective.weights or (0,) * (inner.steps - 1) + (1,)
+    steps, task_loss = method.inner.steps, method.inner.task_loss
+    weights = objective.weights or (0,) * (steps - 1) + (1,)
     logits = {
-        step: query_logits(network, path[step], episode, inner.bn, inner.norm)
+        step: method.query_logits(network, path[step], episode, method)
         for step, weight in enumerate(weights, 1)
-        if (weight and objective.outer == "query") or step == inner.steps
+        if (weight and objective.outer == "query") or step == steps
     }
-    losses = {step: loss_of(logits[step], episode.query_y, inner.task_loss) for step in logits}
+    losses = {step: loss_of(logits[step], episode.query_y, task_loss) for step in logits}
     if objective.outer == "reptile":
         goal = _distance(path)
     else:
-        goal = losses[inner.steps] * weights[-1]
-        for step in sorted(losses.keys() - {inner.steps}):
+        goal = losses[steps] * weights[-1]
+        for step in sorted(losses.keys() - {steps}):
             goal = goal + weights[step - 1] * losses[step]
     with torch.no_grad():
-        asked = range(inner.steps + 1) if every_step else [inner.steps]
-        shown = [
-            logits[i] if i in logits else query_logits(network, path[i], episode, inner.bn, inner.norm) for i in asked
-        ]
-        scores = torch.stack([score_of(one, episode.query_y, inner.task_loss) for one in shown])
-    return goal, Measured(losses[inner.steps].detach(), scores)
+        asked = range(steps + 1) if every_step else [steps]
+        shown = [logits[i] if i in logits else method.query_logits(network, path[i], episode, method) for i in asked]
+        scores = torch.stack([score_of(one, episode.query_y, task_loss) for one in shown])
+    return goal, Measured(losses[steps].detach(), scores)
 
 
-def _distance(path: list[Parameters]) -> Tensor:
+def _distance(path: list[FastWeights]) -> Tensor:
     """Half the squared distance between initial and adapted weights, these taken for constants.
 
     Its gradient is the way back, initial less adapted: what Nichol et al. 2018 (section 2) give to an optimizer.
     """
-    squares = [(value - path[-1][name].detach()).square().sum() for name, value in path[0].items()]
-    return torch.stack(squares).sum() / 2
+    start, end = path[0].weights, path[-1].weights
+    return torch.stack([(value - end[name].detach()).square().sum() for name, value in start.items()]).sum() / 2

@@ -1,4 +1,4 @@
-"""Learned inner learning rates, in words."""
+"""Inner learning rates: of a step, and in words."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainer.adapt import RATE, Parameters
-from trainer.algorithms import Rates
+from trainer.algorithms import InnerLoop, Rates
+from trainer.parameters import MetaParameters
 
 
-def rate_lines(parameters: Parameters, rates: Rates) -> Iterator[str]:
+def inner_rate(parameters: MetaParameters, name: str, inner: InnerLoop, step: int) -> Tensor | float:
+    """The rate of a parameter in a step; after more steps than were trained, that of the last trained one."""
+    if inner.rates == "fixed":
+        return inner.lr
+    rate = parameters.rates[name]
+    return rate if inner.rates == "parameter" else rate[min(step, len(rate) - 1)]
+
+
+def rate_lines(parameters: MetaParameters, rates: Rates) -> Iterator[str]:
     """A line for each layer: its rate in each inner step, or the mean and the extremes of its parameters' rates.
 
     Nothing if the rates are fixed.
     """
     if rates != "fixed":
         yield f"learned inner learning rates, by layer{' and step' if rates == 'layer-step' else ''}:"
-    for name, value in sorted(parameters.items()):  # the head after the blocks
-        if name.startswith(RATE):
-            shown = _by_step(value) if rates == "layer-step" else _spread(value)
-            yield f"  {name.removeprefix(RATE)}: {shown}"
+    for name, value in sorted(parameters.rates.items()):  # the head after the blocks
+        yield f"  {name}: {_by_step(value) if rates == 'layer-step' else _spread(value)}"
 
 
 def _by_step(value: Tensor) -> str:

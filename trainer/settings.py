@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mamldata.errors import RequestError
-from trainer.adapt import InnerLoop
 from trainer.algorithms import (
     ADAPTS,
     ALGORITHMS,
@@ -22,6 +21,7 @@ from trainer.algorithms import (
     Adapts,
     Algorithm,
     BatchNorm,
+    InnerLoop,
     Loss,
     Order,
     Rates,

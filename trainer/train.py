@@ -14,7 +14,6 @@ import torch
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
 from trainer import metrics
-from trainer.adapt import require_shots
 from trainer.allocator import keep_large_buffers
 from trainer.board import Board, require_tensorboard
 from trainer.checkpoint import Checkpoint, find_best, save_checkpoint
@@ -95,7 +94,7 @@ def train(
         if settings.tensorboard:
             require_tensorboard()
         about = data.describe()
-        require_shots(settings.inner_loop(), about["k_shot"])
+        settings.inner_loop().require_shots(about["k_shot"])
         _validation(settings, data, device, world)  # before hours of training: the episodes may be too few
         keep_large_buffers()
         learner = Learner(settings, data, about, device)  # before anything is written: the images may not fit it
@@ -276,7 +275,7 @@ class _Run:
         with world.together():
             batches = _validation(settings, self.data, learner.device, world)
         inner = settings.inner_loop_at_test()
-        evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.beside, world)
+        evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.parameters, world)
         with world.together():
             metrics.require_finite(evaluation.loss, f"The validation loss at step {self.step}")
             self._note({"event": "val", "step": self.step, **evaluation.to_json()})

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import InnerLoop
-from trainer.algorithms import ORDERS
+from trainer.algorithms import ORDERS, InnerLoop
 from trainer.engines import loop
 from trainer.models import Norm
+from trainer.parameters import MetaParameters
+from trainer.variants import method_of
 
 FILE = Path(__file__).parents[2] / "examples" / "maml_numpy.py"
 START = np.array([0.3, -0.7, 0.2])
@@ -62,7 +63,8 @@ def test_the_trainer_finds_the_same(example: SimpleNamespace, steps: int, order)
     batch = EpisodeBatch(parts[0], parts[1].long(), parts[2], parts[3].long(), torch.arange(4))
     network = Sigmoid()
     inner = InnerLoop(steps, example.ALPHA, order, "transductive")
-    expected = loop(network, dict(network.named_parameters()), batch, inner).gradient["w"]
+    parameters, method = MetaParameters(dict(network.named_parameters())), method_of(network, inner)
+    expected = loop(network, parameters, batch, method).gradient.weights["w"]
     gradients = [example.meta_gradient(START, task, steps, first_order=order == "first") for task in tasks]
     np.testing.assert_allclose(np.mean(gradients, axis=0), expected.numpy(), rtol=1e-10)
 

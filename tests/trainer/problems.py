@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import Parameters
+from trainer import adapt as inner_loops
+from trainer import engines
+from trainer.algorithms import InnerLoop
 from trainer.models import Block, ConvNet, Norm
+from trainer.objective import Objective
+from trainer.parameters import Episode, FastWeights, MetaParameters
+from trainer.variants import method_of
 
 
 class Perceptron(nn.Module):
@@ -57,23 +63,68 @@ def batch(tasks: int = 3, n_way: int = 3, k_shot: int = 2, k_query: int = 4, see
     return EpisodeBatch(support, labels[0], query, labels[1], torch.arange(tasks))
 
 
-def directional(function: Callable[[Parameters], Tensor], at: Parameters, along: Parameters, width: float) -> float:
+def of(network: nn.Module) -> MetaParameters:
+    """Nothing but a network's own parameters."""
+    return MetaParameters(dict(network.named_parameters()))
+
+
+def adapt(network: nn.Module, parameters: MetaParameters, episode: Episode, inner: InnerLoop) -> list[FastWeights]:
+    """By the method that belongs to ``inner``, as the four below."""
+    return inner_loops.adapt(network, parameters, episode, method_of(network, inner))
+
+
+def support_loss(network: nn.Module, fast: FastWeights, episode: Episode, inner: InnerLoop) -> Tensor:
+    return inner_loops.support_loss(network, fast, episode, method_of(network, inner))
+
+
+def query_logits(network: nn.Module, fast: FastWeights, episode: Episode, inner: InnerLoop) -> Tensor:
+    method = method_of(network, inner)
+    return method.query_logits(network, fast, episode, method)
+
+
+def run(
+    engine: str,
+    network: nn.Module,
+    parameters: MetaParameters,
+    tasks: EpisodeBatch,
+    inner: InnerLoop,
+    objective: Objective = engines.FINAL,
+    *,
+    every_step: bool = False,
+) -> engines.Outcome:
+    method = method_of(network, inner, engine)
+    return engines.ENGINES[engine](network, parameters, tasks, method, objective, every_step=every_step)
+
+
+loop = partial(run, "loop")
+
+
+def named(parameters: MetaParameters) -> dict[str, Tensor]:
+    """All of it under names such as ``rates.head``."""
+    parts = parameters._asdict().items()
+    return {f"{part}.{name}": value for part, values in parts for name, value in values.items()}
+
+
+def directional(
+    function: Callable[[MetaParameters], Tensor], at: MetaParameters, along: MetaParameters, width: float
+) -> float:
     """The derivative along a direction by central differences, of fourth order."""
 
     def value(distance: float) -> float:
-        return function({name: at[name].detach() + distance * along[name] for name in at}).item()
+        pairs = zip(at.tensors(), along.tensors(), strict=True)
+        return function(at.like(start.detach() + distance * way for start, way in pairs)).item()
 
     near, far = value(width) - value(-width), value(2 * width) - value(-2 * width)
     return (8 * near - far) / (12 * width)
 
 
-def direction(at: Parameters, seed: int) -> Parameters:
+def direction(at: MetaParameters, seed: int) -> MetaParameters:
     """Random and of length one."""
     chance = torch.Generator().manual_seed(seed)
-    raw = {name: torch.randn(value.shape, generator=chance, dtype=value.dtype) for name, value in at.items()}
-    length = torch.stack([value.pow(2).sum() for value in raw.values()]).sum().sqrt()
-    return {name: value / length for name, value in raw.items()}
+    raw = [torch.randn(value.shape, generator=chance, dtype=value.dtype) for value in at.tensors()]
+    length = torch.stack([value.pow(2).sum() for value in raw]).sum().sqrt()
+    return at.like(value / length for value in raw)
 
 
-def dot(a: Parameters, b: Parameters) -> float:
-    return sum((a[name] * b[name]).sum().item() for name in a)
+def dot(a: MetaParameters, b: MetaParameters) -> float:
+    return sum((one * other).sum().item() for one, other in zip(a.tensors(), b.tensors(), strict=True))

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
-from problems import batch, direction, directional, dot, small_convnet
+from problems import adapt, batch, direction, directional, dot, loop, query_logits, small_convnet, support_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import (
-    RATE,
-    STEP_NORM,
-    Episode,
-    InnerLoop,
-    Parameters,
-    adapt,
-    adapted_names,
-    episodes,
-    meta_parameters,
-    query_logits,
-    support_loss,
-)
-from trainer.algorithms import ADAPTS, BN_MODES, RATES
-from trainer.engines import loop
+from trainer.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
 from trainer.models import Norm
 from trainer.objective import Objective, step_weights
+from trainer.parameters import Episode, FastWeights, MetaParameters, adapted_names, episodes, meta_parameters
 from trainer.settings import TrainSettings
 
 BASE = InnerLoop(steps=3, lr=0.1, order="second", bn="transductive")
 
 
-def jittered(network: nn.Module, inner: InnerLoop) -> Parameters:
+def jittered(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     """Meta-parameters no two of which are equal, as they are after some training."""
     chance = torch.Generator().manual_seed(9)
     parameters = meta_parameters(network, inner)
     with torch.no_grad():
-        for name, value in parameters.items():
-            if ":" in name:
-                value.mul_(1 + 0.3 * torch.rand(value.shape, generator=chance, dtype=value.dtype))
+        for value in [*parameters.rates.values(), *parameters.norms.values()]:
+            value.mul_(1 + 0.3 * torch.rand(value.shape, generator=chance, dtype=value.dtype))
     return parameters
 
 
@@ -51,14 +37,14 @@ def one() -> Episode:
 
 
 def meta_loss(
-    network: nn.Module, tasks: EpisodeBatch, inner: InnerLoop, weights: list[float], at: Parameters
+    network: nn.Module, tasks: EpisodeBatch, inner: InnerLoop, weights: list[float], at: MetaParameters
 ) -> Tensor:
     """The weighted query loss as the definition has it, without any of the engine's code."""
     losses = []
     for episode in episodes(tasks):
         path = adapt(network, at, episode, inner)
         for weight, adapted in zip(weights, path[1:], strict=True):
-            logits = query_logits(network, adapted, episode, inner.bn)
+            logits = query_logits(network, adapted, episode, inner)
             losses.append(weight * F.cross_entropy(logits, episode.query_y))
     return torch.stack(losses).sum() / len(tasks.index)
 
@@ -121,10 +107,10 @@ def test_linear_regression_has_a_closed_form(steps: int, monkeypatch: pytest.Mon
     inner = InnerLoop(steps, 0.1, "second", "transductive", rates="layer-step")
     parameters = meta_parameters(network, inner)
     with torch.no_grad():
-        parameters[RATE + "head"] = alphas.clone().requires_grad_()
+        parameters.rates["head"] = alphas.clone().requires_grad_()
     outcome = loop(network, parameters, tasks, inner, Objective("query", tuple(weights.tolist())))
-    torch.testing.assert_close(outcome.gradient["head"], head, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(outcome.gradient[RATE + "head"], rates, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(outcome.gradient.weights["head"], head, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(outcome.gradient.rates["head"], rates, rtol=1e-11, atol=1e-12)
 
 
 def test_head_alone_adapts_in_anil() -> None:
@@ -132,10 +118,10 @@ def test_head_alone_adapts_in_anil() -> None:
     network, inner = small_convnet(), replace(BASE, adapts="head")
     at = meta_parameters(network, inner)
     start, *_, end = adapt(network, at, one(), inner)
-    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    changed = {name for name in start.weights if not torch.equal(start.weights[name], end.weights[name])}
     assert changed == {"head", "head_bias"}
     gradient = loop(network, at, batch(), inner).gradient
-    assert all(value.abs().max() > 1e-6 for value in gradient.values())
+    assert all(value.abs().max() > 1e-6 for value in gradient.weights.values())
 
 
 @pytest.mark.parametrize("rates", ["layer-step", "parameter"])
@@ -145,10 +131,13 @@ def test_learned_rates_scale_each_step(rates) -> None:
     at = jittered(network, inner)
     path = adapt(network, at, episode, inner)
     for i, (before, after) in enumerate(pairwise(path)):
-        slopes = torch.autograd.grad(support_loss(network, before, episode), list(before.values()), retain_graph=True)
-        for name, slope in zip(before, slopes, strict=True):
-            rate = at[RATE + name] if rates == "parameter" else at[RATE + name][i]
-            torch.testing.assert_close(after[name], before[name] - rate * slope, rtol=1e-10, atol=1e-13)
+        weights = before.weights
+        slopes = torch.autograd.grad(
+            support_loss(network, before, episode, inner), list(weights.values()), retain_graph=True
+        )
+        for name, slope in zip(weights, slopes, strict=True):
+            rate = at.rates[name] if rates == "parameter" else at.rates[name][i]
+            torch.testing.assert_close(after.weights[name], weights[name] - rate * slope, rtol=1e-10, atol=1e-13)
 
 
 def test_fresh_rates_are_those_of_maml() -> None:
@@ -157,7 +146,7 @@ def test_fresh_rates_are_those_of_maml() -> None:
     ends = []
     for rates in RATES:
         inner = replace(BASE, rates=rates)
-        ends.append(adapt(network, meta_parameters(network, inner), episode, inner)[-1])
+        ends.append(adapt(network, meta_parameters(network, inner), episode, inner)[-1].weights)
     for end in ends[1:]:
         assert all(torch.equal(end[name], ends[0][name]) for name in ends[0])
 
@@ -166,11 +155,11 @@ def test_per_step_norms_are_taken_in_turn_and_not_adapted() -> None:
     """Step i normalises by row i, the query images after it by row i + 1; further steps keep to the last row."""
     network, inner = small_convnet(), replace(BASE, bn="per-step")
     at = jittered(network, inner)
-    assert "blocks.0.scale" not in at
+    assert "blocks.0.scale" not in at.weights
     path = adapt(network, at, one(), replace(inner, steps=5))
-    for i, theta in enumerate(path):
+    for i, fast in enumerate(path):
         for name in ("blocks.0.scale", "blocks.1.shift"):
-            assert torch.equal(theta[name], at[STEP_NORM + name][min(i, 3)])
+            assert torch.equal(fast.weights[name], at.norms[name][min(i, 3)])
 
 
 def test_frozen_statistics_are_those_before_the_first_step() -> None:
@@ -178,17 +167,17 @@ def test_frozen_statistics_are_those_before_the_first_step() -> None:
     network, episode = small_convnet(), one()
     inner = replace(BASE, bn="frozen")
     path = adapt(network, meta_parameters(network, inner), episode, inner)
-    kept = {name: value for name, value in path[0].items() if ":" in name}
-    assert len(kept) == 4  # a mean and a variance for each of two layers
-    assert all(torch.equal(value, path[-1][name]) for name, value in kept.items())
-    before = query_logits(network, path[-1], episode, "frozen")
+    kept, last = (fast.statistics for fast in (path[0], path[-1]))
+    assert len(kept) == 2  # of two layers
+    assert all(map(torch.equal, chain(*kept), chain(*last)))
+    before = query_logits(network, path[-1], episode, inner)
     other = torch.cat([episode.query_x[:2], 30 * episode.query_x[2:]])
-    after = query_logits(network, path[-1], episode._replace(query_x=other), "frozen")
+    after = query_logits(network, path[-1], episode._replace(query_x=other), inner)
     torch.testing.assert_close(before[:2], after[:2], rtol=1e-12, atol=1e-13)
     same = episode._replace(query_x=episode.support_x)
-    at_start = [query_logits(network, path[0], same, bn) for bn in ("frozen", "support")]
+    at_start = [query_logits(network, path[0], same, replace(inner, bn=bn)) for bn in ("frozen", "support")]
     torch.testing.assert_close(*at_start)
-    later = [query_logits(network, path[-1], same, bn) for bn in ("frozen", "support")]
+    later = [query_logits(network, path[-1], same, replace(inner, bn=bn)) for bn in ("frozen", "support")]
     assert (later[0] - later[1]).abs().max() > 1e-3
 
 
@@ -199,9 +188,9 @@ def test_reptile_goes_to_the_adapted_weights() -> None:
     at = meta_parameters(network, inner)
     gradient = loop(network, at, tasks, inner, Objective("reptile")).gradient
     ends = [adapt(network, at, episode, inner)[-1] for episode in episodes(tasks)]
-    for name in at:
-        way = torch.stack([at[name] - end[name] for end in ends]).mean(0)
-        torch.testing.assert_close(gradient[name], way, rtol=1e-12, atol=1e-14)
+    for name, start in at.weights.items():
+        way = torch.stack([start - end.weights[name] for end in ends]).mean(0)
+        torch.testing.assert_close(gradient.weights[name], way, rtol=1e-12, atol=1e-14)
 
 
 def test_first_order_takes_learned_rates_slopes_for_constants() -> None:
@@ -211,10 +200,10 @@ def test_first_order_takes_learned_rates_slopes_for_constants() -> None:
     at = meta_parameters(network, inner)
     tasks = EpisodeBatch(*(part[None] for part in episode), torch.zeros(1).long())
     gradient = loop(network, at, tasks, inner).gradient
-    own = {name: value for name, value in at.items() if ":" not in name}
-    slopes = torch.autograd.grad(support_loss(network, own, episode), list(own.values()))
-    for name, slope in zip(own, slopes, strict=True):
-        torch.testing.assert_close(gradient[RATE + name][0], -(slope * gradient[name]).sum(), rtol=1e-10, atol=1e-13)
+    loss = support_loss(network, FastWeights(at.weights), episode, inner)
+    for name, slope in zip(at.weights, torch.autograd.grad(loss, list(at.weights.values())), strict=True):
+        expected = -(slope * gradient.weights[name]).sum()
+        torch.testing.assert_close(gradient.rates[name][0], expected, rtol=1e-10, atol=1e-13)
 
 
 def test_adapted_names_of_the_space() -> None:

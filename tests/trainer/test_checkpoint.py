@@ -54,8 +54,8 @@ def test_round_trip(tmp_path: Path) -> None:
                 assert all(torch.equal(state[key], after["state"][i][key]) for key in state)
         else:
             assert before == after
-    network, beside = loaded.restored(tmp_path)
-    assert beside == {}
+    network, learned = loaded.restored(tmp_path)
+    assert learned.rates == learned.norms == {}
     assert all(torch.equal(saved.weights[name], value) for name, value in network.state_dict().items())
 
 

@@ -5,15 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from problems import batch, small_convnet
+from problems import batch, loop, small_convnet
 from torch import nn
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import InnerLoop, meta_parameters
-from trainer.algorithms import ORDERS
+from trainer.algorithms import ORDERS, InnerLoop
 from trainer.crew import each_task
-from trainer.engines import loop
 from trainer.models import build_network
+from trainer.parameters import meta_parameters
 
 CPU = torch.device("cpu")
 
@@ -78,6 +77,6 @@ def test_the_number_of_threads_changes_no_bit(order) -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         outcomes.append(loop(network, at, tasks, inner, every_step=True))
-    assert all(torch.equal(outcomes[0].gradient[name], outcomes[1].gradient[name]) for name in at)
+    assert all(map(torch.equal, *(outcome.gradient.tensors() for outcome in outcomes)))
     assert torch.equal(outcomes[0].loss, outcomes[1].loss)
     assert torch.equal(outcomes[0].score, outcomes[1].score)

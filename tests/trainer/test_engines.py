@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import batch, direction, directional, dot, perceptron, small_convnet
+from problems import adapt, batch, direction, directional, dot, loop, of, perceptron, query_logits, small_convnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import BatchNorm, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
-from trainer.algorithms import Order
+from trainer.algorithms import BatchNorm, InnerLoop, Order
 from trainer.batchnorm import EPSILON
-from trainer.engines import loop
+from trainer.losses import accuracy
 from trainer.models import Norm, written_out
+from trainer.parameters import MetaParameters, Parameters, episodes
 
 NETWORKS = [perceptron, small_convnet]
 
@@ -24,21 +24,17 @@ def inner_loop(steps: int = 2, order: Order = "second", bn: BatchNorm = "transdu
     return InnerLoop(steps=steps, lr=0.1, order=order, bn=bn)
 
 
-def parameters_of(network: nn.Module) -> Parameters:
-    return dict(network.named_parameters())
-
-
-def meta_loss(network: nn.Module, tasks: EpisodeBatch, inner: InnerLoop, at: Parameters) -> Tensor:
+def meta_loss(network: nn.Module, tasks: EpisodeBatch, inner: InnerLoop, at: MetaParameters) -> Tensor:
     """The outer loss as the definition has it, without any of the engine's code."""
     losses = [
-        F.cross_entropy(query_logits(network, adapt(network, at, one, inner)[-1], one, inner.bn), one.query_y)
+        F.cross_entropy(query_logits(network, adapt(network, at, one, inner)[-1], one, inner), one.query_y)
         for one in episodes(tasks)
     ]
     return torch.stack(losses).mean()
 
 
-def flat(gradient: Parameters) -> Tensor:
-    return torch.cat([value.flatten() for value in gradient.values()])
+def flat(gradient: MetaParameters) -> Tensor:
+    return torch.cat([value.flatten() for value in gradient.tensors()])
 
 
 @pytest.mark.parametrize("bn", ["transductive", "support"])
@@ -47,7 +43,7 @@ def flat(gradient: Parameters) -> Tensor:
 def test_maml_gradient_equals_finite_differences(make: Callable[[], nn.Module], steps: int, bn: BatchNorm) -> None:
     """The second-order meta-gradient is the slope of the meta-loss, in both batch-norm modes."""
     network, tasks, inner = make(), batch(), inner_loop(steps, bn=bn)
-    at = parameters_of(network)
+    at = of(network)
     gradient = loop(network, at, tasks, inner).gradient
     for seed in range(2):
         along = direction(at, seed)
@@ -91,8 +87,8 @@ def test_maml_gradient_equals_the_closed_form(steps: int, monkeypatch: pytest.Mo
     adapted = minimum + contraction @ (theta - minimum)
     first = query @ (adapted - d)
     for order, expected in {"second": contraction.T @ first, "first": first}.items():
-        outcome = loop(network, parameters_of(network), tasks, InnerLoop(steps, alpha, order, "transductive"))
-        torch.testing.assert_close(outcome.gradient["place"], expected, rtol=1e-12, atol=1e-12)
+        outcome = loop(network, of(network), tasks, InnerLoop(steps, alpha, order, "transductive"))
+        torch.testing.assert_close(outcome.gradient.weights["place"], expected, rtol=1e-12, atol=1e-12)
 
 
 def by_hand(network: nn.Module, at: Parameters, tasks: EpisodeBatch, inner: InnerLoop) -> Parameters:
@@ -122,17 +118,18 @@ def by_hand(network: nn.Module, at: Parameters, tasks: EpisodeBatch, inner: Inne
 def test_gradient_equals_one_written_by_hand(make: Callable[[], nn.Module], steps: int, order: Order) -> None:
     """MAML is autograd with create_graph, FOMAML the same with detached inner gradients."""
     network, tasks, inner = make(), batch(), inner_loop(steps, order)
-    at = parameters_of(network)
-    expected = by_hand(network, at, tasks, inner)
-    gradient = loop(network, at, tasks, inner).gradient
-    for name in at:
+    at = of(network)
+    expected = by_hand(network, at.weights, tasks, inner)
+    gradient = loop(network, at, tasks, inner).gradient.weights
+    for name in at.weights:
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-9, atol=1e-12)
 
 
 def test_frozen_statistics_are_constants_to_first_order() -> None:
     """The gradient is that of a network in whose norms the support images' statistics stand as numbers."""
     network, tasks, inner = small_convnet(), batch(), inner_loop(2, "first", "frozen")
-    at = parameters_of(network)
+    parameters = of(network)
+    at = parameters.weights
     names, total = list(at), [torch.zeros_like(value) for value in at.values()]
     for support_x, support_y, query_x, query_y in zip(*tasks[:4], strict=True):
         numbers: list[tuple[Tensor, Tensor]] = []
@@ -154,7 +151,7 @@ def test_frozen_statistics_are_constants_to_first_order() -> None:
             values = [value - inner.lr * slope for value, slope in zip(values, slopes, strict=True)]
         slopes = torch.autograd.grad(F.cross_entropy(logits(values, query_x), query_y), list(at.values()))
         total = [whole + slope / len(tasks.index) for whole, slope in zip(total, slopes, strict=True)]
-    gradient = loop(network, at, tasks, inner).gradient
+    gradient = loop(network, parameters, tasks, inner).gradient.weights
     for name, expected in zip(names, total, strict=True):
         torch.testing.assert_close(gradient[name], expected, rtol=1e-9, atol=1e-12)
 
@@ -163,7 +160,7 @@ def test_frozen_statistics_are_constants_to_first_order() -> None:
 def test_first_and_second_order_differ(make: Callable[[], nn.Module]) -> None:
     """Second order is really second order: the two gradients point in clearly different directions."""
     network, tasks = make(), batch()
-    at = parameters_of(network)
+    at = of(network)
     second, first = (flat(loop(network, at, tasks, inner_loop(5, order)).gradient) for order in ("second", "first"))
     assert F.cosine_similarity(second, first, dim=0) < 0.995
 
@@ -173,7 +170,7 @@ def test_first_and_second_order_differ(make: Callable[[], nn.Module]) -> None:
 def test_episodes_are_independent(order: Order, bn: BatchNorm) -> None:
     """The order of the tasks makes no difference beyond rounding, and each counts as much as if it were alone."""
     network, tasks, inner = small_convnet(), batch(tasks=4), inner_loop(2, order, bn)
-    at = parameters_of(network)
+    at = of(network)
     whole = flat(loop(network, at, tasks, inner).gradient)
     turned = EpisodeBatch(*(part.flip(0) for part in tasks))
     torch.testing.assert_close(flat(loop(network, at, turned, inner).gradient), whole, rtol=1e-12, atol=1e-14)
@@ -186,12 +183,12 @@ def test_episodes_are_independent(order: Order, bn: BatchNorm) -> None:
 def test_outcome_is_that_of_the_definition() -> None:
     """Loss and accuracies are means over the episodes, and every step's accuracy is given when asked for."""
     network, tasks, inner = small_convnet(), batch(tasks=5, k_query=20), InnerLoop(3, 1.0, "second", "transductive")
-    at = parameters_of(network)
+    at = of(network)
     outcome = loop(network, at, tasks, inner, every_step=True)
     assert len(set(outcome.score.tolist())) > 2  # or the order of the steps would not show
     torch.testing.assert_close(outcome.loss, meta_loss(network, tasks, inner, at).detach())
     expected = [
-        torch.stack([accuracy(query_logits(network, p, one, inner.bn), one.query_y) for p in path])
+        torch.stack([accuracy(query_logits(network, p, one, inner), one.query_y) for p in path])
         for one in episodes(tasks)
         for path in [adapt(network, at, one, inner)]
     ]
@@ -206,8 +203,8 @@ def test_engine_changes_nothing(order: Order) -> None:
     network, tasks = small_convnet(), batch()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     chance = torch.get_rng_state()
-    outcome = loop(network, parameters_of(network), tasks, inner_loop(2, order), every_step=True)
+    outcome = loop(network, of(network), tasks, inner_loop(2, order), every_step=True)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(value.grad is None for value in network.parameters())
     assert torch.equal(chance, torch.get_rng_state())
-    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.values()))
+    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.tensors()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import InnerLoop
+from trainer.algorithms import InnerLoop
 from trainer.evaluate import evaluate, evaluate_checkpoint
 from trainer.models import Norm, build_network
 from trainer.settings import TrainSettings

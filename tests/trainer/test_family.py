@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import adapt
 from synthetic import CLASSES, Synthetic
 from torch import nn
 from torch.nn import functional as F
 
-from trainer.adapt import RATE, STEP_NORM
 from trainer.algorithms import ALGORITHMS
-from trainer.baselines import WIDE, joint, joint_parameters
+from trainer.baselines import joint, joint_parameters
 from trainer.checkpoint import load_checkpoint
 from trainer.evaluate import evaluate_checkpoint
 from trainer.models import build_network
+from trainer.parameters import episodes, meta_parameters
 from trainer.settings import TrainSettings
 from trainer.train import train
 
@@ -60,7 +61,9 @@ def test_every_algorithm_goes_on_as_if_never_stopped(tmp_path: Path, algorithm: 
     assert at_once.last.name.startswith(f"{algorithm}_step")
 
 
-@pytest.mark.parametrize(("algorithm", "prefix"), [("maml++", RATE), ("maml++", STEP_NORM), ("meta-sgd", RATE)])
+@pytest.mark.parametrize(
+    ("algorithm", "prefix"), [("maml++", "inner_lr:"), ("maml++", "per_step:"), ("meta-sgd", "inner_lr:")]
+)
 def test_what_is_learned_beside_the_weights_is_evaluated_with(tmp_path: Path, algorithm: str, prefix: str) -> None:
     """Rates and norms move in training, are saved, and the evaluation's result depends on them."""
     settings = settings_of(algorithm, meta_lr=0.05)
@@ -68,7 +71,7 @@ def test_what_is_learned_beside_the_weights_is_evaluated_with(tmp_path: Path, al
     saved = load_checkpoint(path)
     learned = {name: value for name, value in saved.weights.items() if name.startswith(prefix)}
     assert learned
-    fresh = settings.inner_lr if prefix == RATE else None
+    fresh = settings.inner_lr if prefix == "inner_lr:" else None
     assert all(fresh is None or (value != fresh).any() for value in learned.values())
     before = evaluate_checkpoint(path, Synthetic(), episodes=4, device="cpu")
     content = torch.load(path, weights_only=True)
@@ -105,15 +108,13 @@ def test_random_is_the_fresh_network(tmp_path: Path) -> None:
 
 def test_reptile_with_sgd_is_interpolation(tmp_path: Path) -> None:
     """With plain SGD and a rate of one, an outer step ends at the mean of the adapted weights."""
-    from trainer.adapt import adapt, episodes, meta_parameters
-
     settings = settings_of("reptile", steps=1, meta_optimizer="sgd", meta_lr=1.0, meta_schedule="constant")
     data = Synthetic()
     weights = load_checkpoint(train(settings, data, tmp_path).last).weights
     network = build_network("conv4", 1, 12, 5, 0)
     at, inner = meta_parameters(network, settings.inner_loop()), settings.inner_loop()
-    ends = [adapt(network, at, one, inner)[-1] for one in episodes(data.batch("train", [0, 1]))]
-    for name in at:
+    ends = [adapt(network, at, one, inner)[-1].weights for one in episodes(data.batch("train", [0, 1]))]
+    for name in at.weights:
         torch.testing.assert_close(weights[name], torch.stack([end[name] for end in ends]).mean(0).detach())
 
 
@@ -134,7 +135,7 @@ def test_joint_training_is_plain_classification() -> None:
     torch.testing.assert_close(outcome.loss, loss.detach())
     loss.backward()
     for name, value in wide.named_parameters():
-        torch.testing.assert_close(outcome.gradient[WIDE + name if "head" in name else name], value.grad)
+        torch.testing.assert_close({**outcome.gradient.weights, **outcome.gradient.joint}[name], value.grad)
 
 
 def test_pretraining_leaves_the_episodes_head_alone(tmp_path: Path) -> None:
@@ -143,4 +144,4 @@ def test_pretraining_leaves_the_episodes_head_alone(tmp_path: Path) -> None:
     fresh: nn.Module = build_network("conv4", 1, 12, 5, 0)
     same = {name for name, value in fresh.state_dict().items() if torch.equal(value, saved.weights[name])}
     assert same == {"head", "head_bias"}
-    assert saved.weights[WIDE + "head"].shape == (CLASSES, 64)
+    assert saved.weights["joint:head"].shape == (CLASSES, 64)

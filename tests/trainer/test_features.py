@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import batch, fill, small_convnet
+from problems import adapt, batch, fill, loop, named, query_logits, small_convnet
 from torch import nn
 
-from trainer.adapt import InnerLoop, adapt, episodes, meta_parameters, query_logits
-from trainer.algorithms import ORDERS, RATES
-from trainer.engines import loop
+from trainer.algorithms import ORDERS, RATES, InnerLoop
 from trainer.evaluate import measure
 from trainer.features import head_on_features
 from trainer.models import build_network
+from trainer.parameters import episodes, meta_parameters
+from trainer.variants import method_of
 
 ANIL = InnerLoop(steps=3, lr=0.1, order="second", bn="transductive", adapts="head")
 
@@ -33,7 +33,7 @@ def test_each_image_goes_through_the_body_once(order) -> None:
     assert seen == [6, 12]
     seen.clear()
     with torch.no_grad():
-        measure(network, meta_parameters(network, inner), next(episodes(tasks)), inner)
+        measure(network, meta_parameters(network, inner), next(episodes(tasks)), method_of(network, inner))
     assert seen == [6, 12]
 
 
@@ -43,11 +43,14 @@ def test_answers_are_the_same_at_each_step(bn, rates) -> None:
     """Before and after each inner step, to float64 rounding."""
     network, episode, inner = small_convnet(), next(episodes(batch())), replace(ANIL, bn=bn, rates=rates)
     at = meta_parameters(network, inner)
-    head, heads, features = head_on_features(network, at, episode, inner)
+    head, heads, features = head_on_features(network, at, episode, method_of(network, inner))
     assert head is not network
     for whole, part in zip(adapt(network, at, episode, inner), adapt(head, heads, features, inner), strict=True):
         torch.testing.assert_close(
-            query_logits(head, part, features, bn), query_logits(network, whole, episode, bn), rtol=1e-9, atol=1e-12
+            query_logits(head, part, features, ANIL),
+            query_logits(network, whole, episode, inner),
+            rtol=1e-9,
+            atol=1e-12,
         )
 
 
@@ -60,7 +63,8 @@ def test_a_body_that_changes_is_left_alone(changes) -> None:
     """Where features are not the same in all steps, images stay images."""
     network, episode, inner = small_convnet(), next(episodes(batch())), replace(ANIL, **changes)
     at = meta_parameters(network, inner)
-    assert head_on_features(network, at, episode, inner) == (network, at, episode)
+    method = method_of(network, inner)
+    assert method.shortcut(network, at, episode, method) == (network, at, episode)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -82,8 +86,8 @@ def test_the_gradient_is_that_of_the_whole_network(bn, order) -> None:
     whole = Whole(network)
     expected = loop(whole, meta_parameters(whole, inner), batch(), inner, every_step=True)
     outcome = loop(network, meta_parameters(network, inner), batch(), inner, every_step=True)
-    for name, value in expected.gradient.items():
-        torch.testing.assert_close(outcome.gradient[name], value, rtol=1e-9, atol=1e-12)
+    for name, value in named(expected.gradient).items():
+        torch.testing.assert_close(named(outcome.gradient)[name], value, rtol=1e-9, atol=1e-12)
     assert torch.equal(outcome.score, expected.score)
     torch.testing.assert_close(outcome.loss, expected.loss)
 
@@ -92,6 +96,7 @@ def test_resnet18_has_features() -> None:
     """The other kind of network, too."""
     pytest.importorskip("torchvision")
     network = fill(build_network("resnet18", 1, 6, 3, seed=0))
-    head, _, features = head_on_features(network, meta_parameters(network, ANIL), next(episodes(batch())), ANIL)
+    method = method_of(network, ANIL)
+    head, _, features = method.shortcut(network, meta_parameters(network, ANIL), next(episodes(batch())), method)
     assert head is not network
     assert features.query_x.shape == (12, 512)

@@ -10,6 +10,7 @@ from synthetic import Synthetic
 from mamldata.errors import MamldataError
 from trainer.engines import Outcome
 from trainer.metrics import NAME, Window, append, require_finite, rewind
+from trainer.parameters import MetaParameters
 
 
 def steps(folder: Path) -> list[int]:
@@ -42,7 +43,7 @@ def test_rewind_of_nothing(tmp_path: Path) -> None:
 
 
 def outcome(loss: float, by_step: list[float]) -> Outcome:
-    return Outcome({}, torch.tensor(loss), torch.tensor(by_step))
+    return Outcome(MetaParameters({}), torch.tensor(loss), torch.tensor(by_step))
 
 
 def test_window_sums_up() -> None:
@@ -87,7 +88,7 @@ def test_what_is_not_finite_is_refused(loss: float) -> None:
 def test_a_window_goes_on_in_another_process() -> None:
     """Cut anywhere and put together again, a window sums up to the same; the time is that of the steps timed here."""
     batch = Synthetic(size=8).batch("train", [0, 1])
-    outcomes = [Outcome({}, torch.rand(()), torch.rand(1 if step < 4 else 3)) for step in range(5)]
+    outcomes = [Outcome(MetaParameters({}), torch.rand(()), torch.rand(1 if step < 4 else 3)) for step in range(5)]
     whole = Window(20)
     for outcome in outcomes:
         whole.add(batch, outcome, 0.0)

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import batch, fill, perceptron, small_convnet
+from problems import batch, fill, loop, named, perceptron, run, small_convnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.errors import RequestError
 from trainer import engines as module
-from trainer.adapt import InnerLoop, Parameters, meta_parameters
-from trainer.algorithms import ADAPTS, BN_MODES, ORDERS, RATES
-from trainer.engines import ENGINES, Outcome, loop, pick_engine
+from trainer.algorithms import ADAPTS, BN_MODES, ORDERS, RATES, InnerLoop
+from trainer.engines import ENGINES, Outcome, pick_engine
 from trainer.models import Block, ConvNet, Norm, build_network
 from trainer.objective import Objective
+from trainer.parameters import MetaParameters, meta_parameters
 from trainer.settings import TrainSettings
 from trainer.train import train
 
@@ -51,20 +51,20 @@ def pooled() -> nn.Module:
     return fill(ConvNet([Block(1, 4, stride=1, padding=0, pool=True)], 16, 3, mean_over_space=False))
 
 
-def parameters_of(network: nn.Module, inner: InnerLoop) -> Parameters:
+def parameters_of(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     parameters = meta_parameters(network, inner)
     with torch.no_grad():
-        for i, (name, value) in enumerate(parameters.items()):
-            if ":" in name:
-                value.mul_(torch.linspace(0.7, 1.3 + 0.1 * i, value.numel(), dtype=value.dtype).view_as(value))
+        for i, value in enumerate([*parameters.rates.values(), *parameters.norms.values()]):
+            value.mul_(torch.linspace(0.7, 1.8 + 0.1 * i, value.numel(), dtype=value.dtype).view_as(value))
     return parameters
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
     """To 1e-9 of the largest number of each tensor."""
-    for name in one.gradient:
-        scale = max(one.gradient[name].abs().max().item(), 1e-6)
-        torch.testing.assert_close(other.gradient[name], one.gradient[name], rtol=0, atol=1e-9 * scale, msg=name)
+    found = named(other.gradient)
+    for name, value in named(one.gradient).items():
+        scale = max(value.abs().max().item(), 1e-6)
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9 * scale, msg=name)
     torch.testing.assert_close(one.loss, other.loss, rtol=1e-9, atol=0)
     assert torch.equal(one.score, other.score)
 
@@ -80,7 +80,7 @@ def test_engines_agree_on_the_algorithms(make, order, rates, adapts, objective, 
     network, inner = make(), replace(BASE, order=order, rates=rates, adapts=adapts)
     at = parameters_of(network, inner)
     expected = loop(network, at, batch(), inner, objective, every_step=True)
-    assert_same(expected, ENGINES[engine](network, at, batch(), inner, objective, every_step=True))
+    assert_same(expected, run(engine, network, at, batch(), inner, objective, every_step=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -90,7 +90,7 @@ def test_vmap_agrees_in_every_norm(make, bn, order) -> None:
     """The batch-norm modes, per-step and frozen ones included, and max-pooling."""
     network, inner = make(), replace(BASE, order=order, bn=bn)
     at, objective = parameters_of(network, inner), Objective("query", (0.2, 0.3, 0.5))
-    assert_same(loop(network, at, batch(), inner, objective), ENGINES["vmap"](network, at, batch(), inner, objective))
+    assert_same(loop(network, at, batch(), inner, objective), run("vmap", network, at, batch(), inner, objective))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
@@ -101,7 +101,7 @@ def test_engines_agree_on_resnet18(bn) -> None:
     at, tasks = meta_parameters(network, inner), batch(tasks=2)
     expected = loop(network, at, tasks, inner)
     assert_same(expected, loop(network, at, tasks, replace(inner, checkpoint=True)))
-    assert_same(expected, ENGINES["vmap"](network, at, tasks, inner))
+    assert_same(expected, run("vmap", network, at, tasks, inner))
 
 
 @needs_higher
@@ -110,7 +110,7 @@ def test_higher_agrees_in_support_mode(order) -> None:
     """The query set's normalisation is the same beside the inner loop of higher."""
     network, inner = small_convnet(), replace(BASE, order=order, bn="support")
     at = parameters_of(network, inner)
-    assert_same(loop(network, at, batch(), inner), ENGINES["higher"](network, at, batch(), inner))
+    assert_same(loop(network, at, batch(), inner), run("higher", network, at, batch(), inner))
 
 
 @pytest.mark.parametrize("engine", OTHERS)
@@ -120,7 +120,7 @@ def test_engines_agree_on_reptile(make, engine) -> None:
     network, inner = make(), replace(BASE, order="first")
     at = parameters_of(network, inner)
     expected = loop(network, at, batch(), inner, Objective("reptile"))
-    assert_same(expected, ENGINES[engine](network, at, batch(), inner, Objective("reptile")))
+    assert_same(expected, run(engine, network, at, batch(), inner, Objective("reptile")))
 
 
 @pytest.mark.parametrize("engine", ["loop", *OTHERS])
@@ -129,8 +129,8 @@ def test_first_and_second_order_differ_in_every_engine(make, engine) -> None:
     """No engine drops the second order in silence."""
     network = make()
     at = parameters_of(network, BASE)
-    both = [ENGINES[engine](network, at, batch(), replace(BASE, order=order)).gradient for order in ORDERS]
-    first, second = (torch.cat([value.flatten() for value in gradient.values()]) for gradient in both)
+    both = [run(engine, network, at, batch(), replace(BASE, order=order)).gradient for order in ORDERS]
+    first, second = (torch.cat([value.flatten() for value in gradient.tensors()]) for gradient in both)
     assert F.cosine_similarity(first, second, dim=0) < 0.999
 
 
@@ -139,10 +139,10 @@ def test_engines_change_nothing(engine) -> None:
     """Parameters and their gradients are as they were, and outcomes hold no graph."""
     network = small_convnet()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    outcome = ENGINES[engine](network, parameters_of(network, BASE), batch(), BASE, every_step=True)
+    outcome = run(engine, network, parameters_of(network, BASE), batch(), BASE, every_step=True)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(value.requires_grad and value.grad is None for value in network.parameters())
-    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.values()))
+    assert not any(part.requires_grad for part in (outcome.loss, outcome.score, *outcome.gradient.tensors()))
 
 
 @pytest.mark.parametrize("engine", OTHERS)

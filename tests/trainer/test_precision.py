@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import batch
+from problems import batch, loop, query_logits, run
 from synthetic import Synthetic
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import InnerLoop, episodes, meta_parameters, query_logits
-from trainer.algorithms import BN_MODES, ORDERS
+from trainer.algorithms import BN_MODES, ORDERS, InnerLoop
 from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.engines import ENGINES, loop
 from trainer.evaluate import evaluate_checkpoint
 from trainer.models import build_network
+from trainer.parameters import FastWeights, episodes, meta_parameters
 from trainer.precision import PRECISIONS, pick_precision, precision_of, set_precision
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -79,10 +78,10 @@ def test_bf16_is_near_to_fp32(order, bn, engine) -> None:
         network = build_network("conv4", 1, 6, 3, seed=0)
         set_precision(network, precision)
         at = meta_parameters(network, inner)
-        outcome = ENGINES[engine](network, at, tasks, inner)
-        assert {value.dtype for value in outcome.gradient.values()} == {torch.float32}
+        outcome = run(engine, network, at, tasks, inner)
+        assert {value.dtype for value in outcome.gradient.tensors()} == {torch.float32}
         assert outcome.loss.dtype == torch.float32
-        found.append(torch.cat([outcome.gradient[name].flatten() for name in ("head", "head_bias")]))
+        found.append(torch.cat([outcome.gradient.weights[name].flatten() for name in ("head", "head_bias")]))
     assert not torch.equal(*found)
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.8
 
@@ -92,7 +91,7 @@ def test_bf16_computes_in_bfloat16() -> None:
     network, inner = build_network("conv4", 1, 6, 3, seed=0), InnerLoop(1, 0.05, "first", "transductive")
     set_precision(network, "bf16")
     at, episode = meta_parameters(network, inner), next(episodes(in_float32()))
-    logits = query_logits(network, at, episode, "transductive")
+    logits = query_logits(network, FastWeights(at.weights), episode, inner)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, logits.bfloat16().float())
     before = torch.get_num_threads()

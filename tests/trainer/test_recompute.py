@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import batch, perceptron, small_convnet
+from problems import adapt, batch, loop, named, perceptron, run, small_convnet
 from synthetic import Synthetic
 from torch import Tensor
 
 from mamldata.errors import RequestError
-from trainer.adapt import Episode, InnerLoop, adapt, episodes, meta_parameters, support_of_step
-from trainer.algorithms import ADAPTS, BN_MODES, RATES
+from trainer.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
 from trainer.checkpoint import load_checkpoint
-from trainer.engines import ENGINES, Outcome, loop
+from trainer.engines import ENGINES, Outcome
 from trainer.evaluate import evaluate_checkpoint
 from trainer.objective import Objective
+from trainer.parameters import Episode, episodes, meta_parameters, support_of_step
 from trainer.recompute import recomputed
 from trainer.settings import TrainSettings
 from trainer.train import train
@@ -38,8 +38,8 @@ def test_a_checkpointed_inner_loop_has_the_same_gradient(bn, rates, adapts, weig
     at, objective = meta_parameters(network, inner), Objective("query", weights)
     expected = loop(network, at, batch(), inner, objective, every_step=True)
     outcome = loop(network, at, batch(), replace(inner, checkpoint=True), objective, every_step=True)
-    for name in at:
-        torch.testing.assert_close(outcome.gradient[name], expected.gradient[name], rtol=1e-11, atol=1e-14)
+    for name, value in named(expected.gradient).items():
+        torch.testing.assert_close(named(outcome.gradient)[name], value, rtol=1e-11, atol=1e-14)
     assert torch.equal(outcome.loss, expected.loss)
     assert torch.equal(outcome.score, expected.score)
 
@@ -102,10 +102,11 @@ def test_each_step_descends_on_its_own_batch(engine: str) -> None:
     at = meta_parameters(network, BASE)
     inner = replace(BASE, steps=2, support_batches=2)
     path = adapt(network, at, episode, inner)
-    middle = adapt(network, at, support_of_step(episode, inner, 0), replace(BASE, steps=1))[-1]
-    end = adapt(network, middle, support_of_step(episode, inner, 1), replace(BASE, steps=1))[-1]
-    assert all(torch.equal(path[-1][name], end[name]) for name in end)
-    one, other = loop(network, at, batch(), inner).gradient, ENGINES[engine](network, at, batch(), inner).gradient
+    middle = adapt(network, at, support_of_step(episode, inner, 0), replace(BASE, steps=1))[-1].weights
+    again = support_of_step(episode, inner, 1)
+    end = adapt(network, at._replace(weights=middle), again, replace(BASE, steps=1))[-1].weights
+    assert all(torch.equal(path[-1].weights[name], end[name]) for name in end)
+    one, other = (named(run(name, network, at, batch(), inner).gradient) for name in ("loop", engine))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-13)
 
@@ -126,8 +127,8 @@ def moved(tmp_path: Path, gradient: float, **more: float) -> Tensor:
     settings = replace(SETTINGS, steps=1, meta_optimizer="sgd", meta_lr=1.0, meta_schedule="constant", engine="loop")
 
     def constant(network, parameters, *rest, **options) -> Outcome:
-        slopes = {name: torch.full_like(value, gradient) for name, value in parameters.items()}
-        return Outcome(slopes, torch.zeros(()), torch.zeros(2))
+        slopes = [torch.full_like(value, gradient) for value in parameters.tensors()]
+        return Outcome(parameters.like(slopes), torch.zeros(()), torch.zeros(2))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENGINES, "loop", constant)

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import direction, directional, dot
+from problems import adapt, direction, directional, dot, loop, named, of, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import InnerLoop, Parameters, adapt, episodes, meta_parameters
-from trainer.algorithms import ADAPTS, ORDERS, RATES
-from trainer.engines import ENGINES, loop
+from trainer.algorithms import ADAPTS, ORDERS, RATES, InnerLoop
 from trainer.evaluate import measure, measure_together
 from trainer.models import Norm, mlp
 from trainer.objective import Objective
+from trainer.parameters import MetaParameters, episodes, meta_parameters
 from trainer.sinusoid import Sinusoids
+from trainer.variants import method_of
 
 BASE = InnerLoop(3, 0.01, "second", "transductive", task_loss="squared-error")
 needs_higher = pytest.mark.skipif(importlib.util.find_spec("higher") is None, reason="needs the package higher")
@@ -30,12 +30,12 @@ def tasks(count: int = 4) -> EpisodeBatch:
     return EpisodeBatch(*(part.double() for part in points), index)
 
 
-def parameters_of(network: nn.Module, inner: InnerLoop) -> Parameters:
+def parameters_of(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     """With rates that differ, where there are any, and with kinks away from one another."""
     parameters = meta_parameters(network, inner)
     with torch.no_grad():
-        for name, value in parameters.items():
-            if name.endswith("_bias") or ":" in name:
+        for name, value in named(parameters).items():
+            if name.endswith("_bias") or name.startswith("rates"):
                 value.add_(0.1 * inner.lr * torch.arange(value.numel(), dtype=value.dtype).view_as(value))
     return parameters
 
@@ -50,10 +50,10 @@ def test_engines_agree(order, rates, adapts, objective, engine) -> None:
     network, inner = mlp(seed=1).double(), replace(BASE, order=order, rates=rates, adapts=adapts)
     at = parameters_of(network, inner)
     expected = loop(network, at, tasks(), inner, objective, every_step=True)
-    outcome = ENGINES[engine](network, at, tasks(), inner, objective, every_step=True)
-    for name, value in expected.gradient.items():
+    outcome = run(engine, network, at, tasks(), inner, objective, every_step=True)
+    for name, value in named(expected.gradient).items():
         scale = max(value.abs().max().item(), 1e-6)
-        torch.testing.assert_close(outcome.gradient[name], value, rtol=0, atol=1e-9 * scale, msg=name)
+        torch.testing.assert_close(named(outcome.gradient)[name], value, rtol=0, atol=1e-9 * scale, msg=name)
     torch.testing.assert_close(outcome.loss, expected.loss, rtol=1e-9, atol=0)
     torch.testing.assert_close(outcome.score, expected.score, rtol=1e-9, atol=0)
     assert torch.equal(expected.loss, expected.score[-1])
@@ -64,8 +64,8 @@ def test_checkpointing_changes_nothing() -> None:
     network = mlp(seed=1).double()
     at = parameters_of(network, BASE)
     expected, found = (loop(network, at, tasks(), replace(BASE, checkpoint=twice)).gradient for twice in (False, True))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+    for name, value in named(expected).items():
+        torch.testing.assert_close(named(found)[name], value, rtol=1e-12, atol=1e-14)
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -73,11 +73,11 @@ def test_gradient_equals_finite_differences() -> None:
     network = mlp(seed=1).double()
     at = parameters_of(network, BASE)
 
-    def error(point: Parameters) -> Tensor:
+    def error(point: MetaParameters) -> Tensor:
         losses = []
         for one in episodes(tasks()):
-            theta = adapt(network, point, one, BASE)[-1]
-            answers = torch.func.functional_call(network, theta, (one.query_x,))
+            fast = adapt(network, point, one, BASE)[-1]
+            answers = torch.func.functional_call(network, fast.weights, (one.query_x,))
             losses.append(((answers - one.query_y) ** 2).mean())
         return torch.stack(losses).mean()
 
@@ -118,17 +118,17 @@ def test_gradient_equals_the_closed_form(engine, steps) -> None:
     slope = 2 * query_x.T @ (query_x @ adapted - query_y) / 6
     for order, expected in {"second": power.T @ slope, "first": slope}.items():
         inner = InnerLoop(steps, 0.1, order, "transductive", task_loss="squared-error")
-        outcome = ENGINES[engine](network, dict(network.named_parameters()), batch, inner)
-        torch.testing.assert_close(outcome.gradient["weight"], expected, rtol=1e-11, atol=1e-12)
+        outcome = run(engine, network, of(network), batch, inner)
+        torch.testing.assert_close(outcome.gradient.weights["weight"], expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(outcome.loss, F.mse_loss(query_x @ adapted, query_y))
 
 
 def test_the_evaluator_reports_squared_errors() -> None:
     """First the loss after the last step, then the error before adaptation and after each step; also all at once."""
     network = mlp(seed=1).double()
-    at = dict(network.named_parameters())
+    at, method = of(network), method_of(network, BASE)
     with torch.no_grad():
-        rows = torch.stack([measure(network, at, one, BASE) for one in episodes(tasks())])
+        rows = torch.stack([measure(network, at, one, method) for one in episodes(tasks())])
         before = (network(tasks().query_x.flatten(0, 1)).view(4, 8, 1) - tasks().query_y).square().mean((1, 2))
     assert rows.shape == (4, 5)
     torch.testing.assert_close(rows[:, 1], before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mamldata.errors import RequestError
-from trainer.adapt import InnerLoop
+from trainer.algorithms import InnerLoop
 from trainer.models import draw_weights
 from trainer.settings import CHANGEABLE, TrainSettings, pick_device, saved_settings
 

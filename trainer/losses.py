@@ -1,0 +1,24 @@
+"""What an inner and an outer loop minimise, and what people compare."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.algorithms import TaskLoss
+
+
+def loss_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
+    """The mean over a set of images or points, a scalar: cross-entropy in nats, or the squared error."""
+    return F.cross_entropy(answers, truth) if task_loss == "cross-entropy" else F.mse_loss(answers, truth)
+
+
+def score_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
+    """What people compare, a scalar without a graph: the accuracy of classes, the mean squared error of numbers."""
+    answers = answers.detach()
+    return accuracy(answers, truth) if task_loss == "cross-entropy" else loss_of(answers, truth, task_loss)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers in [0, 1]: a float32 scalar on the device, so that nobody waits for it."""
+    return (logits.argmax(1) == labels).float().mean()

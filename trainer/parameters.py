@@ -1,0 +1,106 @@
+"""What the outer loop learns, what the inner loop makes of it, and the episodes that both work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mamldata.batch import EpisodeBatch
+from trainer.algorithms import InnerLoop
+from trainer.models import Statistics, head_names, norm_names
+
+Parameters = dict[str, Tensor]  # by their names in a network
+
+
+class MetaParameters(NamedTuple):
+    """All that an outer loop learns, or a tensor for each of it, such as its gradient; a tree for ``torch.func``.
+
+    Attributes:
+        weights: the network's own parameters, less those that ``norms`` or ``joint`` take the place of.
+        rates: learned inner learning rates of the parameters that adapt, ``[steps]`` or of the parameter's shape.
+        norms: the scales and shifts of each step, ``[steps + 1, C]``: row i is for the support images of step i and
+            for query images after i steps.
+        joint: in joint training, the head for all training classes.
+    """
+
+    weights: Parameters
+    rates: Parameters = {}  # noqa: RUF012  # nobody changes it
+    norms: Parameters = {}  # noqa: RUF012
+    joint: Parameters = {}  # noqa: RUF012
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, always in this order, by which an optimizer's saved state knows them."""
+        return [value for part in self for value in part.values()]
+
+    def like(self, tensors: Iterable[Tensor]) -> MetaParameters:
+        """Other tensors under the same names, given in the order of ``tensors``."""
+        values = iter(tensors)
+        return MetaParameters(*({name: next(values) for name in part} for part in self))
+
+    def norms_of(self, step: int) -> Parameters:
+        """The scales and shifts after so many inner steps; after more than were trained, the last ones."""
+        return {name: rows[min(step, len(rows) - 1)] for name, rows in self.norms.items()}
+
+
+class FastWeights(NamedTuple):
+    """A network in the course of an episode.
+
+    Attributes:
+        weights: all of its parameters.
+        statistics: with ``frozen`` batch norm, what each normalisation keeps; otherwise empty.
+    """
+
+    weights: Parameters
+    statistics: tuple[Statistics, ...] = ()
+
+
+class Episode(NamedTuple):
+    """One task: images ``[images, C, H, W]`` and labels int64 ``[images]``, of the support and of the query set.
+
+    In a regression problem points ``[points, inputs]`` and floating-point answers ``[points, outputs]``.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+def episodes(batch: EpisodeBatch) -> Iterator[Episode]:
+    """The episodes of a meta-batch, one after the other; views, no copies."""
+    for parts in zip(batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True):
+        yield Episode(*parts)
+
+
+def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
+    """The episode with the support images of a step, counted from 0."""
+    if inner.support_batches == 1:
+        return episode
+    # Images of one class stand together, so that every n-th image is an equal share of each class.
+    part = slice(step % inner.support_batches, None, inner.support_batches)
+    return episode._replace(support_x=episode.support_x[part], support_y=episode.support_y[part])
+
+
+def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
+    """The parameters that the inner loop changes."""
+    names = head_names(network) if inner.adapts == "head" else [name for name, _ in network.named_parameters()]
+    untouched = set(norm_names(network)) if inner.bn == "per-step" else set()
+    return [name for name in names if name not in untouched]
+
+
+def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
+    """The network's parameters themselves, and fresh rates, all ``inner.lr``, and fresh per-step norms."""
+    weights = dict(network.named_parameters())
+    rates, norms = {}, {}
+    if inner.rates != "fixed":
+        for name in adapted_names(network, inner):
+            # With the parameter's own memory layout, or each product with it would be slow.
+            like = weights[name].detach() if inner.rates == "parameter" else weights[name].new_empty(inner.steps)
+            rates[name] = torch.full_like(like, inner.lr).requires_grad_()
+    if inner.bn == "per-step":
+        for name in norm_names(network):
+            norms[name] = weights.pop(name).detach().repeat(inner.steps + 1, 1).requires_grad_()
+    return MetaParameters(weights, rates, norms)

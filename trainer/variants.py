@@ -1,0 +1,113 @@
+"""The parts of an inner loop, and which of them are taken for a network, an algorithm and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainer.adapt import Method, descend, query_logits
+from trainer.algorithms import InnerLoop
+from trainer.batchnorm import batch_norm
+from trainer.features import head_on_features
+from trainer.models import (
+    Norm,
+    Statistics,
+    batch_statistics,
+    given_statistics,
+    leading_statistics,
+    noting_statistics,
+    written_out,
+)
+from trainer.parameters import Episode, FastWeights, MetaParameters, Parameters, adapted_names
+from trainer.precision import call
+from trainer.recompute import recomputed
+
+
+def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Method:
+    """Choose the parts of an inner loop.
+
+    Args:
+        network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
+        inner: what is to be computed.
+        engine: by which of ``ENGINES``, or ``auto``; evaluation adapts as ``loop`` does.
+    """
+    by_batch = batch_statistics
+    if engine == "vmap":
+        by_batch = written_out
+    elif inner.order == "second":
+        by_batch = batch_norm  # the same numbers as torch's, with a cheaper second derivative
+    # Where the body is not the same in all steps, or cannot be told from the head, it is computed in each of them; so
+    # it is in a checkpointed step, which has gradients for its parameters alone, and not for features.
+    once = inner.adapts == "head" and inner.bn in {"transductive", "support"} and inner.support_batches == 1
+    once = once and not inner.checkpoint and hasattr(network, "features")
+    return Method(
+        inner,
+        names=tuple(adapted_names(network, inner)),
+        slopes=func_slopes if engine == "vmap" else autograd_slopes,
+        norm=kept_statistics if inner.bn == "frozen" else lambda _: by_batch,
+        start=keep_statistics if inner.bn == "frozen" else lambda _, fast, *__: fast,
+        descend=descend_recomputed if inner.checkpoint else descend,
+        query_logits=query_logits_by_support if inner.bn == "support" else query_logits,
+        shortcut=head_on_features if once else lambda *problem: problem[:3],
+    )
+
+
+def autograd_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
+    """By ``torch.autograd``; under ``torch.no_grad``, or at constants, nothing is kept for a second derivative."""
+    keep = torch.is_grad_enabled() and any(value.requires_grad for value in at.values())
+    with torch.enable_grad():
+        if keep:
+            # Of what else depends on the parameters, such as frozen statistics, no slope is asked for.
+            at = {name: value.view_as(value) for name, value in at.items()}
+        else:
+            at = {name: value.detach().requires_grad_() for name, value in at.items()}
+        slopes = torch.autograd.grad(loss(at), list(at.values()), create_graph=keep, materialize_grads=True)
+    return dict(zip(at, slopes, strict=True))
+
+
+def func_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
+    """By ``torch.func``, for ``torch.func.vmap``, which knows no other."""
+    slopes: Parameters = torch.func.grad(loss)(at)
+    return slopes
+
+
+def keep_statistics(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> FastWeights:
+    """For ``frozen``: with the support images' statistics at the initial weights."""
+    noted: list[Statistics] = []
+    call(network, fast.weights, episode.support_x, noting_statistics(noted))
+    if method.inner.order == "first":  # they are a function of the initial weights, and constants as the slopes are
+        noted = [Statistics(*(value.detach() for value in layer)) for layer in noted]
+    return fast._replace(statistics=tuple(noted))
+
+
+def kept_statistics(fast: FastWeights) -> Norm:
+    """For ``frozen``: by what was kept of each normalisation."""
+    return given_statistics(fast.statistics)
+
+
+def query_logits_by_support(network: nn.Module, fast: FastWeights, episode: Episode, _: Method) -> Tensor:
+    """For ``support``: by the statistics of the support images, which go through the network together with them."""
+    support = len(episode.support_x)
+    together = torch.cat([episode.support_x, episode.query_x])
+    return call(network, fast.weights, together, leading_statistics(support))[support:]
+
+
+def descend_recomputed(
+    network: nn.Module, parameters: MetaParameters, fast: FastWeights, episode: Episode, method: Method, step: int
+) -> FastWeights:
+    """For ``checkpoint``: the same as ``descend``, without its graph."""
+
+    def after(*values: Tensor) -> tuple[Tensor, ...]:
+        given = iter(values)
+        weights = {name: next(given) for name in fast.weights}
+        statistics = tuple(Statistics(next(given), next(given)) for _ in fast.statistics)
+        rates = {name: next(given) for name in parameters.rates}
+        at = parameters._replace(rates=rates)
+        moved = descend(network, at, FastWeights(weights, statistics), episode, method, step).weights
+        return tuple(moved[name] for name in method.names)
+
+    known = [*fast.weights.values(), *(value for pair in fast.statistics for value in pair)]
+    found = recomputed(after, [*known, *parameters.rates.values()])
+    return fast._replace(weights=fast.weights | dict(zip(method.names, found, strict=True)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mamldata.version import __version__
 
 if TYPE_CHECKING:
     from mamldata.archive import Archive, read_archive
@@ -28,6 +28,7 @@ __all__ = [
     "EpisodeStream",
     "MamldataError",
     "Manifest",
+    "__version__",
     "live",
     "load_manifest",
     "read_archive",

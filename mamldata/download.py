@@ -20,10 +20,10 @@ from typing import Protocol
 import requests
 from urllib3.exceptions import HTTPError
 
-import mamldata
 from mamldata.errors import RequestError
 from mamldata.files import temporary, write_atomic, writing
 from mamldata.places import shown_place, shown_text
+from mamldata.version import __version__
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
 _LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
@@ -169,7 +169,7 @@ class Part:
 def open_session() -> requests.Session:
     """A session that asks for files as they are. The caller closes it."""
     session = requests.Session()
-    session.headers["User-Agent"] = f"mamldata/{mamldata.__version__}"
+    session.headers["User-Agent"] = f"mamldata/{__version__}"
     # Compressed on the way, a file's length and ranges would be those of other bytes.
     session.headers["Accept-Encoding"] = "identity"
     session.max_redirects = 10

@@ -24,7 +24,7 @@ from cli.common import (
 from cli.inspect import describe, print_archive
 from mamldata.bank import make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 from mamldata.parallel import default_workers
 from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root

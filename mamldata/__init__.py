@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mamldata.archive import Archive, read_archive
     from mamldata.batch import EpisodeBatch
     from mamldata.errors import MamldataError
-    from mamldata.manifest import Manifest, load_manifest
+    from mamldata.load import load_manifest
+    from mamldata.manifest import Manifest
     from mamldata.sources import EpisodeInfo, live
     from mamldata.stream import EpisodeStream
 
@@ -42,7 +43,7 @@ _HOME = {
     "Manifest": "manifest",
     "MamldataError": "errors",
     "live": "sources",
-    "load_manifest": "manifest",
+    "load_manifest": "load",
     "read_archive": "archive",
 }
 

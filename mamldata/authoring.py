@@ -18,9 +18,11 @@ from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
 from mamldata.folder import dataset_name, lie_in_splits, seeded_counts
 from mamldata.forms import find_images, list_images
-from mamldata.manifest import SPLITS, ImageForm, Manifest, parse_manifest
+from mamldata.manifest import ImageForm, Manifest
+from mamldata.manifest_toml import parse_manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
+from mamldata.splits import SPLITS
 
 _USUAL_SIZE = 84  # MiniImagenet's
 _TABLES = tuple(f"{split}.csv" for split in SPLITS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mamldata.manifest import builtin_names, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest_toml import builtin_names
 from mamldata.raw import verified_digests
 from mamldata.root import DatasetFolder
 

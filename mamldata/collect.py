@@ -22,9 +22,10 @@ from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes
 from mamldata.errors import DatasetError, Fault, Report
 from mamldata.files import require_space, temporary, write_atomic, writing
 from mamldata.forms import Found, Item, list_images
-from mamldata.manifest import PIN, SPLITS, Manifest
+from mamldata.manifest import PIN, Manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import as_text
+from mamldata.splits import SPLITS
 
 
 @dataclass(frozen=True)

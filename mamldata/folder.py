@@ -6,22 +6,17 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
-from mamldata.archive import INDEX
 from mamldata.containers import list_members
 from mamldata.errors import RequestError
-from mamldata.manifest import (
-    SPLITS,
-    ImageRecipe,
-    Manifest,
-    ReaderRecipe,
-    SplitScheme,
-    builtin_names,
-)
-from mamldata.readers import as_text, is_image
+from mamldata.manifest import ImageRecipe, Manifest
+from mamldata.manifest_toml import builtin_names
+from mamldata.readers import ReaderRecipe, as_text, is_image
+from mamldata.splits import SPLITS, SplitScheme
 
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
 _MOST_SHOWN = 5
+_ARCHIVE_INDEX = "archive.json"  # the word of mamldata.archive, which stands above this module
 
 
 def folder_manifest(folder: Path) -> Manifest:
@@ -35,7 +30,7 @@ def folder_manifest(folder: Path) -> Manifest:
         RequestError: no images in folders of classes, or fewer than three classes.
     """
     folder = folder.resolve()
-    if (folder / INDEX).is_file():
+    if (folder / _ARCHIVE_INDEX).is_file():
         raise RequestError(f"{folder} is an archive. Give what it was built from: a dataset's name or its images.")
     names = [member.name for member in list_members(folder) if is_image(member.name)]
     if no_text := [path for path in (str(folder), *names) if as_text(path) != path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -21,14 +21,44 @@ import numpy.typing as npt
 from mamldata.containers import MOST_IMAGE_BYTES, Member, Window, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
 from mamldata.errors import DamagedError, Fault, Report
-from mamldata.manifest import SPLITS, ReaderRecipe
 from mamldata.pickles import StoredArray, load_values
+from mamldata.splits import SPLITS
+
+READERS: Mapping[str, tuple[str, ...]] = {  # reader: its options
+    "class-folders": ("depth", "splits", "damaged"),
+    "csv-splits": ("damaged",),
+    "cifar-100": (),
+    "tiered-imagenet": (),
+}
+DAMAGED = ("fail", "leave-out")
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _MOST_ARRAY_BYTES = 4 << 30
 _CIFAR_SHAPE = (3, 32, 32)
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ReaderRecipe:
+    """Which reader finds the images in the raw files.
+
+    Attributes:
+        type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
+            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100`` and ``tiered-imagenet``: their pickles.
+        depth: how many path components above the image name its class; 0 for all of them.
+        splits: whether the component above those is the split.
+        damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
+    """
+
+    type: str
+    depth: int = 1
+    splits: bool = False
+    damaged: str = "fail"
+
+    def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
+        """Those that cannot be passed over by leaving images out."""
+        return [fault for fault in faults if not (fault.of_one_image and self.damaged == "leave-out")]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mamldata.authoring import write_manifest
 from mamldata.bank import make_bank
 from mamldata.errors import DatasetError, FetchError, RequestError
 from mamldata.fetch import fetch
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 from mamldata.splits import divide
 
 CLASSES = {"train": ["ant", "bee"], "val": ["cow"], "test": ["dog"]}

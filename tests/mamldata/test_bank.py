@@ -30,7 +30,8 @@ from mamldata.bank import Bank, check_bank, make_bank, open_bank
 from mamldata.errors import DamagedError, DataMissingError, RequestError, WriteError
 from mamldata.fetch import fetch
 from mamldata.files import temporary, write_atomic
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.root import DatasetFolder
 
 Make = Callable[..., Any]

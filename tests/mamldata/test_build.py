@@ -25,7 +25,7 @@ from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, Portion, PortionBuilt, build, build_portion, plan_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3

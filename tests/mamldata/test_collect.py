@@ -25,7 +25,8 @@ from PIL import Image
 from mamldata.bank import make_bank
 from mamldata.errors import FetchError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.verify import verify_dataset
 
 CLASSES = {"train": ["n00000001", "n00000002"], "val": ["n00000003"], "test": ["n00000004"]}

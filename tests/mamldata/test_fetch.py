@@ -25,7 +25,8 @@ from mamldata.download import Network
 from mamldata.errors import FetchError, RequestError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
-from mamldata.manifest import Manifest, SourceFile, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest, SourceFile
 from mamldata.raw import Receipt, check_raw, write_receipt
 from mamldata.root import DatasetFolder
 

@@ -21,7 +21,8 @@ from mamldata.download import Network, Part
 from mamldata.errors import FetchError, RequestError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
-from mamldata.manifest import Manifest, SourceFile, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest, SourceFile
 from mamldata.raw import Receipt, check_raw, write_receipt
 from mamldata.root import DatasetFolder
 

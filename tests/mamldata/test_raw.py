@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from mamldata.digest import content_sha256
-from mamldata.manifest import Manifest, SourceFile, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest, SourceFile
 from mamldata.raw import (
     Match,
     Receipt,

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
-from mamldata.collect import Collected, digest_images
+from mamldata.collect import digest_images
 from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
@@ -22,6 +22,7 @@ from mamldata.manifest import ImageForm, Manifest
 from mamldata.manifest_toml import parse_manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
+from mamldata.receipts import Collected
 from mamldata.splits import SPLITS
 
 _USUAL_SIZE = 84  # MiniImagenet's

@@ -27,8 +27,8 @@ from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
-from mamldata.raw import fetch_command, verified_digests
 from mamldata.readers import ImageIndex, ImageRef, index_images, read_images
+from mamldata.receipts import fetch_command, verified_digests
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mamldata.load import load_manifest
 from mamldata.manifest_toml import builtin_names
-from mamldata.raw import verified_digests
+from mamldata.receipts import verified_digests
 from mamldata.root import DatasetFolder
 
 

@@ -581,7 +581,7 @@ KILLED = """\
 import os, signal, sys
 from pathlib import Path
 from mamldata import collect, fetch
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 manifest, root, moment, *places = sys.argv[1:]
 
 def die(*_, **__):

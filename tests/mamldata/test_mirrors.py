@@ -23,7 +23,8 @@ from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
 from mamldata.load import load_manifest
 from mamldata.manifest import Manifest, SourceFile
-from mamldata.raw import Receipt, check_raw, write_receipt
+from mamldata.raw_check import check_raw
+from mamldata.receipts import Receipt, write_receipt
 from mamldata.root import DatasetFolder
 
 Wire = Any  # the class in conftest.py

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.parallel import default_workers
+from mamldata.siblings import foreign_siblings
 from mamldata.version import __version__
 
 _PACKAGES = ("torch", "numpy", "pillow", "webdataset", "requests", "fsspec", "filelock", "click", "tqdm")
@@ -25,6 +26,7 @@ def examine(root: Path) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "processors": default_workers(),
         "devices": _devices(),
+        "name_conflicts": list(foreign_siblings()),
         "root": str(root),
         "root_writable": os.access(there, os.W_OK),
         "root_free": shutil.disk_usage(there).free,

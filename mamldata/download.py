@@ -355,6 +355,6 @@ def _said(text: str) -> str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    while (deeper := error.__cause__ or error.__context__) is not None:
+    while (deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = deeper
     return error

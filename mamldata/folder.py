@@ -19,6 +19,8 @@ from mamldata.manifest import (
 )
 from mamldata.readers import as_text, is_image
 
+# How the images of a folder come into a bank.
+FOLDER_IMAGES = ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True)
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
 _MOST_SHOWN = 5
@@ -53,10 +55,9 @@ def folder_manifest(folder: Path) -> Manifest:
         )
     by_split = lie_in_splits(classes, folder)
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
-    name = dataset_name(folder.name)
     return Manifest(
         reference=str(folder),
-        name=name if name not in builtin_names() else f"my-{name}",
+        name=folder_name(folder),
         title=f"The images in the folder {folder.name}",
         version="1",
         licence="the user's own",
@@ -64,7 +65,7 @@ def folder_manifest(folder: Path) -> Manifest:
         citation="none",
         files=(),
         reader=ReaderRecipe("class-folders", depth=0, splits=by_split),
-        image=ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True),
+        image=FOLDER_IMAGES,
         rotations="none",
         split_scheme=scheme.name,
         schemes={scheme.name: scheme},
@@ -120,6 +121,12 @@ def seeded_counts(classes: int) -> dict[str, int]:
 
 def _counted(counts: Mapping[str, int]) -> str:
     return "/".join(str(counts[split]) for split in SPLITS)
+
+
+def folder_name(folder: Path) -> str:
+    """The name of the dataset that a folder is: made of its own, and none of a built-in dataset."""
+    name = dataset_name(folder.resolve().name)
+    return name if name not in builtin_names() else f"my-{name}"
 
 
 def dataset_name(text: str) -> str:

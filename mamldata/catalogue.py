@@ -40,12 +40,17 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
 
 
 def files_left_out(archive: Archive, root: Path) -> tuple[LeftOut, ...] | None:
-    """What was left out when an archive's bank was made; None where no bank under the root says it."""
+    """What was left out when an archive's bank was made; None where no bank under the root says it.
+
+    Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
+    """
+    noted = []
     for path in sorted(root.glob(f"*/*-{archive.image_shape[0]}.json")):
         try:
             description = read_description(path)
         except (MamldataError, OSError):
             continue  # whoever needs this one is told
         if (description["name"], description["sha256"]) == (archive.dataset, archive.bank_sha256):
-            return noted_left_out(description)
-    return None
+            noted.append(noted_left_out(description))
+    known = [groups for groups in noted if groups is not None]
+    return max(known, key=lambda groups: sum(group.count for group in groups), default=None)

@@ -438,25 +438,23 @@ class _SmallHeader(tarfile.TarInfo):
             size = f"{header.size:,} bytes"
             raise _RefusedError(f"a tar header of type {header.type!r} and {size}; the file is not used.")
         if header.type == tarfile.GNUTYPE_SPARSE:
-            raise header._sparse()
+            raise _sparse(header.name)
         return header
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         header = super().fromtarfile(tarfile)
         if any(key.startswith(_SPARSE_KEYS) for key in header.pax_headers):
-            raise header._sparse()
+            raise _sparse(header.name)
         return header
 
-    def _proc_gnusparse_10(self, member: Self, *_: object) -> None:
-        """Tarfile's, which would read the list of the holes, however long."""
-        raise member._sparse()
+    def _proc_gnusparse_10(self, member: Self, pax_headers: Mapping[str, str], _: object) -> None:
+        """Tarfile's own, of this name, reads the list of the holes, however long."""
+        raise _sparse(pax_headers.get("GNU.sparse.name", member.name))
 
-    def _sparse(self) -> _RefusedError:
-        return _RefusedError(
-            f"{self.name!r} is stored in it as a sparse file, which is not read. Pack the tar again without --sparse "
-            "(-S)."
-        )
+
+def _sparse(name: str) -> _RefusedError:
+    return _RefusedError(f"{name!r} is a sparse file, which is not read. Pack the tar again without --sparse (-S).")
 
 
 _EXTENSIONS = (

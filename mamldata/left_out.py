@@ -12,7 +12,7 @@ Why = Literal["no image", "no class", "unreadable", "hidden", "folder without im
 _WORDS: Mapping[Why, tuple[str, str]] = {  # of one, of several
     "no image": ("file that is not read as an image", "files that are not read as images"),
     "no class": ("image that lies in no class's folder", "images that lie in no class's folder"),
-    "unreadable": ("link or folder that leads to no file", "links or folders that lead to no files"),
+    "unreadable": ("link or folder that cannot be followed", "links or folders that cannot be followed"),
     "hidden": ("hidden file", "hidden files"),
     "folder without images": ("folder of files without any image", "folders of files without any image"),
 }
@@ -83,6 +83,11 @@ class Tally:
         bare = [folder for folder in self._folders if folder not in self._full]
         groups = {**self._left_out, "folder without images": bare}
         return tuple(_group(why, names) for why, names in groups.items() if names)
+
+    def __str__(self) -> str:
+        """For the end of a message."""
+        groups = "; ".join(map(str, self.groups()))
+        return f" Left out: {groups}" if groups else ""
 
 
 def _group(why: Why, names: Sequence[str]) -> LeftOut:

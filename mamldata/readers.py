@@ -98,8 +98,7 @@ def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
     tally = Tally()
     found = sorted(_READERS[recipe.type](recipe, files, faults.append, tally), key=_canonical)
     if not found and not faults:
-        there = "".join(f" There are {group}." for group in tally.groups())
-        raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?{there}")
+        raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?{tally}")
     return ImageIndex(tuple(found), tuple(faults), tally.groups())
 
 
@@ -119,7 +118,7 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report, 
             path = PurePosixPath(member.name)
             split, class_name = _folders(recipe, path.parts[:-1])
             if not is_image(member.name) or not class_name:
-                tally.leave_out(member.name, _why_not(member), in_class=bool(class_name))
+                tally.leave_out(member.name, why_not(member), in_class=bool(class_name))
                 continue
             tally.take(member.name)
             if recipe.splits and split not in SPLITS:
@@ -184,7 +183,7 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in _IMAGE_SUFFIXES and not is_hidden(path)
 
 
-def _why_not(member: Member) -> Why:
+def why_not(member: Member) -> Why:
     """Why a file that is in no class, or no image, is left out."""
     if is_hidden(PurePosixPath(member.name)):
         return "hidden"

@@ -26,7 +26,7 @@ from mamldata.root import data_root
 def command(archive: str, root: str | None, as_json: bool) -> None:
     """Show what is in an archive, and the digest to cite.
 
-    Where the bank that it was built from is under the root, also which files were left out as no images.
+    Where the bank that it was built from is under the root, also which files were left out.
     """
     content = read_remote_archive(archive) if is_remote(archive) else read_archive(Path(archive))
     left_out = files_left_out(content, data_root(root))
@@ -44,7 +44,7 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
     Args:
         archive: it.
         folder: its place, as it is shown.
-        left_out: files that were taken for no images; None where that is not known.
+        left_out: files that are not in its bank; None where that is not known.
     """
     return {
         "archive": str(folder),

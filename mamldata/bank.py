@@ -22,7 +22,7 @@ from mamldata.decode import decode_image
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
 from mamldata.files import commit, locked, make_folder, require_space, temporary, write_atomic, writing
-from mamldata.left_out import LeftOut
+from mamldata.left_out import LeftOut, group
 from mamldata.manifest import ImageRecipe, Manifest
 from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
@@ -55,7 +55,7 @@ class Bank:
         class_splits: the split of each class, where the raw files say it; else empty.
         class_sums: for each class and channel the sum of all values and the sum of their squares.
         left_out: images that could not be read, where the manifest says to leave such out.
-        files_left_out: files that were taken for no images when the bank was made; None where nobody noted them.
+        files_left_out: files of every kind that were left out when the bank was made; None where nobody noted them.
     """
 
     name: str
@@ -132,7 +132,7 @@ def _source_files(manifest: Manifest, folder: DatasetFolder) -> list[Path]:
 
 
 def files_left_out(manifest: Manifest, bank: Bank, root: Path) -> tuple[LeftOut, ...]:
-    """Which of a dataset's files are not in its bank, because they were taken for no images.
+    """Which of a dataset's files are not in its bank, because they are no images, or none that can be read.
 
     Args:
         manifest: the dataset.
@@ -145,7 +145,11 @@ def files_left_out(manifest: Manifest, bank: Bank, root: Path) -> tuple[LeftOut,
     """
     if bank.files_left_out is not None and manifest.folder is None:
         return bank.files_left_out
-    return index_images(manifest.reader, _source_files(manifest, manifest.home(root))).left_out
+    return _left_out(index_images(manifest.reader, _source_files(manifest, manifest.home(root))), bank.left_out)
+
+
+def _left_out(index: ImageIndex, damaged: Sequence[str]) -> tuple[LeftOut, ...]:
+    return (*index.left_out, group("damaged", damaged)) if damaged else index.left_out
 
 
 def _make(
@@ -175,8 +179,8 @@ def _make(
         "class_offsets": [0, *np.cumsum([count for _, _, count in classes]).tolist()],
         "class_splits": [split for _, split, _ in classes] if any(split for _, split, _ in classes) else [],
         "class_sums": sums,
-        "left_out": [fault.text for fault in faults],
-        "files_left_out": [group.to_values() for group in index.left_out],
+        "left_out": (damaged := [fault.text for fault in faults]),
+        "files_left_out": [some.to_values() for some in _left_out(index, damaged)],
         **identity,
     }
     _finish(folder, side, description)
@@ -239,9 +243,9 @@ def _described_bank(path: Path, description: dict[str, Any]) -> Bank:
 
 
 def noted_left_out(description: dict[str, Any]) -> tuple[LeftOut, ...] | None:
-    """What a bank's description says of files that were taken for no images; older ones say nothing."""
+    """What a bank's description says of files that were left out; older ones say nothing."""
     groups = description.get("files_left_out")
-    return None if groups is None else tuple(LeftOut.from_values(group) for group in groups)
+    return None if groups is None else tuple(LeftOut.from_values(values) for values in groups)
 
 
 def open_images(path: Path, sha256: str) -> Images:

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
-Why = Literal["no image", "no class", "unreadable", "hidden", "folder without images"]
+Why = Literal["no image", "no class", "unreadable", "hidden", "folder without images", "damaged"]
 _WORDS: Mapping[Why, tuple[str, str]] = {  # of one, of several
     "no image": ("file that is not read as an image", "files that are not read as images"),
     "no class": ("image that lies in no class's folder", "images that lie in no class's folder"),
     "unreadable": ("link or folder that cannot be followed", "links or folders that cannot be followed"),
     "hidden": ("hidden file", "hidden files"),
     "folder without images": ("folder of files without any image", "folders of files without any image"),
+    "damaged": ("image that is missing or cannot be read", "images that are missing or cannot be read"),
 }
 _JUNK = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 _MOST_NAMES = 3
@@ -82,15 +83,16 @@ class Tally:
         """What was left out, by reason."""
         bare = [folder for folder in self._folders if folder not in self._full]
         groups = {**self._left_out, "folder without images": bare}
-        return tuple(_group(why, names) for why, names in groups.items() if names)
+        return tuple(group(why, names) for why, names in groups.items() if names)
 
     def __str__(self) -> str:
         """For the end of a message."""
-        groups = "; ".join(map(str, self.groups()))
-        return f" Left out: {groups}" if groups else ""
+        text = "; ".join(map(str, self.groups()))
+        return f" Left out: {text}" if text else ""
 
 
-def _group(why: Why, names: Sequence[str]) -> LeftOut:
+def group(why: Why, names: Sequence[str]) -> LeftOut:
+    """Files that were left out for one reason, by their names; of damaged images, what is wrong with them."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names if why == "no image")
     return LeftOut(
         why,

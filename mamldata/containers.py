@@ -224,10 +224,9 @@ def _folder_members(folder: Path) -> Iterator[Member]:
             above[path] = lineage
         for path in [here / name for name in sorted(files)]:
             try:
-                size = path.stat().st_size
-            except OSError:
-                size = 0  # a link to nowhere, which is told when it is read
-            yield Member(path.relative_to(folder).as_posix(), size)
+                yield Member(path.relative_to(folder).as_posix(), path.stat().st_size)
+            except OSError as error:  # a link to nowhere
+                closed.append(error)
     for error in closed:
         name = Path(error.filename).relative_to(folder).as_posix()
         yield Member(name, 0, problem=f"it cannot be read ({error.strerror})")

@@ -119,6 +119,14 @@ def test_a_link_to_a_folder_in_a_zip(tmp_path: Path):
     assert str(group) == "1 link or folder that cannot be followed: e"
 
 
+def test_a_class_that_is_a_link_to_nowhere(tmp_path: Path):
+    """Of a folder, as after a disk was not mounted."""
+    folder = photos(tmp_path / "p", ())
+    (folder / "e").symlink_to(tmp_path / "nowhere")
+    (group,) = index_images(ReaderRecipe("class-folders"), [folder]).left_out
+    assert str(group) == "1 link or folder that cannot be followed: e"
+
+
 def test_a_link_to_nothing_that_is_an_image_by_its_name(tmp_path: Path):
     """It is a fault of that image, named with the others."""
     path = zipped(photos(tmp_path / "p", ()), tmp_path / "packed" / "p.zip")

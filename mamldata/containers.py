@@ -62,7 +62,7 @@ class Link:
 
 
 def list_members(container: Path) -> list[Member]:
-    """Every file in a container, in the container's own order (of a folder: sorted).
+    """Every file in a container, in the container's own order (of a folder: sorted, what cannot be read last).
 
     Links to files are files, whose bytes are their targets'. A link that leads to no file of the container, and a
     folder that may not be listed, is a member with a ``problem``.
@@ -225,8 +225,8 @@ def _folder_members(folder: Path) -> Iterator[Member]:
         for path in [here / name for name in sorted(files)]:
             try:
                 yield Member(path.relative_to(folder).as_posix(), path.stat().st_size)
-            except OSError as error:  # a link to nowhere
-                closed.append(error)
+            except OSError as nowhere:
+                closed.append(nowhere)
     for error in closed:
         name = Path(error.filename).relative_to(folder).as_posix()
         yield Member(name, 0, problem=f"it cannot be read ({error.strerror})")

@@ -92,7 +92,7 @@ class TestJudge:
 
     @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
     def test_a_link_in_place_of_a_member(self, kind: bytes, entry: SourceFile, offered: Callable[[bytes], Path]):
-        """A link is no file: it cannot stand in for a member, wherever it points."""
+        """A link that leads out of the tar is no file: it cannot stand in for a member."""
         data = tar_of({"a/1.png": MEMBERS["a/1.png"]}, link("a/2.png", "/etc/passwd", kind))
         verdict = verify_file(offered(data), entry)
         assert verdict.checked_by is None
@@ -116,7 +116,8 @@ class TestJudge:
         header.type, header.size = kind, 1 << 33
         verdict = verify_file(offered(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))), entry)
         assert verdict.checked_by is None
-        assert f"a tar header of type {kind!r} and 8,589,934,592 bytes" in verdict.problem
+        refused = f"a tar header of type {kind!r} and 8,589,934,592 bytes"
+        assert ("'x' is a sparse file" if kind == tarfile.GNUTYPE_SPARSE else refused) in verdict.problem
 
     def test_too_large_a_container_is_not_opened(self, entry: SourceFile, offered: Callable[[bytes], Path]):
         """Padding that a tar allows does not pass the bound on a repacked copy."""

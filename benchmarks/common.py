@@ -14,7 +14,8 @@ from typing import Any
 import mamldata
 from mamldata.bank import Bank, make_bank
 from mamldata.fetch import fetch
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.parallel import default_workers
 from mamldata.root import data_root
 

@@ -28,7 +28,7 @@ import numpy as np
 from common import report
 from PIL import Image
 
-from mamldata.manifest import SPLITS
+from mamldata.splits import SPLITS
 
 SIDE = 84
 FORMS = ("by-name", "by-position", "pickled-arrays")

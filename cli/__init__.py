@@ -1,1 +1,1 @@
-"""The command line: each verb's module parses, calls one public function and prints."""
+"""The command line of mamldata: each verb's module parses, calls one public function and prints."""

@@ -21,10 +21,10 @@ from cli.common import (
     say,
     train_command,
 )
-from cli.inspect import describe, print_archive
-from mamldata.bank import make_bank
+from cli.inspect import describe, left_out_values, print_archive, say_left_out
+from mamldata.bank import files_left_out, make_bank
 from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 from mamldata.parallel import default_workers
 from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root
@@ -88,11 +88,16 @@ def command(
     shown = shown_place(out)
     with _executor(dask) as executor:
         bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
+        left_out = files_left_out(manifest, bank, data_root(root))
+        if not as_json:
+            say(f"{manifest.reference}: {bank.shape[0]:,} images of {len(bank.class_names):,} classes")
+            say_left_out(left_out)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
         if shards is not None:
             built = build_portion(manifest, bank, place, shards, request, **how)
             if as_json:
-                print_json({"archive": shown, "portion": str(shards), **vars(built)})
+                portion = {"archive": shown, "portion": str(shards), **vars(built)}
+                print_json({**portion, "left_out": left_out_values(left_out)})
                 return
             share = f"{built.shards} of {built.of_shards} shards"
             click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
@@ -101,7 +106,7 @@ def command(
             return
         archive = build(manifest, bank, place, request, **how)
     if as_json:
-        print_json(describe(archive, shown))
+        print_json(describe(archive, shown, left_out))
         return
     print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")

@@ -16,8 +16,9 @@ import click
 from tqdm import tqdm
 
 from mamldata.archive import is_archive
-from mamldata.errors import RequestError
-from mamldata.manifest import ROTATIONS, builtin_names, did_you_mean
+from mamldata.episodes import ROTATIONS
+from mamldata.errors import RequestError, did_you_mean
+from mamldata.manifest_toml import builtin_names
 from mamldata.places import is_remote, shown_place
 from mamldata.root import data_root
 

@@ -22,8 +22,8 @@ from cli.common import (
     say,
 )
 from cli.settings import ALGORITHMS, begin, setting_options
-from mamldata.errors import RequestError
-from mamldata.manifest import SPLITS, did_you_mean
+from mamldata.errors import RequestError, did_you_mean
+from mamldata.splits import SPLITS
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
 # These make one algorithm another one, or go with some only: for one at a time, by --set.

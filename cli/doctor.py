@@ -25,4 +25,6 @@ def command(root: str | None, as_json: bool) -> None:
             value = ", ".join(f"{name} {version}" for name, version in value.items())
         elif key.endswith("_free"):
             value = size_text(int(value))
+        elif isinstance(value, list):
+            value = "; ".join(value) or "none"
         click.echo(f"{key.replace('_', ' ')}: {value}")

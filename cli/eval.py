@@ -17,7 +17,7 @@ from cli.common import (
     say,
 )
 from cli.settings import DEVICES
-from mamldata.manifest import SPLITS
+from mamldata.splits import SPLITS
 
 
 @click.command(

@@ -10,7 +10,8 @@ import click
 from cli.common import bars, build_command, json_option, next_command, print_json, root_option, say, size_text
 from mamldata.errors import FetchError
 from mamldata.fetch import Action, Fetched, fetch, plan
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.places import shown_place
 from mamldata.root import data_root
 

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.common import json_option, next_command, print_json, size_text
-from mamldata.archive import Archive, read_archive
+from cli.common import json_option, next_command, print_json, root_option, say, size_text
+from mamldata.archive import Archive, ArchiveSplit, read_archive
+from mamldata.catalogue import files_left_out
+from mamldata.left_out import LeftOut
 from mamldata.places import is_remote, shown_place
 from mamldata.remote import read_remote_archive
+from mamldata.root import data_root
 
 
 @click.command(
     epilog="\b\nExample:\n  mamldata inspect glyphs-5w1s",
 )
 @click.argument("archive", metavar="ARCHIVE")
+@root_option
 @json_option
-def command(archive: str, as_json: bool) -> None:
-    """Show what is in an archive, and the digest to cite."""
+def command(archive: str, root: str | None, as_json: bool) -> None:
+    """Show what is in an archive, and the digest to cite.
+
+    Where the bank that it was built from is under the root, also which files were left out.
+    """
     content = read_remote_archive(archive) if is_remote(archive) else read_archive(Path(archive))
+    left_out = files_left_out(content, data_root(root))
     if as_json:
-        print_json(describe(content, shown_place(archive)))
+        print_json(describe(content, shown_place(archive), left_out))
         return
     print_archive(content, shown_place(archive))
+    say_left_out(left_out or ())
     next_command(["verify", archive])
 
 
-def describe(archive: Archive, folder: Path | str) -> dict[str, Any]:
-    """An archive as plain values."""
+def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] | None) -> dict[str, Any]:
+    """An archive as plain values.
+
+    Args:
+        archive: it.
+        folder: its place, as it is shown.
+        left_out: files that are not in its bank; None where that is not known.
+    """
     return {
         "archive": str(folder),
         "digest": archive.digest,
@@ -47,12 +63,30 @@ def describe(archive: Archive, folder: Path | str) -> dict[str, Any]:
             name: {
                 "episodes": split.episodes,
                 "classes": len(split.classes),
+                "images": _images(split),
                 "shards": len(split.shards),
                 "bytes": sum(shard.bytes for shard in split.shards),
             }
             for name, split in archive.splits.items()
         },
+        "left_out": left_out_values(left_out),
     }
+
+
+def left_out_values(left_out: Sequence[LeftOut] | None) -> list[dict[str, Any]] | None:
+    """Files that were left out, as plain values."""
+    return None if left_out is None else [group.to_values() for group in left_out]
+
+
+def say_left_out(left_out: Sequence[LeftOut]) -> None:
+    """Files that were left out, on stderr."""
+    for group in left_out:
+        say(f"Left out: {group}")
+
+
+def _images(split: ArchiveSplit) -> int:
+    """How many images the classes have; one that is turned is the same."""
+    return int(split.classes.images[split.classes.quarter_turns == 0].sum())
 
 
 def print_archive(archive: Archive, folder: Path | str) -> None:
@@ -66,6 +100,7 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
     for name, split in archive.splits.items():
         size = size_text(sum(shard.bytes for shard in split.shards))
         shards = "1 shard" if len(split.shards) == 1 else f"{len(split.shards)} shards"
-        click.echo(f"  {name:5} {split.episodes:7,} episodes of {len(split.classes):5,} classes, {shards}, {size}")
+        classes = f"{len(split.classes):5,} classes ({_images(split):,} images)"
+        click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
     click.echo(f"  bank   sha256:{archive.bank_sha256}")
     click.echo(f"  digest sha256:{archive.digest}")

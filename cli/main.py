@@ -145,7 +145,3 @@ def _tell_torchrun(error: Exception) -> None:
 @click.version_option(mamldata.__version__, prog_name="mamldata")
 def main() -> None:
     """Few-shot datasets as verified, bit-reproducible episode archives; and a lean MAML trainer."""
-
-
-if __name__ == "__main__":
-    main(prog_name="mamldata")

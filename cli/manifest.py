@@ -8,7 +8,7 @@ import click
 
 from cli.common import bars, json_option, next_command, print_json
 from mamldata.authoring import write_manifest
-from mamldata.folder import dataset_name
+from mamldata.folder import folder_name
 
 
 @click.command(
@@ -23,7 +23,7 @@ def command(folder: Path, out: Path | None, name: str | None, as_json: bool) -> 
 
     With it others can fetch, verify and build the very same dataset. Fill in its title, licence and citation.
     """
-    target = out or Path(f"{name or dataset_name(folder.resolve().name)}.toml")
+    target = out or Path(f"{name or folder_name(folder)}.toml")
     manifest = write_manifest(folder, target, name, bars)
     if as_json:
         print_json({"manifest": str(target), "name": manifest.name, "files": list(manifest.raw_names)})

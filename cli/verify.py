@@ -17,7 +17,7 @@ from cli.common import (
     train_command,
 )
 from mamldata.archive import read_archive
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 from mamldata.places import shown_place
 from mamldata.remote import read_remote_archive
 from mamldata.root import data_root

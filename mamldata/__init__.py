@@ -11,13 +11,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mamldata.version import __version__
 
 if TYPE_CHECKING:
     from mamldata.archive import Archive, read_archive
     from mamldata.batch import EpisodeBatch
     from mamldata.errors import MamldataError
-    from mamldata.manifest import Manifest, load_manifest
+    from mamldata.load import load_manifest
+    from mamldata.manifest import Manifest
     from mamldata.sources import EpisodeInfo, live
     from mamldata.stream import EpisodeStream
 
@@ -28,6 +29,7 @@ __all__ = [
     "EpisodeStream",
     "MamldataError",
     "Manifest",
+    "__version__",
     "live",
     "load_manifest",
     "read_archive",
@@ -41,7 +43,7 @@ _HOME = {
     "Manifest": "manifest",
     "MamldataError": "errors",
     "live": "sources",
-    "load_manifest": "manifest",
+    "load_manifest": "load",
     "read_archive": "archive",
 }
 

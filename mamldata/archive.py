@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
-from mamldata.episodes import QUARTER_TURNS, ClassTable, EpisodeSpec
+from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.errors import DamagedError, RequestError
-from mamldata.manifest import ROTATIONS, SPLITS
 from mamldata.normalisation import Normalisation
 from mamldata.npy import npy_header
+from mamldata.splits import SPLITS
 
 FORMAT = "mamldata/1"
 INDEX = "archive.json"
@@ -37,11 +37,6 @@ _MOST_MEMBER = 8**11  # a tar header has eleven octal digits for a member's leng
 _MOST_ROWS = 2**31  # source.npy is int32
 
 Bytes = npt.NDArray[np.uint8]
-
-
-def quarter_turns(rotations: str, split: str) -> int:
-    """How many classes each class of a split becomes: 4 with rotations, else 1."""
-    return QUARTER_TURNS if rotations == "all" or (rotations == "train" and split == "train") else 1
 
 
 @dataclass(frozen=True)

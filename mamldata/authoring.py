@@ -5,24 +5,26 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
-from mamldata.collect import Collected, digest_images
+from mamldata.collect import digest_images
 from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
-from mamldata.folder import dataset_name, lie_in_splits, seeded_counts
+from mamldata.folder import FOLDER_IMAGES, folder_name, lie_in_splits, seeded_counts
 from mamldata.forms import find_images, list_images
-from mamldata.manifest import SPLITS, ImageForm, Manifest, parse_manifest
+from mamldata.manifest import ImageForm, ImageRecipe, Manifest
+from mamldata.manifest_toml import parse_manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
+from mamldata.receipts import Collected
+from mamldata.splits import SPLITS
 
-_USUAL_SIZE = 84  # MiniImagenet's
 _TABLES = tuple(f"{split}.csv" for split in SPLITS)
 _GREY = frozenset({"1", "L", "LA", "I;16", "I;16B"})
 _FORMS = (ImageForm("by-name"),)
@@ -37,14 +39,14 @@ class _Layout:
         splits: whether folders above the classes are the splits.
         classes: their names, if folders say them.
         depth: how many folders are a class's name, if folders say it; 0 for all.
-        sample: some image, encoded.
+        image: what they become in a bank.
     """
 
     reader: str
     splits: bool
     classes: tuple[str, ...]
     depth: int
-    sample: bytes
+    image: ImageRecipe
 
 
 def write_manifest(folder: Path, out: Path, name: str | None = None, progress: Progress = silent) -> Manifest:
@@ -74,7 +76,7 @@ def write_manifest(folder: Path, out: Path, name: str | None = None, progress: P
     tables = [folder / table for table in _TABLES if (folder / table).is_file()]
     archives = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES))
     layout = _layout(folder, tables, archives)
-    text = "\n".join(_text(name or dataset_name(folder.resolve().name), folder, tables, archives, layout))
+    text = "\n".join(_text(name or folder_name(folder), folder, tables, archives, layout))
     if not archives:
         draft = parse_manifest(text.encode(), str(out), out.parent)
         collected = _collected(draft, folder, progress)
@@ -102,9 +104,10 @@ def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _
         raise RequestError(f"There are no images in {folder}, nor in archives there: nothing to write a manifest for.")
     if tables and len(tables) < len(_TABLES):
         raise RequestError(f"{folder} has {tables[0].name}, but not all of {', '.join(_TABLES)}.")
-    sample = _first(images[0])
+    # Of a folder that is a dataset as it is, the manifest gives that very dataset.
+    image = _recipe(_first(images[0])) if tables or archives else FOLDER_IMAGES
     if tables:
-        return _Layout("csv-splits", splits=True, classes=(), depth=0, sample=sample)
+        return _Layout("csv-splits", splits=True, classes=(), depth=0, image=image)
     homes = sorted({home for _, member in images if (home := PurePosixPath(member.name).parts[:-1])})
     if not homes:
         raise RequestError(
@@ -122,7 +125,7 @@ def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _
             f"and test: pack the archives without {'/'.join(wrapper)}."
         )
     classes = tuple("/".join(home[int(splits) :]) for home in (inner if depth or splits else homes))
-    return _Layout("class-folders", splits, classes, depth, sample)
+    return _Layout("class-folders", splits, classes, depth, image)
 
 
 def _images(folder: Path, archives: Sequence[Path]) -> list[tuple[Path, Member]]:
@@ -157,7 +160,7 @@ def _text(name: str, folder: Path, tables: Sequence[Path], archives: Sequence[Pa
         'homepage = "to be filled in"',
         'citation = "to be filled in"',
         'rotations = "none"',
-        f"split_scheme = {_quoted('files' if layout.splits else 'seeded')}",
+        f"split_scheme = {_quoted(_scheme(layout))}",
         "",
     )
     for path in [*tables, *archives]:
@@ -170,14 +173,14 @@ def _text(name: str, folder: Path, tables: Sequence[Path], archives: Sequence[Pa
     if layout.classes:
         named = f"{layout.depth or 'all'} folders above its images" if layout.depth != 1 else "the folder of its images"
         yield f"depth = {layout.depth}  # a class is called by {named}, such as {_quoted(layout.classes[0])}"
-    size, channels = _size(layout.sample)
     yield from (
         "",
         "[image]",
-        f"size = {size}",
-        f"channels = {channels}",
-        'resampling = "lanczos"',
+        f"size = {layout.image.size}",
+        f"channels = {layout.image.channels}",
+        f"resampling = {_quoted(layout.image.resampling)}",
         "invert = false",
+        "upright = true  # as the camera noted",
         "",
     )
     yield from _splits(layout)
@@ -193,18 +196,26 @@ def _file(path: Path) -> Iterator[str]:
     yield ""
 
 
-def _size(sample: bytes) -> tuple[int, int]:
-    """The bank's image size and channels: the images' own if they are smaller than is usual."""
+def _recipe(sample: bytes) -> ImageRecipe:
+    """A folder's, but of the images' own size if they are smaller than is usual, and grey if they are."""
     try:
         with Image.open(io.BytesIO(sample)) as image:
-            return min(_USUAL_SIZE, *image.size), 1 if image.mode in _GREY else 3
+            size, channels = min(FOLDER_IMAGES.size, *image.size), 1 if image.mode in _GREY else 3
     except (UnidentifiedImageError, OSError):
-        return _USUAL_SIZE, 3
+        return FOLDER_IMAGES
+    return replace(FOLDER_IMAGES, size=size, channels=channels)
+
+
+def _scheme(layout: _Layout) -> str:
+    """The split scheme's name, which decides what episodes a seed gives."""
+    if not layout.splits:
+        return "seeded"
+    return "folders" if layout.reader == "class-folders" else "files"
 
 
 def _splits(layout: _Layout) -> Iterator[str]:
     if layout.splits:
-        yield from ("[splits.files]", 'description = "as the files say"', 'by = "files"', "")
+        yield from (f"[splits.{_scheme(layout)}]", 'description = "as the files say"', 'by = "files"', "")
         return
     classes = len(layout.classes)
     if classes < len(SPLITS):

@@ -22,13 +22,14 @@ from mamldata.decode import decode_image
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
 from mamldata.files import commit, locked, make_folder, require_space, temporary, write_atomic, writing
+from mamldata.left_out import LeftOut, group
 from mamldata.manifest import ImageRecipe, Manifest
 from mamldata.normalisation import Normalisation, normalisation
 from mamldata.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
-from mamldata.raw import fetch_command, verified_digests
 from mamldata.readers import ImageIndex, ImageRef, index_images, read_images
+from mamldata.receipts import fetch_command, verified_digests
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
 
@@ -54,6 +55,7 @@ class Bank:
         class_splits: the split of each class, where the raw files say it; else empty.
         class_sums: for each class and channel the sum of all values and the sum of their squares.
         left_out: images that could not be read, where the manifest says to leave such out.
+        files_left_out: files of every kind that were left out when the bank was made; None where nobody noted them.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Bank:
     class_splits: tuple[str, ...]
     class_sums: tuple[tuple[tuple[int, int], ...], ...]
     left_out: tuple[str, ...] = ()
+    files_left_out: tuple[LeftOut, ...] | None = None
 
     def open_images(self) -> Images:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""
@@ -124,11 +127,35 @@ def _source_digests(manifest: Manifest, folder: DatasetFolder, progress: Progres
     return {manifest.folder.name: folder_sha256(manifest.folder, folder.path / "folder.json", progress)}
 
 
+def _source_files(manifest: Manifest, folder: DatasetFolder) -> list[Path]:
+    return [manifest.folder] if manifest.folder else [folder.raw / name for name in manifest.raw_names]
+
+
+def files_left_out(manifest: Manifest, bank: Bank, root: Path) -> tuple[LeftOut, ...]:
+    """Which of a dataset's files are not in its bank, because they are no images, or none that can be read.
+
+    Args:
+        manifest: the dataset.
+        bank: its bank, which notes them. But in a user's own folder such files come and go while the bank stays, so
+            that is listed again.
+        root: the data root.
+
+    Raises:
+        DamagedError: the raw files or the folder cannot be read.
+    """
+    if bank.files_left_out is not None and manifest.folder is None:
+        return bank.files_left_out
+    return _left_out(index_images(manifest.reader, _source_files(manifest, manifest.home(root))), bank.left_out)
+
+
+def _left_out(index: ImageIndex, damaged: Sequence[str]) -> tuple[LeftOut, ...]:
+    return (*index.left_out, group("damaged", damaged)) if damaged else index.left_out
+
+
 def _make(
     manifest: Manifest, folder: DatasetFolder, side: int, identity: dict[str, Any], workers: int, progress: Progress
 ) -> None:
-    files = [manifest.folder] if manifest.folder else [folder.raw / name for name in manifest.raw_names]
-    index = index_images(manifest.reader, files)
+    index = index_images(manifest.reader, _source_files(manifest, folder))
     path = folder.bank(side)
     shape = (len(index.images), side, side, manifest.image.channels)
     damage = _preprocess(index, manifest.image, path, shape, identity, workers, progress)
@@ -152,7 +179,8 @@ def _make(
         "class_offsets": [0, *np.cumsum([count for _, _, count in classes]).tolist()],
         "class_splits": [split for _, split, _ in classes] if any(split for _, split, _ in classes) else [],
         "class_sums": sums,
-        "left_out": [fault.text for fault in faults],
+        "left_out": (damaged := [fault.text for fault in faults]),
+        "files_left_out": [some.to_values() for some in _left_out(index, damaged)],
         **identity,
     }
     _finish(folder, side, description)
@@ -210,7 +238,14 @@ def _described_bank(path: Path, description: dict[str, Any]) -> Bank:
         class_splits=tuple(description["class_splits"]),
         class_sums=tuple(tuple((total, squares) for total, squares in sums) for sums in description["class_sums"]),
         left_out=tuple(description["left_out"]),
+        files_left_out=noted_left_out(description),
     )
+
+
+def noted_left_out(description: dict[str, Any]) -> tuple[LeftOut, ...] | None:
+    """What a bank's description says of files that were left out; older ones say nothing."""
+    groups = description.get("files_left_out")
+    return None if groups is None else tuple(LeftOut.from_values(values) for values in groups)
 
 
 def open_images(path: Path, sha256: str) -> Images:

@@ -19,19 +19,18 @@ from mamldata.archive import (
     Shard,
     check_archive,
     index_sum,
-    quarter_turns,
     shard_file,
     shard_sizes,
 )
 from mamldata.bank import Bank
 from mamldata.digest import sha256_bytes
-from mamldata.episodes import EpisodeSampler, class_table
+from mamldata.episodes import ROTATIONS, EpisodeSampler, class_table, quarter_turns
 from mamldata.errors import RequestError, WriteError
-from mamldata.manifest import ROTATIONS, SPLITS, Manifest
+from mamldata.manifest import Manifest
 from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
 from mamldata.shards import PLAN, ShardMade, ShardTask, make_shard, receipt
-from mamldata.splits import divide
+from mamldata.splits import SPLITS, divide
 from mamldata.store import BUILD, OURS, Store, store_at
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mamldata.manifest import builtin_names, load_manifest
-from mamldata.raw import verified_digests
+from mamldata.archive import Archive
+from mamldata.bank import noted_left_out, read_description
+from mamldata.errors import MamldataError
+from mamldata.left_out import LeftOut
+from mamldata.load import load_manifest
+from mamldata.manifest_toml import builtin_names
+from mamldata.receipts import verified_digests
 from mamldata.root import DatasetFolder
 
 
@@ -33,3 +38,20 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
             for scheme in manifest.schemes.values()
         ],
     }
+
+
+def files_left_out(archive: Archive, root: Path) -> tuple[LeftOut, ...] | None:
+    """What was left out when an archive's bank was made; None where no bank under the root says it.
+
+    Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
+    """
+    noted = []
+    for path in sorted(root.glob(f"*/*-{archive.image_shape[0]}.json")):
+        try:
+            description = read_description(path)
+        except (MamldataError, OSError):
+            continue  # whoever needs this one is told
+        if (description["name"], description["sha256"]) == (archive.dataset, archive.bank_sha256):
+            noted.append(noted_left_out(description))
+    known = [groups for groups in noted if groups is not None]
+    return max(known, key=lambda groups: sum(group.count for group in groups), default=None)

@@ -7,10 +7,8 @@ nowhere. The tar has them under the dataset's own names, with their bytes as the
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -18,49 +16,15 @@ import numpy as np
 
 from mamldata.containers import MOST_IMAGE_BYTES, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
-from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes
+from mamldata.digest import digest_of_contents, sha256_bytes
 from mamldata.errors import DatasetError, Fault, Report
-from mamldata.files import require_space, temporary, write_atomic, writing
+from mamldata.files import require_space, temporary, writing
 from mamldata.forms import Found, Item, list_images
-from mamldata.manifest import PIN, SPLITS, Manifest
+from mamldata.manifest import Manifest
 from mamldata.progress import Progress, silent
 from mamldata.readers import as_text
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What was collected.
-
-    Attributes:
-        images: how many.
-        content_sha256: their content digest (see ``mamldata.digest.content_sha256``), whatever their order.
-    """
-
-    images: int
-    content_sha256: str
-
-
-def pin_file(raw: Path) -> Path:
-    """Where what was collected first is noted."""
-    return raw / PIN
-
-
-def read_pin(raw: Path) -> Collected | None:
-    """What was collected first; None if nothing was, or the note cannot be read."""
-    try:
-        note = json.loads(pin_file(raw).read_bytes())
-        return Collected(int(note["images"]), str(note["content_sha256"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_pin(raw: Path, collected: Collected) -> None:
-    """Note what was collected.
-
-    Raises:
-        WriteError: the folder cannot be written to.
-    """
-    write_atomic(pin_file(raw), canonical_json(asdict(collected)))
+from mamldata.receipts import Collected
+from mamldata.splits import SPLITS
 
 
 def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: Progress = silent) -> Collected:

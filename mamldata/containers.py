@@ -6,13 +6,15 @@ import errno
 import io
 import lzma
 import os
+import posixpath
+import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -32,16 +34,38 @@ class Member:
         crc: its CRC-32, where the container notes one.
         offset: where its bytes begin in the container, if they stand there as they are: then they can be read at
             once, from any process.
+        entry: which entry of a zip or tar has its bytes: a zip's header, or a position in the unpacked tar. A link has
+            that of its target, and two entries of one name have two.
+        problem: why it cannot be read, where that is known without reading it.
     """
 
     name: str
     size: int
     crc: int | None = None
     offset: int | None = None
+    entry: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Link:
+    """An entry of a zip or tar that is another name of a file.
+
+    Attributes:
+        name: as of a member.
+        target: a path from the container's root if ``hard``, else from the folder that the link lies in.
+    """
+
+    name: str
+    target: str
+    hard: bool = False
 
 
 def list_members(container: Path) -> list[Member]:
-    """Every file in a container, in the container's own order (of a folder: sorted).
+    """Every file in a container, in the container's own order (of a folder: sorted, what cannot be read last).
+
+    Links to files are files, whose bytes are their targets'. A link that leads to no file of the container, and a
+    folder that may not be listed, is a member with a ``problem``.
 
     Raises:
         DamagedError: neither a folder, a zip nor a tar; or one that is damaged, or has a member that points outside.
@@ -50,19 +74,32 @@ def list_members(container: Path) -> list[Member]:
         return list(_folder_members(container))
     with reading_container(container):
         if is_zip(container):
-            return list(_zip_members(container))
+            return follow_links(list(_zip_entries(container)))
         with open_tar(container) as tar:
-            return list(tar_members(tar, str(container), compressed=not _has_tar_mark(container)))
+            return tar_members(tar, str(container), compressed=not _has_tar_mark(container))
 
 
-def _zip_members(container: Path) -> Iterator[Member]:
+def _zip_entries(container: Path) -> Iterator[Member | Link]:
     """Images are mostly stored as they are, and then read without the directory, which takes long to parse."""
     with zipfile.ZipFile(container) as archive, container.open("rb") as stream:
         for info in archive.infolist():
-            if not info.is_dir():
-                plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
-                offset = _stored_at(stream, info) if plain else None
-                yield Member(safe_member_name(info.filename, str(container)), info.file_size, info.CRC, offset)
+            entry = zip_entry(archive, info, str(container))
+            plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
+            if isinstance(entry, Member) and plain:
+                entry = replace(entry, offset=_stored_at(stream, info))
+            if entry:
+                yield entry
+
+
+def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -> Member | Link | None:
+    """An entry of an open zip; None for a folder. A link's target is its content."""
+    if info.is_dir():
+        return None
+    name = safe_member_name(info.filename, container)
+    if not stat.S_ISLNK(info.external_attr >> 16):
+        return Member(name, info.file_size, info.CRC, entry=info.header_offset)
+    with archive.open(info) as stream:
+        return Link(name, os.fsdecode(stream.read(_MOST_PATH)))
 
 
 def _stored_at(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
@@ -77,16 +114,69 @@ _ENCRYPTED = 1
 _LOCAL_HEADER = 30  # bytes
 
 
-def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> Iterator[Member]:
-    """The plain files of an open tar; offsets are those in the file that it is read from."""
+def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> list[Member]:
+    """The files of an open tar; offsets are those in the file that it is read from."""
+    entries: list[Member | Link] = []
     for info in tar:
-        if info.isfile():
-            yield Member(
-                safe_member_name(info.name, container),
-                info.size,
-                offset=None if compressed else info.offset_data,
-            )
+        entry = tar_entry(info, container)
+        if isinstance(entry, Member) and not compressed:
+            entry = replace(entry, offset=info.offset_data)
+        if entry:
+            entries.append(entry)
         tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
+    return follow_links(entries)
+
+
+def tar_entry(info: tarfile.TarInfo, container: str) -> Member | Link | None:
+    """An entry of a tar; None for folders, devices and the like."""
+    if info.isreg():
+        return Member(safe_member_name(info.name, container), info.size, entry=info.offset_data)
+    if info.islnk() or info.issym():
+        return Link(safe_member_name(info.name, container), info.linkname[:_MOST_PATH], hard=info.islnk())
+    return None
+
+
+def follow_links(entries: Sequence[Member | Link]) -> list[Member]:
+    """Put in the place of each link what it leads to, under the link's name.
+
+    Args:
+        entries: of one container, in its order. Of several with a name, a hard link means the last one before it, and
+            a symbolic link the last of all, as when the container is unpacked.
+    """
+    if not any(isinstance(entry, Link) for entry in entries):
+        return list(entries)  # type: ignore[arg-type]
+    known: list[Member | Link] = []
+    by_path: dict[str, Member | Link] = {}
+    for entry in entries:
+        if isinstance(entry, Link) and entry.hard:
+            target = by_path.get(posixpath.normpath(entry.target))
+            if target and target.name == entry.name:
+                continue  # how tar writes a file that it was given twice
+            entry = replace(target, name=entry.name) if target else entry
+        by_path[posixpath.normpath(entry.name)] = entry
+        known.append(entry)
+    return [entry if isinstance(entry, Member) else _target(entry, by_path) for entry in known]
+
+
+def _target(link: Link, by_path: Mapping[str, Member | Link]) -> Member:
+    here, path = link, ""
+    for _ in range(_MOST_LINKS):
+        folder = "" if here.hard else posixpath.dirname(here.name)
+        path = posixpath.normpath(posixpath.join(folder, here.target))
+        found = by_path.get(path)
+        if isinstance(found, Member):
+            return replace(found, name=link.name)
+        if found is None:
+            break
+        here = found
+    else:
+        return Member(link.name, 0, problem=f"it is a link to {link.target!r}, which leads from link to link")
+    why = "is no file of the container" if is_inside(path) else "points outside the container"
+    return Member(link.name, 0, problem=f"it is a link to {link.target!r}, which {why}")
+
+
+_MOST_LINKS = 40  # in a chain, as in Linux
+_MOST_PATH = 4096  # bytes
 
 
 def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
@@ -102,7 +192,9 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
     """
     todo = []
     for member in wanted:
-        if member.size > most_bytes:
+        if member.problem:
+            yield member, member.problem
+        elif member.size > most_bytes:
             yield member, f"it has {member.size:,} bytes, more than the {most_bytes:,} that an image may have"
         else:
             todo.append(member)
@@ -118,7 +210,8 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
     above: dict[Path, frozenset[tuple[int, int]]] = {}  # for a folder all that it lies in
-    for place, folders, files in os.walk(folder, followlinks=True):  # as torchvision's ImageFolder does
+    closed: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):  # as ImageFolder does
         here = Path(place)
         lineage = above.pop(here, frozenset()) | _identity(here)
         folders.sort()
@@ -131,10 +224,12 @@ def _folder_members(folder: Path) -> Iterator[Member]:
             above[path] = lineage
         for path in [here / name for name in sorted(files)]:
             try:
-                size = path.stat().st_size
-            except OSError:
-                size = 0  # a link to nowhere, which is told when it is read
-            yield Member(path.relative_to(folder).as_posix(), size)
+                yield Member(path.relative_to(folder).as_posix(), path.stat().st_size)
+            except OSError as nowhere:
+                closed.append(nowhere)
+    for error in closed:
+        name = Path(error.filename).relative_to(folder).as_posix()
+        yield Member(name, 0, problem=f"it cannot be read ({error.strerror})")
 
 
 def _identity(folder: Path) -> frozenset[tuple[int, int]]:
@@ -171,10 +266,14 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
     with reading_container(container):
         archive = zipfile.ZipFile(container)
     with archive:
+        entries = {info.header_offset: info for info in archive.infolist()}
         for member in wanted:
+            if (info := entries.get(-1 if member.entry is None else member.entry)) is None:
+                yield member, _GONE
+                continue
             try:
                 with reading_container(container):
-                    data: bytes | str = archive.read(member.name)
+                    data: bytes | str = archive.read(info)
             except DamagedError as error:
                 data = str(error.__cause__ or error)
             yield member, data
@@ -182,24 +281,23 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
 
 def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
     """A compressed tar can only be read from its beginning: once through, up to the last wanted member."""
-    left: dict[str, list[Member]] = {}  # a tar may have a name twice
+    left: dict[int | None, list[Member]] = {}  # links share an entry
     for member in wanted:
-        left.setdefault(member.name, []).append(member)
+        left.setdefault(member.entry, []).append(member)
     with reading_container(container), open_tar(container) as tar:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]
-            alike = left.get(info.name, []) if info.isfile() else []
-            found = next((member for member in alike if member.size == info.size), None)
-            content = tar.extractfile(info) if found else None
-            if found and content:
-                yield found, content.read()
-                alike.remove(found)
-                if not alike:
-                    del left[info.name]
+            members = left.get(info.offset_data, []) if info.isreg() else []
+            if members and members[0].size == info.size and (content := tar.extractfile(info)):
+                data = content.read()
+                yield from ((member, data) for member in left.pop(info.offset_data))
             if not left:
                 return
     for members in left.values():
-        yield from ((member, "it is no longer in the container") for member in members)
+        yield from ((member, _GONE) for member in members)
+
+
+_GONE = "it is no longer in the container"
 
 
 class Window(io.RawIOBase):
@@ -267,6 +365,8 @@ def reading_container(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except _RefusedError as error:
+        raise DamagedError(f"{path}: {error}") from error
     except _CONTAINER_ERRORS as error:
         raise DamagedError(f"{path}: a damaged container ({error}).") from error
     except OSError as error:
@@ -319,16 +419,41 @@ def _has_tar_mark(path: Path) -> bool:
         return stream.read(262)[257:262] == b"ustar"
 
 
+class _RefusedError(tarfile.TarError):
+    """A tar with a member that is not read, though it may be sound."""
+
+
 class _SmallHeader(tarfile.TarInfo):
-    """A member's header, refused where tarfile would take any number of bytes of it into memory."""
+    """A member's header, refused where tarfile would take any number of bytes of it into memory.
+
+    Sparse files are refused: a tar leaves their holes out, so their bytes do not stand there as they are, and the
+    list of the holes may have any length.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        long = header.type in _EXTENSIONS and header.size > _MOST_EXTENSION
-        if long or header.type == tarfile.GNUTYPE_SPARSE:
-            raise DamagedError(f"a tar header of type {header.type!r} and {header.size:,} bytes; the file is not used.")
+        if header.type in _EXTENSIONS and header.size > _MOST_EXTENSION:
+            size = f"{header.size:,} bytes"
+            raise _RefusedError(f"a tar header of type {header.type!r} and {size}; the file is not used.")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise _sparse(header.name)
         return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        header = super().fromtarfile(tarfile)
+        if any(key.startswith(_SPARSE_KEYS) for key in header.pax_headers):
+            raise _sparse(header.name)
+        return header
+
+    def _proc_gnusparse_10(self, member: Self, pax_headers: Mapping[str, str], _: object) -> None:
+        """Tarfile's own, of this name, reads the list of the holes, however long."""
+        raise _sparse(pax_headers.get("GNU.sparse.name", member.name))
+
+
+def _sparse(name: str) -> _RefusedError:
+    return _RefusedError(f"{name!r} is a sparse file, which is not read. Pack the tar again without --sparse (-S).")
 
 
 _EXTENSIONS = (
@@ -339,3 +464,4 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _MOST_EXTENSION = 1 << 20  # they hold names and times
+_SPARSE_KEYS = ("GNU.sparse.", "SCHILY.realsize")  # of GNU tar and bsdtar, and of star

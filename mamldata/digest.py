@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mamldata.containers import is_zip, open_tar, reading_container, safe_member_name
+from mamldata.containers import (
+    Link,
+    Member,
+    follow_links,
+    is_zip,
+    open_tar,
+    reading_container,
+    tar_entry,
+    zip_entry,
+)
 from mamldata.errors import DamagedError
 
 CHUNK = 1 << 20
@@ -52,7 +62,8 @@ def chunks(stream: IO[bytes], size: int = CHUNK) -> Iterator[bytes]:
 def content_sha256(path: Path, limit: int) -> str:
     """The content digest of a zip or tar: what its members say, whatever container holds them.
 
-    One line ``path NUL sha256hex NEWLINE`` per file, the lines sorted as bytes, sha256 of the whole.
+    One line ``path NUL sha256hex NEWLINE`` per file, the lines sorted as bytes, sha256 of the whole. Links count as
+    their targets, so that it does not matter which name of a file is the link; those that lead to none do not count.
 
     Args:
         path: the container.
@@ -74,26 +85,33 @@ def digest_of_contents(files: Iterable[tuple[str, str]]) -> str:
 
 def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:
     spent = 0
-    for name, stream in _members(path):
+    entries: list[Member | Link] = []
+    digests: dict[int | None, str] = {}
+    for entry, stream in _entries(path):
         digest = hashlib.sha256()
         for chunk in chunks(stream):
             spent += len(chunk)
             if spent > limit:
                 raise DamagedError(f"{path}: its members unpack to more than {limit:,} bytes; the file is not used.")
             digest.update(chunk)
-        yield safe_member_name(name, str(path)), digest.hexdigest()
+        entries.append(entry)
+        if isinstance(entry, Member):
+            digests[entry.entry] = digest.hexdigest()
+    for member in follow_links(entries):
+        if not member.problem:
+            yield member.name, digests[member.entry]
 
 
-def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def _entries(path: Path) -> Iterator[tuple[Member | Link, IO[bytes]]]:
+    """The files of a container, each open, and its links, as if they were empty."""
     if is_zip(path):
         with zipfile.ZipFile(path) as container:
             for info in container.infolist():
-                if not info.is_dir():
-                    with container.open(info) as stream:
-                        yield info.filename, stream
+                if entry := zip_entry(container, info, str(path)):
+                    with container.open(info) if isinstance(entry, Member) else io.BytesIO() as stream:
+                        yield entry, stream
         return
     with open_tar(path) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name, content
+        for header in tar:
+            if entry := tar_entry(header, str(path)):
+                yield entry, (tar.extractfile(header) if isinstance(entry, Member) else None) or io.BytesIO()

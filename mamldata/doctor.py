@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import mamldata
 from mamldata.parallel import default_workers
+from mamldata.siblings import foreign_siblings
+from mamldata.version import __version__
 
 _PACKAGES = ("torch", "numpy", "pillow", "webdataset", "requests", "fsspec", "filelock", "click", "tqdm")
 
@@ -19,12 +20,13 @@ def examine(root: Path) -> dict[str, Any]:
     """Versions, devices, and the data root with its free space in bytes. Imports torch."""
     there = next(place for place in (root, *root.parents) if place.exists())
     return {
-        "mamldata": mamldata.__version__,
+        "mamldata": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "processors": default_workers(),
         "devices": _devices(),
+        "name_conflicts": list(foreign_siblings()),
         "root": str(root),
         "root_writable": os.access(there, os.W_OK),
         "root_free": shutil.disk_usage(there).free,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +21,15 @@ from typing import Protocol
 import requests
 from urllib3.exceptions import HTTPError
 
-import mamldata
+from mamldata.deadlines import TimedAdapter
 from mamldata.errors import RequestError
 from mamldata.files import temporary, write_atomic, writing
 from mamldata.places import shown_place, shown_text
+from mamldata.version import __version__
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
 _LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
+_SAID = 200  # characters of a server's own words in a message
 _HEAD = 1 << 10  # a page's first bytes, however much white space it begins with
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
 _MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
@@ -38,8 +41,8 @@ class Network:
     """How patient a download is. All times in seconds.
 
     Attributes:
-        connect_timeout: for a connection.
-        read_timeout: for the next byte.
+        connect_timeout: for a connection; for a proxy's answer and for the TLS handshake, as much again each.
+        read_timeout: for the head of an answer, status and headers; then for the next byte of the file.
         rounds: how often all sources are tried; a round that brought the file on by a mebibyte does not count.
         backoff: the pause after the first round; it doubles with each further one.
         longest_pause: the cap on that pause, and on what a server's Retry-After may ask for.
@@ -169,11 +172,22 @@ class Part:
 def open_session() -> requests.Session:
     """A session that asks for files as they are. The caller closes it."""
     session = requests.Session()
-    session.headers["User-Agent"] = f"mamldata/{mamldata.__version__}"
+    session.headers["User-Agent"] = f"mamldata/{__version__}"
     # Compressed on the way, a file's length and ranges would be those of other bytes.
     session.headers["Accept-Encoding"] = "identity"
     session.max_redirects = 10
+    session.mount("http://", TimedAdapter())
+    session.mount("https://", TimedAdapter())
+    session.hooks["response"].append(_leave_body)
+    # A request has a jar of its own, for the hops of a redirect; the session's would grow with every answer.
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
     return session
+
+
+def _leave_body(response: requests.Response, **_: object) -> None:
+    """Close a redirect: whether it follows it or not, requests reads the body of an open one whole, and unpacks it."""
+    if response.is_redirect:
+        response.close()
 
 
 def transfer(
@@ -242,11 +256,11 @@ def _start_of_body(status: int, reason: str, headers: Mapping[str, str], asked: 
         match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", given)
         if match and int(match[1]) == asked:
             return asked
-        raise UnusableRangeError(f"asked for the bytes from {asked:,} on, it sent {given or 'others'!r}")
+        raise UnusableRangeError(f"asked for the bytes from {asked:,} on, it sent {_said(given) or 'others'!r}")
     if asked and status == 416:
         raise UnusableRangeError(f"it has nothing after the first {asked:,} bytes (HTTP 416)")
     asked_for = _retry_after(headers, datetime.now(UTC))
-    raise SourceError(f"HTTP {status} {reason}".strip(), retry_after=asked_for, status=status)
+    raise SourceError(f"HTTP {status} {_said(reason)}".strip(), retry_after=asked_for, status=status)
 
 
 def _retry_after(headers: Mapping[str, str], now: datetime) -> float:
@@ -256,7 +270,7 @@ def _retry_after(headers: Mapping[str, str], now: datetime) -> float:
         return float(value)
     try:
         until = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     aware = until if until.tzinfo else until.replace(tzinfo=UTC)
     return max(0.0, (aware - now).total_seconds())
@@ -270,7 +284,7 @@ def _refuse_page(headers: Mapping[str, str]) -> None:
 def _refuse_length(headers: Mapping[str, str], offset: int, bound: int) -> None:
     length = headers.get("Content-Length")
     if length is not None and not (re.fullmatch("[0-9]{1,18}", length) and offset + int(length) <= bound):
-        announced = f"{offset:,} + {length}" if offset else length
+        announced = f"{offset:,} + {_said(length)}" if offset else _said(length)
         raise SourceError(f"it announces {announced} bytes; the file has at most {bound:,}", final=True)
 
 
@@ -297,7 +311,7 @@ def _body(response: requests.Response, allowance: int, network: Network) -> Iter
     Raises:
         SourceError: the connection broke, stalled, or was too slow for too long.
     """
-    # A plain read would wait for a full chunk and never notice a drip; old versions of urllib3 have no read1.
+    # Either gives what is there, see ``TimedAdapter``; old versions of urllib3 have no read1.
     read = getattr(response.raw, "read1", response.raw.read)
     waited, got = 0.0, 0
     while allowance > 0:
@@ -327,15 +341,20 @@ def _plain_failures(network: Network) -> Iterator[None]:
         raise SourceError(f"no connection within {network.connect_timeout:g} s") from error
     except requests.TooManyRedirects as error:
         raise SourceError("it redirects in a circle, or too often") from error
-    except (requests.RequestException, HTTPError, UnicodeError) as error:
+    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: a Location that is no address
         root = _root_cause(error)
         if isinstance(root, TimeoutError):
-            raise SourceError(f"silent for {network.read_timeout:g} s") from error
-        why = shown_text(str(root)) or type(root).__name__
+            raise SourceError(f"nothing of the file came for {network.read_timeout:g} s") from error
+        why = _said(shown_text(str(root))) or type(root).__name__
         raise SourceError(f"the connection failed ({why})") from error
 
 
+def _said(text: str) -> str:
+    """What a server sent, fit for a message: one line, not long, without what steers a terminal."""
+    return "".join(mark if mark.isprintable() else "?" for mark in text[:_SAID])
+
+
 def _root_cause(error: BaseException) -> BaseException:
-    while (deeper := error.__cause__ or error.__context__) is not None:
+    while (deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = deeper
     return error

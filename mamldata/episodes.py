@@ -15,11 +15,17 @@ import numpy.typing as npt
 from mamldata.digest import canonical_json, sha256_bytes
 from mamldata.errors import RequestError
 
+ROTATIONS = ("all", "train", "none")  # in which splits each class is turned into three more
 QUARTER_TURNS = 4  # of a class, with rotations
 _MOST_POOL = 1 << 21  # numbers in a shuffled pool: bounds memory, and stays near the processor's cache
 
 Source = npt.NDArray[np.int32]
 Images = npt.NDArray[np.uint8]
+
+
+def quarter_turns(rotations: str, split: str) -> int:
+    """How many classes each class of a split becomes: 4 with rotations, else 1."""
+    return QUARTER_TURNS if rotations == "all" or (rotations == "train" and split == "train") else 1
 
 
 @dataclass(frozen=True)

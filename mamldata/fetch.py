@@ -11,7 +11,7 @@ from typing import Literal
 
 import requests
 
-from mamldata.collect import Collected, check_collected, collect, pin_file, read_pin, write_pin
+from mamldata.collect import check_collected, collect
 from mamldata.digest import sha256_file
 from mamldata.download import Network, Part, open_session
 from mamldata.errors import DamagedError, FetchError, MamldataError, WriteError
@@ -21,17 +21,21 @@ from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.mirrors import Mirrors
 from mamldata.places import find, is_http, local_path, needs_network, shown_place
 from mamldata.progress import Progress, silent
-from mamldata.raw import (
+from mamldata.receipts import (
     CheckedBy,
+    Collected,
     Match,
     Receipt,
     Verdict,
     fetch_command,
     is_pinned,
     is_verified,
-    judge,
+    pin_file,
+    read_pin,
     read_receipt,
     receipt_of,
+    verify_file,
+    write_pin,
     write_receipt,
 )
 from mamldata.root import DatasetFolder
@@ -361,7 +365,7 @@ class _Work:
         Raises:
             FetchError: it is another file.
         """
-        verdict = judge(action.path, action.file, meter.advance)
+        verdict = verify_file(action.path, action.file, meter.advance)
         if verdict.checked_by is None:
             raise FetchError(
                 f"{action.path} is not the right file: {verdict.problem}. Delete it or move it elsewhere, and run: "
@@ -381,7 +385,7 @@ class _Work:
         require_space(action.path, action.file.bytes)
         with writing(part.path):
             write_archive(part.path)
-        verdict = judge(part.path, action.file)
+        verdict = verify_file(part.path, action.file)
         if verdict.checked_by is None:
             part.drop()
             raise FetchError(

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from mamldata.archive import INDEX
-from mamldata.containers import list_members
+from mamldata.containers import Member, list_members
 from mamldata.errors import RequestError
-from mamldata.manifest import (
-    SPLITS,
-    ImageRecipe,
-    Manifest,
-    ReaderRecipe,
-    SplitScheme,
-    builtin_names,
-)
-from mamldata.readers import as_text, is_image
+from mamldata.left_out import Tally
+from mamldata.manifest import ImageRecipe, Manifest
+from mamldata.manifest_toml import builtin_names
+from mamldata.readers import ReaderRecipe, as_text, is_image, why_not
+from mamldata.splits import SPLITS, SplitScheme
 
+# How the images of a folder come into a bank.
+FOLDER_IMAGES = ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True)
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
 _MOST_SHOWN = 5
+_ARCHIVE_INDEX = "archive.json"  # the word of mamldata.archive, which stands above this module
 
 
 def folder_manifest(folder: Path) -> Manifest:
@@ -35,9 +33,10 @@ def folder_manifest(folder: Path) -> Manifest:
         RequestError: no images in folders of classes, or fewer than three classes.
     """
     folder = folder.resolve()
-    if (folder / INDEX).is_file():
+    if (folder / _ARCHIVE_INDEX).is_file():
         raise RequestError(f"{folder} is an archive. Give what it was built from: a dataset's name or its images.")
-    names = [member.name for member in list_members(folder) if is_image(member.name)]
+    members = list_members(folder)
+    names = [member.name for member in members if is_image(member.name)]
     if no_text := [path for path in (str(folder), *names) if as_text(path) != path]:
         raise RequestError(
             f"{as_text(str(folder))} has names that are not UTF-8, and would be others on another machine: "
@@ -49,14 +48,13 @@ def folder_manifest(folder: Path) -> Manifest:
     if not classes:
         raise RequestError(
             f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
-            "named after their classes, class/image or split/class/image."
+            f"named after their classes, class/image or split/class/image.{_others(members)}"
         )
     by_split = lie_in_splits(classes, folder)
-    scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes))
-    name = dataset_name(folder.name)
+    scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes), members)
     return Manifest(
         reference=str(folder),
-        name=name if name not in builtin_names() else f"my-{name}",
+        name=folder_name(folder),
         title=f"The images in the folder {folder.name}",
         version="1",
         licence="the user's own",
@@ -64,7 +62,7 @@ def folder_manifest(folder: Path) -> Manifest:
         citation="none",
         files=(),
         reader=ReaderRecipe("class-folders", depth=0, splits=by_split),
-        image=ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True),
+        image=FOLDER_IMAGES,
         rotations="none",
         split_scheme=scheme.name,
         schemes={scheme.name: scheme},
@@ -93,16 +91,25 @@ def lie_in_splits(classes: Collection[tuple[str, ...]], place: Path) -> bool:
     return by_split
 
 
+def _others(members: Iterable[Member]) -> str:
+    """What is no image in a folder, for a message: its classes may be in a format that is not read."""
+    tally = Tally()
+    for member in members:
+        if not is_image(member.name):
+            tally.leave_out(member.name, why_not(member), in_class=False)
+    return str(tally)
+
+
 def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:
     counts = {split: sum(home[0] == split for home in classes) for split in SPLITS}
     return SplitScheme("folders", f"{_counted(counts)} classes, as their folders say", {}, {}, by_files=True)
 
 
-def _seeded(folder: Path, classes: int) -> SplitScheme:
+def _seeded(folder: Path, classes: int, members: Iterable[Member]) -> SplitScheme:
     if classes < len(SPLITS):
         raise RequestError(
             f"{folder} has images of {classes} classes; train, val and test need at least one each, and as many as "
-            "n_way to build episodes."
+            f"n_way to build episodes.{_others(members)}"
         )
     counts = seeded_counts(classes)
     return SplitScheme("seeded", f"{_counted(counts)} classes at random, seed 0", {}, counts, seed=0)
@@ -120,6 +127,12 @@ def seeded_counts(classes: int) -> dict[str, int]:
 
 def _counted(counts: Mapping[str, int]) -> str:
     return "/".join(str(counts[split]) for split in SPLITS)
+
+
+def folder_name(folder: Path) -> str:
+    """The name of the dataset that a folder is: made of its own, and none of a built-in dataset."""
+    name = dataset_name(folder.resolve().name)
+    return name if name not in builtin_names() else f"my-{name}"
 
 
 def dataset_name(text: str) -> str:

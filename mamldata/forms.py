@@ -240,7 +240,7 @@ def _nested(path: Path, labels: set[str]) -> dict[str, list[tuple[Path, Member]]
             stream.seek(member.offset)
             end = member.offset + member.size
             with open_tar(path, stream) as tar:
-                inner = [m for m in tar_members(tar, f"{path}, {member.name}") if m.offset is not None]
+                inner = tar_members(tar, f"{path}, {member.name}")
             label = PurePosixPath(member.name).stem
             found[label] = [(path, m) for m in inner if (m.offset or 0) + m.size <= end and is_image(m.name)]
     return found

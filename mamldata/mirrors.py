@@ -20,7 +20,7 @@ from mamldata.download import (
 from mamldata.errors import FetchError
 from mamldata.manifest import SourceFile
 from mamldata.places import is_http, is_local, open_source, shown_place, shown_text
-from mamldata.raw import Verdict, judge, most_bytes
+from mamldata.receipts import Verdict, most_bytes, verify_file
 
 _HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
 
@@ -98,7 +98,7 @@ class Mirrors:
         """What an earlier run left, if that is the whole file already; what can never become it is dropped."""
         if not self.part.size or self.part.size < self.file.bytes:
             return None
-        verdict = judge(self.part.path, self.file)
+        verdict = verify_file(self.part.path, self.file)
         if verdict.checked_by:
             return Obtained("resumed", "", verdict)
         # A repacked copy may be longer than the file that the manifest describes, and one of unknown length go on.
@@ -137,7 +137,7 @@ class Mirrors:
             verdict = self._accept()
         except UnusableRangeError:
             # A server has nothing more to give where the file was whole already.
-            verdict = judge(self.part.path, self.file)
+            verdict = verify_file(self.part.path, self.file)
             if verdict.checked_by is None:
                 return None
         except WrongContentError:
@@ -159,7 +159,7 @@ class Mirrors:
             WrongContentError: it is another file; the part is dropped.
             SourceError: it ended too early; the part is kept, since the rest may follow.
         """
-        verdict = judge(self.part.path, self.file)
+        verdict = verify_file(self.part.path, self.file)
         if verdict.checked_by:
             return verdict
         # A container that can be read to its end is whole, whatever its length.

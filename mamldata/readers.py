@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -21,14 +21,45 @@ import numpy.typing as npt
 from mamldata.containers import MOST_IMAGE_BYTES, Member, Window, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
 from mamldata.errors import DamagedError, Fault, Report
-from mamldata.manifest import SPLITS, ReaderRecipe
+from mamldata.left_out import LeftOut, Tally, Why, is_hidden
 from mamldata.pickles import StoredArray, load_values
+from mamldata.splits import SPLITS
+
+READERS: Mapping[str, tuple[str, ...]] = {  # reader: its options
+    "class-folders": ("depth", "splits", "damaged"),
+    "csv-splits": ("damaged",),
+    "cifar-100": (),
+    "tiered-imagenet": (),
+}
+DAMAGED = ("fail", "leave-out")
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 _MOST_ARRAY_BYTES = 4 << 30
 _CIFAR_SHAPE = (3, 32, 32)
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ReaderRecipe:
+    """Which reader finds the images in the raw files.
+
+    Attributes:
+        type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
+            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100`` and ``tiered-imagenet``: their pickles.
+        depth: how many path components above the image name its class; 0 for all of them.
+        splits: whether the component above those is the split.
+        damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
+    """
+
+    type: str
+    depth: int = 1
+    splits: bool = False
+    damaged: str = "fail"
+
+    def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
+        """Those that cannot be passed over by leaving images out."""
+        return [fault for fault in faults if not (fault.of_one_image and self.damaged == "leave-out")]
 
 
 @dataclass(frozen=True)
@@ -70,10 +101,12 @@ class ImageIndex:
     Attributes:
         images: every image, the classes contiguous.
         faults: what is wrong with the raw files; images that are not there have no place in ``images``.
+        left_out: files that the reader took for no images, where it looks at all files.
     """
 
     images: tuple[ImageRef, ...]
     faults: tuple[Fault, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def classes(self) -> list[tuple[str, str, int]]:
         """Each class in order: its name, the split that the raw files put it in (or nothing), its number of images."""
@@ -92,17 +125,18 @@ def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
         DamagedError: a file that the reader cannot read, or no image at all.
     """
     faults: list[Fault] = []
-    found = sorted(_READERS[recipe.type](recipe, files, faults.append), key=_canonical)
+    tally = Tally()
+    found = sorted(_READERS[recipe.type](recipe, files, faults.append, tally), key=_canonical)
     if not found and not faults:
-        raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?")
-    return ImageIndex(tuple(found), tuple(faults))
+        raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?{tally}")
+    return ImageIndex(tuple(found), tuple(faults), tally.groups())
 
 
 def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
     return PurePosixPath(image.class_name).parts, image.name
 
 
-def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
+def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report, tally: Tally) -> Iterator[ImageRef]:
     """Images in folders named after their class: ``[split/]class/image``.
 
     The same class and image name twice, in one file or in two, is one image if the bytes are the same.
@@ -114,7 +148,9 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report) 
             path = PurePosixPath(member.name)
             split, class_name = _folders(recipe, path.parts[:-1])
             if not is_image(member.name) or not class_name:
+                tally.leave_out(member.name, why_not(member), in_class=bool(class_name))
                 continue
+            tally.take(member.name)
             if recipe.splits and split not in SPLITS:
                 report(Fault("layout", f"{file}, {member.name}: {split!r} is not one of {', '.join(SPLITS)}"))
                 continue
@@ -174,8 +210,16 @@ def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name, and not one that a file manager left behind."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not hidden
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not is_hidden(path)
+
+
+def why_not(member: Member) -> Why:
+    """Why a file that is in no class, or no image, is left out."""
+    if is_hidden(PurePosixPath(member.name)):
+        return "hidden"
+    if is_image(member.name):
+        return "no class"
+    return "unreadable" if member.problem else "no image"
 
 
 def as_text(name: str) -> str:
@@ -183,7 +227,7 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) -> Iterator[ImageRef]:
+def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report, _tally: Tally) -> Iterator[ImageRef]:
     """Images that ``train.csv``, ``val.csv`` and ``test.csv`` name, wherever in the other files they are."""
     rows: list[Row] = []
     tables = {file.name: file for file in files if file.suffix == ".csv"}
@@ -221,7 +265,7 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report) ->
             report(row.missing())
 
 
-def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
+def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report, _tally: Tally) -> Iterator[ImageRef]:
     """CIFAR-100's pickles for Python: ``train`` and ``test``, whose images are rows of 3 x 32 x 32, and ``meta``.
 
     An image's name is its part and its row there.
@@ -249,7 +293,9 @@ def _names(value: Any) -> list[str]:
     return value
 
 
-def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report) -> Iterator[ImageRef]:
+def _tiered_imagenet(
+    _recipe: ReaderRecipe, files: Sequence[Path], _report: Report, _tally: Tally
+) -> Iterator[ImageRef]:
     """TieredImageNet's pickles: for each split a list of PNGs, each an array, and the labels.
 
     Classes are called after their split, number and words: two classes of ImageNet are called "crane".
@@ -276,7 +322,7 @@ def _tiered_imagenet(_recipe: ReaderRecipe, files: Sequence[Path], _report: Repo
         raise DamagedError(f"{wrong} ({error!r}).") from error
 
 
-_READERS: Mapping[str, Callable[[ReaderRecipe, Sequence[Path], Report], Iterator[ImageRef]]] = {
+_READERS: Mapping[str, Callable[[ReaderRecipe, Sequence[Path], Report, Tally], Iterator[ImageRef]]] = {
     "class-folders": _class_folders,
     "csv-splits": _csv_splits,
     "cifar-100": _cifar_100,

@@ -40,7 +40,7 @@ class DatasetFolder:
         return self.path / ".lock"
 
     def receipt(self, file: str) -> Path:
-        """Written once ``raw/<file>`` was verified, in the format of ``sha256sum``; see ``mamldata.raw.Receipt``."""
+        """Written once ``raw/<file>`` was verified, in the format of ``sha256sum``; see ``receipts.Receipt``."""
         return self.raw / f"{file}.sha256"
 
     def bank(self, size: int) -> Path:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import mamldata
 from mamldata.archive import END, INDEX, Archive, EpisodeLayout, Shard, parse_archive, parse_plan, shard_sizes
 from mamldata.bank import Images, open_images
 from mamldata.digest import sha256_bytes
 from mamldata.episodes import EpisodeSampler, gather
 from mamldata.errors import DataMissingError, MamldataError, WriteError
 from mamldata.store import BUILD, Store
+from mamldata.version import __version__
 
 PLAN = f"{BUILD}/plan.json"
 _CHUNK_BYTES = 8 << 20  # made in memory at a time
@@ -39,7 +39,7 @@ class ShardTask:
     bank: Path
     split: str
     number: int
-    version: str = mamldata.__version__
+    version: str = __version__
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def make_shard(task: ShardTask) -> ShardMade:
         MamldataError: this worker has another version, or does not see the same files.
         WriteError: the store cannot be written to.
     """
-    if task.version != mamldata.__version__:
+    if task.version != __version__:
         raise MamldataError(
-            f"{_worker()} has mamldata {mamldata.__version__}, and the build {task.version}. Install the same "
+            f"{_worker()} has mamldata {__version__}, and the build {task.version}. Install the same "
             "version for all workers."
         )
     plan = _read_plan(task.store, task.plan_sha256)

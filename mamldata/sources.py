@@ -15,16 +15,16 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.archive import Archive, check_size, open_shard, quarter_turns, read_archive
+from mamldata.archive import Archive, check_size, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
+from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather, quarter_turns
 from mamldata.errors import RequestError
-from mamldata.manifest import ROTATIONS, SPLITS, load_manifest
+from mamldata.load import load_manifest
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices
 from mamldata.places import is_remote
 from mamldata.root import data_root
-from mamldata.splits import divide
+from mamldata.splits import SPLITS, divide
 
 Images = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.int32]

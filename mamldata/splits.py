@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from mamldata.errors import RequestError
-from mamldata.manifest import SPLITS, SplitScheme, did_you_mean
+from mamldata.errors import RequestError, did_you_mean
+
+SPLITS = ("train", "val", "test")
 
 Division = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SplitScheme:
+    """One way of dividing a dataset's classes into train, val and test.
+
+    Attributes:
+        name, description: shown beside every result, because accuracies of different schemes do not compare.
+        lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded.
+        counts: for each split its number of classes, if seeded.
+        seed: of the division, if seeded.
+        by_files: the raw files themselves say it: split files, or a folder for each split.
+    """
+
+    name: str
+    description: str
+    lists: Mapping[str, tuple[str, ...]]
+    counts: Mapping[str, int]
+    seed: int = 0
+    by_files: bool = False
 
 
 def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_splits: Sequence[str] = ()) -> Division:

@@ -26,7 +26,7 @@ from mamldata.errors import DamagedError, DataMissingError, FetchError, RequestE
 from mamldata.manifest import Manifest
 from mamldata.places import is_remote, join, shown_place
 from mamldata.progress import Progress, silent
-from mamldata.raw import check_raw
+from mamldata.raw_check import check_raw
 from mamldata.remote import ShardCache, read_remote_archive
 from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256

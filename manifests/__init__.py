@@ -1,1 +1,1 @@
-"""Data about datasets: one TOML file each, with class lists as plain text beside it. No code lives here."""
+"""Data about the datasets of mamldata: a TOML file each, with class lists as plain text. No code lives here."""

@@ -28,7 +28,8 @@ from PIL import Image
 from mamldata import glyphs
 from mamldata.bank import Bank, make_bank
 from mamldata.fetch import fetch
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.root import DatasetFolder
 
 REAL_DATA = "MAMLDATA_TEST_DATA"

@@ -44,21 +44,26 @@ def test_the_source_distribution_holds_the_examples(tmp_path: Path):
         assert expected <= names
 
 
-def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path):
-    """In an environment with the wheel and its dependencies only, the command runs away from the checkout."""
+@pytest.fixture
+def python(wheel: Path, tmp_path: Path) -> Path:
+    """The interpreter of an environment with the wheel, and with the dependencies of the running one."""
     place = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     python = place / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*install, str(wheel)], check=True)
-    # The dependencies of the running environment, but not what is installed there in editable mode: a folder named
-    # in a .pth file is searched, its own .pth files are not read.
+    # Not what is installed in editable mode: of a folder that a .pth file names, no .pth file is read.
     site = next(place.glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return python
+
+
+def test_an_installed_wheel_works_from_any_folder(python: Path, tmp_path: Path):
+    """In an environment with the wheel and its dependencies only, the command runs away from the checkout."""
     where = [str(python), "-c", "import mamldata, manifests; print(mamldata.__file__, manifests.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert all(Path(file).is_relative_to(place) for file in found)
-    command = [str(place / "bin" / "mamldata")]
+    assert all(Path(file).is_relative_to(python.parents[1]) for file in found)
+    command = [str(python.with_name("mamldata"))]
     listed = subprocess.run([*command, "datasets"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "omniglot: Omniglot" in listed.stdout
     root = ["--root", str(tmp_path / "root")]
@@ -66,3 +71,23 @@ def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path):
     build = ["build", "glyphs", "--out", "archive", "--train", "4", "--val", "2", "--test", "2", *root]
     built = subprocess.run([*command, *build], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "digest sha256:" in built.stdout
+
+
+@pytest.mark.parametrize("name", ["cli", "trainer", "manifests"])
+def test_a_rival_of_our_names_is_named(python: Path, tmp_path: Path, name: str):
+    """A module of the same name beside the script, or a package written over ours: the message says which."""
+    (tmp_path / f"{name}.py").write_text("print('somebody else')\n")
+    beside = subprocess.run([str(python), "-m", "mamldata", "datasets"], cwd=tmp_path, capture_output=True, text=True)
+    assert (beside.returncode, beside.stdout) == (1, "")
+    assert f"imports {name!r} from {tmp_path / name}.py, which is not part of mamldata" in beside.stderr
+    (tmp_path / f"{name}.py").unlink()
+
+    command = [str(python.with_name("mamldata"))]
+    ours = next(python.parents[1].glob(f"lib/python*/site-packages/{name}/__init__.py"))
+    ours.write_text("print('a package of the same name')\n")
+    over = subprocess.run([*command, "datasets"], cwd=tmp_path, capture_output=True, text=True)
+    assert (over.returncode, over.stdout) == (1, "")
+    assert f"Another package has written its own {ours.resolve()} over that of mamldata" in over.stderr
+    if name != "cli":
+        report = subprocess.run([*command, "doctor"], cwd=tmp_path, capture_output=True, text=True)
+        assert f"name conflicts: Another package has written its own {ours.resolve()}" in report.stdout

@@ -1,4 +1,4 @@
-"""A lean trainer for MAML and its family, on ``torch.func``.
+"""The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
 ``train`` makes a run folder, ``evaluate_checkpoint`` measures what is in it:
 

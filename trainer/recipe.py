@@ -8,8 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mamldata.errors import ManifestError, RequestError
-from mamldata.manifest import did_you_mean, read_toml, toml_names
+from mamldata.errors import ManifestError, RequestError, did_you_mean
+from mamldata.tables import Table, read_toml, toml_names
 
 _TEXTS = ("title", "dataset", "source", "published")
 _EPISODES = ("n_way", "k_shot", "k_query")
@@ -76,38 +76,31 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def _parse(name: str, data: bytes, source: str) -> Recipe:
-    document = read_toml(data, source)
-    if faults := list(_faults(document)):
+    faults: list[str] = []
+    top = Table(read_toml(data, source), "", faults)
+    texts = {key: top.text(key) for key in _TEXTS}
+    texts["notes"] = top.text("notes", required=False)
+    episodes = top.table("episodes")
+    counts = {key: episodes.whole(key, 1) for key in _EPISODES}
+    episodes.finish()
+    settings = top.take("settings", dict, {})
+    top.finish()
+    faults += _wrong_settings(settings)
+    if faults:
         raise ManifestError(source, faults)
-    texts = {key: " ".join(document[key].split()) for key in (*_TEXTS, "notes") if key in document}
-    return Recipe(name, episodes=document["episodes"], settings=document["settings"], **texts)
+    return Recipe(
+        name, episodes=counts, settings=settings, **{key: " ".join(text.split()) for key, text in texts.items()}
+    )
 
 
-def _faults(document: dict[str, Any]) -> Iterator[str]:
+def _wrong_settings(settings: dict[str, Any]) -> Iterator[str]:
     # Here, because torch takes seconds to import and a list of recipes does not need it.
     from trainer.settings import TrainSettings
 
-    known = [*_TEXTS, "notes", "episodes", "settings"]
-    for key in document.keys() - set(known):
-        yield f"{key}: is not known here.{did_you_mean(key, known)}"
-    for key in _TEXTS:
-        if not isinstance(document.get(key), str):
-            yield f"{key}: must be a string"
-    if not isinstance(document.get("notes", ""), str):
-        yield "notes: must be a string"
-    episodes, settings = document.get("episodes"), document.get("settings")
-    if not isinstance(episodes, dict) or not isinstance(settings, dict):
-        yield "episodes, settings: must be tables"
-        return
-    for key in _EPISODES:
-        if type(episodes.get(key)) is not int or episodes[key] < 1:
-            yield f"episodes.{key}: must be a whole number from 1"
-    for key in episodes.keys() - set(_EPISODES):
-        yield f"episodes.{key}: is not known here.{did_you_mean(key, _EPISODES)}"
-    types = {field.name: field.type for field in fields(TrainSettings)}
-    unknown = sorted(settings.keys() - types.keys())
-    yield from (f"settings.{key}: is not known here.{did_you_mean(key, types)}" for key in unknown)
+    known = [field.name for field in fields(TrainSettings)]
+    for key in sorted(settings.keys() - set(known)):
+        yield f"settings.{key}: is not known here.{did_you_mean(key, known)}"
     try:
-        TrainSettings(**{key: value for key, value in settings.items() if key in types})
+        TrainSettings(**{key: value for key, value in settings.items() if key in known})
     except RequestError as error:
         yield f"settings: {error}"

@@ -21,7 +21,7 @@ from PIL import Image
 from cli.common import train_command
 from cli.main import VERBS, main
 from mamldata.errors import MamldataError
-from mamldata.manifest import builtin_names
+from mamldata.manifest_toml import builtin_names
 
 MANIFEST = """
 format = "mamldata-manifest/1"
@@ -266,6 +266,34 @@ def test_build_to_an_address(s3: Any, archive: Path, glyphs_root: Path):
     assert json.loads(built.stdout)["digest"] == digest
     assert json.loads(run("inspect", f"{s3.url}/a", "--json").stdout)["digest"] == digest
     assert f"{s3.url}/a is whole, digest {digest}" in run("verify", f"{s3.url}/a").stdout
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path):
+    """By build, by portions and by inspect: how many images and classes, and which files are not among them."""
+    folder, root = tmp_path / "photos", tmp_path / "root"
+    photographs(folder)
+    (folder / "iphone").mkdir()
+    (folder / "iphone" / "1.HEIC").write_bytes(b"x")
+    asked = ("build", folder, "--n-way", 2, "--k-query", 1, "--train", 2, "--val", 0, "--test", 0, "--workers", 1)
+    told = [
+        "Left out: 1 file that is not read as an image (.heic 1): iphone/1.HEIC",
+        "Left out: 1 folder of files without any image: iphone",
+    ]
+    built = run(*asked, "--out", tmp_path / "a", root=root)
+    assert built.stderr.splitlines()[:3] == [f"{folder}: 80 images of 20 classes", *told]
+    assert run(*asked, "--out", tmp_path / "b", "--shards", "1/1", root=root).stderr.splitlines()[1:3] == told
+    inspected = run("inspect", tmp_path / "a", root=root)
+    assert inspected.stderr.splitlines()[:2] == told
+    assert "of    13 classes (52 images)" in inspected.stdout
+    (folder / "iphone" / "2.HEIC").write_bytes(b"x")
+    values = [
+        json.loads(run(*command, "--json", root=root).stdout)
+        for command in ((*asked, "--out", tmp_path / "a"), ("inspect", tmp_path / "a"))
+    ]
+    assert [[group["count"] for group in one["left_out"]] for one in values] == [[2, 1], [1, 1]]
+    assert values[1]["splits"]["train"]["images"] == 52
+    elsewhere = run("inspect", tmp_path / "a", "--root", tmp_path / "none", "--json")
+    assert json.loads(elsewhere.stdout)["left_out"] is None
 
 
 def test_fetch_then_build_then_verify(tmp_path: Path):

@@ -118,7 +118,7 @@ def test_torchrun(archive: Path, tmp_path: Path) -> None:
     """Train and eval share their work, and print once what one process prints."""
     # Plain descent, as Adam would make steps of rounding errors where there is next to no gradient.
     options = (*OPTIONS, "--meta-optimizer", "sgd", "--meta-lr", "0.1")
-    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", *options)
+    code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", "train", archive, "--out", tmp_path / "run", *options)
     assert code == 0, stderr
     assert stdout.startswith(f"best {tmp_path / 'run'}/maml_step")
     for text in ("step 5/12  loss ", "step 8  val ", "Done in ", "Next: mamldata eval "):
@@ -129,14 +129,14 @@ def test_torchrun(archive: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-3)  # test_distributed has it in float64
 
     question = ("eval", tmp_path / "run", archive, "--device", "cpu", "--json")
-    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", *question)
+    code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", *question)
     assert code == 0, stderr
     assert json.loads(stdout) == json.loads(here(*question))
 
 
 def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
     """What is wrong with a command is said once, before torchrun's report, whose cause it is, too."""
-    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "train", tmp_path / "no-archive", "--out", tmp_path / "run")
+    code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", "train", tmp_path / "no-archive", "--out", tmp_path / "run")
     assert code != 0
     assert stdout == ""
     before, _, report = stderr.partition("Traceback")  # torchrun's own
@@ -144,14 +144,14 @@ def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
     assert "is neither the folder of an archive nor a dataset" in before
     assert "cli/main.py" not in report
     assert "is neither the folder of an archive nor a dataset" in report.partition("Root Cause")[2]
-    code, _, stderr = run(*TORCHRUN, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", "--steps", "many")
+    code, _, stderr = run(*TORCHRUN, "-m", "mamldata", "train", archive, "--out", tmp_path / "run", "--steps", "many")
     assert code != 0
     assert stderr.count("Error: Invalid value for '--steps'") == 1
 
 
 def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
     """Several would train the same runs at the same time."""
-    code, stdout, stderr = run(*TORCHRUN, "-m", "cli.main", "compare", archive, "--out", tmp_path / "out")
+    code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", "compare", archive, "--out", tmp_path / "out")
     assert code != 0
     assert stdout == ""
     assert stderr.partition("Traceback")[0].count("start it without torchrun") == 1
@@ -161,7 +161,7 @@ def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends training with exit code 75 and no traceback; resumed, it ends the same to the bit."""
-    train = (sys.executable, "-m", "cli.main", "train", archive, "--out", tmp_path / "run", *OPTIONS, "--resume")
+    train = (sys.executable, "-m", "mamldata", "train", archive, "--out", tmp_path / "run", *OPTIONS, "--resume")
     process = start(*train)
     assert process.stderr is not None
     while not (line := process.stderr.readline()).startswith("step 2/"):

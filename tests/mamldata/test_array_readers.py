@@ -18,7 +18,8 @@ from PIL import Image
 from mamldata.bank import make_bank
 from mamldata.errors import DamagedError, FetchError
 from mamldata.fetch import fetch
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.splits import divide
 
 COARSE = 20

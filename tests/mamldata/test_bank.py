@@ -30,7 +30,8 @@ from mamldata.bank import Bank, check_bank, make_bank, open_bank
 from mamldata.errors import DamagedError, DataMissingError, RequestError, WriteError
 from mamldata.fetch import fetch
 from mamldata.files import temporary, write_atomic
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.root import DatasetFolder
 
 Make = Callable[..., Any]
@@ -266,7 +267,7 @@ OPEN = """\
 import sys
 from pathlib import Path
 from mamldata.bank import make_bank
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 manifest = load_manifest(sys.argv[1])
 print("ready", flush=True)
 for root in sys.stdin:
@@ -306,7 +307,7 @@ import sys
 from pathlib import Path
 from mamldata.bank import make_bank
 from mamldata.errors import WriteError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 for target in sys.argv[2:]:
     manifest = load_manifest(target)
     bank = make_bank(manifest, Path(sys.argv[1]))
@@ -346,7 +347,7 @@ import sys
 from pathlib import Path
 from mamldata.bank import check_bank, make_bank
 from mamldata.errors import DataMissingError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 for name in ("tiny-8.json", "tiny-8.npy"):
     path = Path(sys.argv[1]) / "tiny" / name
     path.chmod(0)
@@ -402,7 +403,7 @@ KILLED = """\
 import contextlib, os, signal, sys
 from pathlib import Path
 from mamldata import bank
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 manifest, root, moment = sys.argv[1:]
 bank._TASK_IMAGES = 4
 
@@ -620,7 +621,7 @@ import resource, sys
 from pathlib import Path
 from mamldata.bank import make_bank
 from mamldata.errors import WriteError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     make_bank(load_manifest(sys.argv[1]), Path(sys.argv[2]))

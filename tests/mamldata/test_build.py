@@ -25,7 +25,7 @@ from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, Portion, PortionBuilt, build, build_portion, plan_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
@@ -39,7 +39,7 @@ from pathlib import Path
 from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, Portion, build, build_portion
 from mamldata.errors import MamldataError
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 
 def request(train=7):
     return BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": train, "val": 2, "test": 3}, seed=3,
@@ -366,7 +366,7 @@ import sys
 from pathlib import Path
 from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, Portion, build_portion
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 root, out, number, of = sys.argv[1:]
 request = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3,
                        episodes_per_shard=3)

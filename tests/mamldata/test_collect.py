@@ -25,7 +25,8 @@ from PIL import Image
 from mamldata.bank import make_bank
 from mamldata.errors import FetchError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.verify import verify_dataset
 
 CLASSES = {"train": ["n00000001", "n00000002"], "val": ["n00000003"], "test": ["n00000004"]}
@@ -201,6 +202,21 @@ def tar_of_tars_itself(world: World) -> Path:
     return tar_of_tars(world) / "all.tar"
 
 
+def tar_of_tars_with_links(world: World) -> Path:
+    path = world.place / "all.tar"
+    with tarfile.open(path, "w") as outer:
+        for label, images in world.imagenet.items():
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for position, data in enumerate(images, 1):
+                    add(tar, f"{position}", data)
+                    link = tarfile.TarInfo(f"{label}_{number(position)}.JPEG")
+                    link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[position % 2], str(position)
+                    tar.addfile(link)
+            add(outer, f"{label}.tar", inner.getvalue())
+    return path
+
+
 def class_folders(world: World, below: str = "") -> Path:
     folder = world.place / "folders"
     for label, images in world.imagenet.items():
@@ -272,6 +288,7 @@ FORMS = [
     names_in_three_zips,
     tar_of_tars,
     tar_of_tars_itself,
+    tar_of_tars_with_links,
     class_folders,
     class_folders_of_kaggle,
     class_tars,
@@ -580,7 +597,7 @@ KILLED = """\
 import os, signal, sys
 from pathlib import Path
 from mamldata import collect, fetch
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 manifest, root, moment, *places = sys.argv[1:]
 
 def die(*_, **__):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import shutil
+import stat
+import subprocess
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -112,15 +115,172 @@ def test_names_that_point_outside(kind: str, name: str, tmp_path: Path):
         list_members(make(kind, tmp_path, {"good.png": b"x", name: b"x"}))
 
 
-def test_links_in_a_tar_are_no_files(tmp_path: Path):
-    """Neither hard nor soft ones are followed."""
+def linked(path: Path, entries: Sequence[tuple[str, bytes | str]], mode: str = "w") -> Path:
+    """A container with these entries: a file's bytes, or a link's target; that of a hard link begins with ``=``."""
+    if mode in {"stored", "deflated"}:
+        method = zipfile.ZIP_STORED if mode == "stored" else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w", method) as box:
+            for name, content in entries:
+                header = zipfile.ZipInfo(name)
+                header.external_attr = (stat.S_IFLNK if isinstance(content, str) else stat.S_IFREG) << 16
+                header.compress_type = method
+                box.writestr(header, content)
+        return path
+    with tarfile.open(path, mode, format=tarfile.GNU_FORMAT) as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type = tarfile.LNKTYPE if content.startswith("=") else tarfile.SYMTYPE
+                info.linkname = content.removeprefix("=")
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def everything(path: Path) -> list[tuple[str, bytes | str]]:
+    """The name and content of each member, in the order of the names."""
+    return sorted((member.name, data) for member, data in read_members(path, list_members(path), 1000))
+
+
+TARS = ("w", "w:gz")
+ALL = (*TARS, "stored", "deflated")
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_symbolic_links_are_followed(mode: str, tmp_path: Path):
+    """From the folder that they lie in, before and after their target, and through other links."""
+    entries = [("a/early.png", "../b/1.png"), ("b/1.png", b"one"), ("b/2.png", "./1.png"), ("c", "a/../b/2.png")]
+    path = linked(tmp_path / "box", entries, mode)
+    assert everything(path) == [("a/early.png", b"one"), ("b/1.png", b"one"), ("b/2.png", b"one"), ("c", b"one")]
+    (only,) = [member for member in list_members(path) if member.name == "b/2.png"]
+    assert list(read_members(path, [only], 1000)) == [(only, b"one")]
+    assert list(read_members(path, [only], 2)) == [(only, "it has 3 bytes, more than the 2 that an image may have")]
+
+
+@pytest.mark.parametrize("mode", TARS)
+def test_hard_links_are_followed(mode: str, tmp_path: Path):
+    """From the container's root; one to a symbolic link is one, too, in its own folder."""
+    entries = [
+        ("./a/1.png", b"one"),
+        ("./b/1.png", "=./a/1.png"),
+        ("./a/link.png", "1.png"),
+        ("./c/1.png", b"other"),
+        ("./c/hard.png", "=./a/link.png"),
+    ]
+    path = linked(tmp_path / "box", entries, mode)
+    contents = [b"one", b"one", b"one", b"other", b"other"]
+    names = ["./a/1.png", "./a/link.png", "./b/1.png", "./c/1.png", "./c/hard.png"]
+    assert everything(path) == list(zip(names, contents, strict=True))
+
+
+@pytest.mark.parametrize("mode", TARS)
+def test_a_link_to_a_name_that_a_tar_has_twice(mode: str, tmp_path: Path):
+    """As when unpacked: a hard link is the one before it, a symbolic link the last; equal lengths confuse nothing."""
+    entries = [("1", b"old"), ("hard", "=1"), ("soft", "1"), ("1", b"new"), ("hard2", "=1"), ("1", "=1")]
+    got = everything(linked(tmp_path / "box", entries, mode))
+    assert got == [("1", b"new"), ("1", b"old"), ("hard", b"old"), ("hard2", b"new"), ("soft", b"new")]
+
+
+@pytest.mark.parametrize("mode", ALL)
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("/etc/passwd", "points outside the container"),
+        ("../../1.png", "points outside the container"),
+        ("..\\1.png", "points outside the container"),
+        ("gone.png", "is no file of the container"),
+        ("..", "is no file of the container"),
+        ("x.png", "leads from link to link"),
+        ("y.png", "leads from link to link"),
+        ("9" * 5000, "is no file of the container"),
+    ],
+)
+def test_links_to_no_file(mode: str, target: str, why: str, tmp_path: Path):
+    """Each is named when it is read, and nothing outside is; they do not make the container unfit."""
+    path = linked(tmp_path / "box", [("1.png", b"one"), ("a/x.png", target), ("a/y.png", "x.png")], mode)
+    (first, one), (x, problem), (y, _) = everything(path)
+    assert ((first, one), x, y) == (("1.png", b"one"), "a/x.png", "a/y.png")
+    assert problem == f"it is a link to {target[:4096]!r}, which {why}"
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_long_chain_of_links(mode: str, tmp_path: Path):
+    """As in Linux, it ends after forty."""
+    chain = [(f"{n:02}", f"{n + 1:02}") for n in range(41)]
+    contents = dict(everything(linked(tmp_path / "box", [*chain, ("41", b"end")], mode)))
+    assert contents["01"] == b"end"
+    assert "from link to link" in str(contents["00"])
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_link_with_a_name_that_points_outside(mode: str, tmp_path: Path):
+    """Such a container is not used at all."""
+    with pytest.raises(DamagedError, match="points outside the container"):
+        list_members(linked(tmp_path / "box", [("1.png", b"x"), ("../x.png", "1.png")], mode))
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_the_content_digest_counts_links_as_their_targets(mode: str, tmp_path: Path):
+    """It does not matter how a file that has two names was packed; links to nothing count nothing."""
+    entries = [("a", "b"), ("b", b"one"), ("c", b"one"), ("gone", "nowhere")]
+    copies = linked(tmp_path / "copies", [(name, b"one") for name in "cab"], mode)
+    assert content_sha256(linked(tmp_path / "links", entries, mode), 6) == content_sha256(copies, 9)
+
+
+SPARSE = {
+    "old GNU": {},
+    "0.0": {"GNU.sparse.size": "9", "GNU.sparse.numblocks": "0"},
+    "0.1": {"GNU.sparse.size": "9", "GNU.sparse.map": "4,1", "GNU.sparse.name": "x.bmp"},
+    "1.0": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x.bmp", "GNU.sparse.realsize": "9"},
+    "2.0": {"GNU.sparse.major": "2", "GNU.sparse.minor": "0", "GNU.sparse.name": "x.bmp", "GNU.sparse.realsize": "9"},
+    "star": {"SCHILY.realsize": "9"},
+}
+
+
+@pytest.mark.parametrize("mode", TARS)
+@pytest.mark.parametrize("form", SPARSE)
+def test_sparse_files_are_refused(form: str, mode: str, tmp_path: Path):
+    """Their bytes are not those that stand in the tar; which file it is, and how to mend it, is said."""
     path = tmp_path / "box.tar"
-    with tarfile.open(path, "w") as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-            info = tarfile.TarInfo("x.png")
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-    assert list_members(path) == []
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("x.bmp" if form in {"old GNU", "0.0", "star"} else "GNUSparseFile.0/x.bmp")
+        info.type = tarfile.GNUTYPE_SPARSE if form == "old GNU" else tarfile.REGTYPE
+        info.pax_headers = SPARSE[form]
+        data = b"1000000000\n" + b"0\n" * 512  # a list of holes that does not end: who reads it finds a damaged tar
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    for look in (list_members, lambda path: content_sha256(path, 10_000)):
+        with pytest.raises(DamagedError, match=r"box\.tar: 'x\.bmp' is a sparse file, .* again without --sparse"):
+            look(path)
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="there is no tar")
+@pytest.mark.parametrize("options", [[], ["-z"], ["--format=posix"]], ids=str)
+def test_tars_by_tar(options: list[str], tmp_path: Path):
+    """A folder in which files have several names, as the usual program packs it, has all of them."""
+    place = make("folder", tmp_path, {"a/1.png": b"one", "b/2.png": b"two"})
+    (place / "b" / "1.png").hardlink_to(place / "a" / "1.png")
+    (place / "a" / "2.png").symlink_to("../b/2.png")
+    subprocess.run(["tar", "-C", place, *options, "-cf", tmp_path / "box", "a", "b"], check=True)
+    assert everything(tmp_path / "box") == [
+        ("a/1.png", b"one"),
+        ("a/2.png", b"two"),
+        ("b/1.png", b"one"),
+        ("b/2.png", b"two"),
+    ]
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_a_folder_that_may_not_be_listed(tmp_path: Path):
+    """It is named, and the others are read."""
+    path = make("folder", tmp_path, {"a/1.png": b"one", "b/2.png": b"two"})
+    (path / "b").chmod(0)
+    try:
+        assert everything(path) == [("a/1.png", b"one"), ("b", "it cannot be read (Permission denied)")]
+    finally:
+        (path / "b").chmod(0o700)
 
 
 def test_links_in_a_folder_are_followed(tmp_path: Path):

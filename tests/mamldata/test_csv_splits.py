@@ -19,11 +19,12 @@ from mamldata import bank as banks
 from mamldata.bank import Bank, make_bank
 from mamldata.errors import DatasetError, Fault
 from mamldata.fetch import fetch
-from mamldata.manifest import ImageRecipe, Manifest, ReaderRecipe, SourceFile, SplitScheme, load_manifest
-from mamldata.readers import index_images
+from mamldata.load import load_manifest
+from mamldata.manifest import ImageRecipe, Manifest, SourceFile
+from mamldata.readers import ReaderRecipe, index_images
 from mamldata.root import DatasetFolder
 from mamldata.sources import live
-from mamldata.splits import divide
+from mamldata.splits import SplitScheme, divide
 
 CLASSES = {"train": {"cat": 3, "dog": 5}, "val": {"emu": 2}, "test": {"ape": 4, "bee": 3}}
 CSV = ReaderRecipe("csv-splits")

@@ -251,6 +251,49 @@ class TestAnswers:
             ask(session, wire.url, part)
         assert part.size == 0
 
+    @pytest.mark.parametrize("location", ["http://[::1", "http://127.0.0.1:99999999/", "http://a..b/"])
+    def test_a_redirect_to_no_address(
+        self, location: str, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part
+    ):
+        """A Location that is no address is a failed source, not a crash."""
+        wire.answers = [answer(b"", "302 Found", Location=location)]
+        with pytest.raises(SourceError, match="the connection failed"):
+            ask(session, wire.url.replace("http://", "http://me:secret@"), part)
+
+    @pytest.mark.parametrize(("host", "kept"), [("127.0.0.1", True), ("localhost", False)])
+    def test_a_redirect_takes_no_password_elsewhere(
+        self, host: str, kept: bool, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part
+    ):
+        """User and password of an address are for its host alone."""
+        wire.answers = [answer(b"", "302 Found", Location=wire.url.replace("127.0.0.1", host)), answer(DATA)]
+        ask(session, wire.url.replace("http://", "http://me:secret@"), part)
+        assert part.path.read_bytes() == DATA
+        assert wire.requests[0]["Authorization"] == "Basic bWU6c2VjcmV0"
+        assert (wire.requests[1]["Authorization"] is not None) == kept
+
+    def test_cookies_last_as_long_as_a_redirect(
+        self, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part
+    ):
+        """The hops of a redirect can use them; a session, which outlives many answers, keeps none."""
+        wire.answers = [
+            answer(b"", "302 Found", Location="/next", Set_Cookie="a=b"),
+            answer(DATA[:10], Set_Cookie="c=d"),
+            answer(DATA),
+        ]
+        ask(session, wire.url, part, 10)
+        part.drop()
+        ask(session, wire.url, part)
+        assert [request["Cookie"] for request in wire.requests] == [None, "a=b", None]
+        assert not session.cookies
+
+    def test_what_a_server_says_is_shown_briefly(
+        self, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part
+    ):
+        """A reason reaches the terminal without what would steer it, and cut where it is no longer one."""
+        wire.answers = [answer(b"", "500 \x1b[2J" + "y" * 10_000)]
+        with pytest.raises(SourceError, match=r"^HTTP 500 \?\[2Jy{196}$"):
+            ask(session, wire.url, part)
+
 
 class TestPatience:
     """Pauses and settings."""
@@ -265,7 +308,7 @@ class TestPatience:
     @pytest.mark.parametrize(
         ("value", "expected"),
         [("120", 120), ("0", 0), ("Fri, 01 May 2026 10:00:30 GMT", 30), ("Fri, 01 May 2026 09:00:00 GMT", 0),
-         ("soon", 0), ("", 0), ("-5", 0), ("9" * 50, 0)],
+         ("soon", 0), ("", 0), ("-5", 0), ("9" * 50, 0), (f"Fri, 01 May {'9' * 50} 10:00:30 GMT", 0)],
     )  # fmt: skip
     def test_retry_after(self, value: str, expected: float):
         """A number of seconds, or a date; anything else asks for nothing."""

@@ -20,7 +20,8 @@ from mamldata import episodes
 from mamldata.bank import Bank
 from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
 from mamldata.errors import RequestError
-from mamldata.manifest import Manifest, load_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
 from mamldata.splits import divide
 
 SPEC = EpisodeSpec(

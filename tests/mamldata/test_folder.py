@@ -19,7 +19,7 @@ from mamldata.bank import make_bank
 from mamldata.build import BuildRequest, build
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
 from mamldata.folder import dataset_name, folder_manifest, seeded_counts
-from mamldata.manifest import load_manifest
+from mamldata.load import load_manifest
 from mamldata.progress import silent
 from mamldata.sources import live
 from mamldata.splits import divide

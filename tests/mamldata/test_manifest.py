@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamldata.errors import ManifestError, RequestError
-from mamldata.manifest import Manifest, builtin_names, load_manifest, parse_manifest
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest
+from mamldata.manifest_toml import builtin_names, parse_manifest
 
 MIRRORS = (
     "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/",

@@ -21,8 +21,10 @@ from mamldata.download import Network, Part
 from mamldata.errors import FetchError, RequestError, WriteError
 from mamldata.fetch import Fetched, fetch, plan
 from mamldata.files import temporary
-from mamldata.manifest import Manifest, SourceFile, load_manifest
-from mamldata.raw import Receipt, check_raw, write_receipt
+from mamldata.load import load_manifest
+from mamldata.manifest import Manifest, SourceFile
+from mamldata.raw_check import check_raw
+from mamldata.receipts import Receipt, write_receipt
 from mamldata.root import DatasetFolder
 
 Wire = Any  # the class in conftest.py

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mamldata.errors import DamagedError
-from mamldata.manifest import ReaderRecipe, load_manifest
-from mamldata.readers import ImageIndex, index_images, read_images
+from mamldata.load import load_manifest
+from mamldata.readers import ImageIndex, ReaderRecipe, index_images, read_images
 
 DEPTH_1, DEPTH_2 = ReaderRecipe("class-folders", 1), ReaderRecipe("class-folders", 2)
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamldata.errors import RequestError
-from mamldata.manifest import SplitScheme, load_manifest
-from mamldata.splits import divide
+from mamldata.load import load_manifest
+from mamldata.splits import SplitScheme, divide
 
 HELD_OUT = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
 GOLDEN = {

@@ -26,7 +26,7 @@ from mamldata.verify import verify_archive
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
 )
-COMMAND = [sys.executable, "-m", "cli.main", "build", "glyphs", "--n-way", "3", "--k-query", "2", "--seed", "3"]
+COMMAND = [sys.executable, "-m", "mamldata", "build", "glyphs", "--n-way", "3", "--k-query", "2", "--seed", "3"]
 SMALL = ["--train", "7", "--val", "2", "--test", "3", "--episodes-per-shard", "3"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from synthetic import Synthetic
 
 from mamldata.errors import ManifestError, RequestError
-from mamldata.manifest import builtin_names
+from mamldata.manifest_toml import builtin_names
 from trainer.checkpoint import load_checkpoint
 from trainer.recipe import load_recipe, recipe_names
 from trainer.settings import TrainSettings
@@ -139,15 +139,15 @@ def test_ones_own(tmp_path: Path):
     ("old", "new", "fault"),
     [
         ('title = "Mine"', 'titel = "Mine"', "titel: is not known here. Did you mean 'title'?"),
-        ('title = "Mine"', 'titel = "Mine"', "title: must be a string"),
+        ('title = "Mine"', 'titel = "Mine"', "title: is missing"),
         ('title = "Mine"', 'title = "Mine"\nnotes = 1', "notes: must be a string"),
-        ("n_way = 5", "n_way = 0", "episodes.n_way: must be a whole number from 1"),
+        ("n_way = 5", "n_way = 0", "episodes.n_way: must be at least 1, not 0"),
         ("n_way = 5", "n_way = 5\nways = 5", "episodes.ways: is not known here."),
         ("inner_lr = 0.1", "inner_rl = 0.1", "settings.inner_rl: is not known here. Did you mean 'inner_lr'?"),
         ("inner_lr = 0.1", "inner_lr = -1.0", "inner_lr must be a positive number, not -1.0."),
         ("inner_lr = 0.1", 'inner_lr = "0.1"', "inner_lr must be a number, not"),
         ("inner_lr = 0.1", 'network = ["conv4"]', "network must be a string, not ['conv4']."),
-        ("[episodes]", "[episode]", "episodes, settings: must be tables"),
+        ("[episodes]", "[episode]", "episodes: is missing"),
         ("[episodes]", "[episodes", "not valid TOML"),
     ],
 )

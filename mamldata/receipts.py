@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -9,12 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mamldata.collect import check_collected, pin_file, read_pin
 from mamldata.digest import canonical_json, content_sha256, md5_file, sha256_file
 from mamldata.errors import DamagedError
 from mamldata.files import write_atomic
-from mamldata.manifest import COLLECTED, ImageCollection, Manifest, SourceFile
-from mamldata.progress import Progress, silent
+from mamldata.manifest import COLLECTED, PIN, ImageCollection, Manifest, SourceFile
 from mamldata.root import DatasetFolder
 
 CheckedBy = Literal["sha256", "md5", "content_sha256"]
@@ -44,7 +43,7 @@ def most_bytes(file: SourceFile) -> int:
     return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
 
 
-def judge(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
+def verify_file(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
     """Whether ``path`` holds the file that the manifest means: by its sha256 or md5, or its members' content digest.
 
     Args:
@@ -152,6 +151,42 @@ def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
     return receipt if text == receipt_text(name, receipt) else None
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What was collected.
+
+    Attributes:
+        images: how many.
+        content_sha256: their content digest (see ``mamldata.digest.content_sha256``), whatever their order.
+    """
+
+    images: int
+    content_sha256: str
+
+
+def pin_file(raw: Path) -> Path:
+    """Where what was collected first is noted."""
+    return raw / PIN
+
+
+def read_pin(raw: Path) -> Collected | None:
+    """What was collected first; None if nothing was, or the note cannot be read."""
+    try:
+        note = json.loads(pin_file(raw).read_bytes())
+        return Collected(int(note["images"]), str(note["content_sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_pin(raw: Path, collected: Collected) -> None:
+    """Note what was collected.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(pin_file(raw), canonical_json(asdict(collected)))
+
+
 def is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
     """Whether a file is there that was found right for what the manifest wants now. Looks at length and receipt only.
 
@@ -186,96 +221,3 @@ def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str
 def fetch_command(manifest: Manifest, root: Path) -> str:
     """The command that gets the dataset into this root."""
     return f"mamldata fetch {shlex.quote(manifest.reference)} --root {shlex.quote(str(root))}"
-
-
-def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> list[str]:
-    """Hash all raw files again and compare them with the manifest and with their receipts.
-
-    The receipt guards what a content digest does not cover: the bytes of a repacked container between its members.
-
-    Args:
-        manifest: the dataset.
-        root: the data root.
-        progress: told of hashed bytes, one bar per file.
-
-    Returns:
-        One line for each file that is missing or not what it was, with the remedy. Empty if all is well.
-    """
-    folder = manifest.home(root)
-    command = fetch_command(manifest, root)
-    problems = [_check_file(folder, file, command, progress) for file in manifest.files]
-    if manifest.images is not None:
-        problems.append(_check_collected(manifest, folder, command, progress))
-    return [problem for problem in problems if problem]
-
-
-def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, progress: Progress) -> str:
-    """The tar of collected images has no digest but its receipt's, and the pin none but that of what is in the tar."""
-    path, receipt, noted = folder.raw / COLLECTED, folder.receipt(COLLECTED), read_receipt(folder, COLLECTED)
-    pin = pin_file(folder.raw)
-    if not path.is_file():
-        return f"{path} is missing. Run: {command} --from FOLDER"
-    if noted is None:
-        state = "is damaged" if receipt.exists() else "is missing"
-        return f"{receipt} {state}, and nothing else says what {path.name} should be. Run: {command}"
-    try:
-        with progress(path.name, path.stat().st_size, "B") as advance:
-            digest = sha256_file(path, advance)
-        if digest != noted.sha256:
-            return (
-                f"{path} is damaged: sha256 {digest}, expected {noted.sha256}. Delete it and {receipt.name} beside "
-                f"it, and run: {command} --from FOLDER"
-            )
-        held = check_collected(manifest, folder.raw, path, progress)
-        pinned = pin.read_bytes() if pin.is_file() else None
-    except DamagedError as error:
-        return f"{path} does not have what {manifest.name} needs. {error}"
-    except OSError as error:
-        return _unreadable(path, error)
-    if pinned is None:
-        return f"{pin} is missing; {path.name} beside it is what its receipt says. Run: {command}"
-    if pinned != canonical_json(asdict(held)):
-        return (
-            f"{pin} is damaged: it does not say what is in {path.name} beside it, {held.images:,} images of the "
-            f"content digest {held.content_sha256}. Delete it, and run: {command}"
-        )
-    assert manifest.images is not None
-    return "" if is_pinned(folder, manifest.images) else _outdated(receipt, path, digest, command)
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path} cannot be read ({error.strerror}). Mend its permissions or its disk, or fetch it elsewhere."
-
-
-def _outdated(receipt: Path, path: Path, digest: str, command: str) -> str:
-    return (
-        f"{receipt} was altered, or is of another manifest; {path.name} beside it is right (sha256 {digest}). "
-        f"Run: {command}"
-    )
-
-
-def _check_file(folder: DatasetFolder, file: SourceFile, command: str, progress: Progress) -> str:
-    path, receipt = folder.raw / file.name, folder.receipt(file.name)
-    if not path.is_file():
-        return f"{path} is missing. Run: {command}"
-    try:
-        with progress(file.name, path.stat().st_size, "B") as advance:
-            verdict = judge(path, file, advance)
-    except OSError as error:
-        return _unreadable(path, error)
-    noted = read_receipt(folder, file.name)
-    again = f"Delete {path} and {receipt.name} beside it, and run: {command}"
-    if verdict.checked_by is None:
-        return f"{path} is damaged: {verdict.problem}. {again}"
-    if noted is None:
-        state = "is damaged" if receipt.exists() else "is missing"
-        return (
-            f"{receipt} {state}; {path.name} beside it is right (sha256 {verdict.sha256}). "
-            f"Delete the receipt if it is there, and run: {command}"
-        )
-    if noted.sha256 == verdict.sha256:
-        return "" if is_verified(folder, file) else _outdated(receipt, path, verdict.sha256, command)
-    return (
-        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted.sha256}: one of the two was "
-        f"altered. {again}"
-    )

@@ -1,0 +1,34 @@
+"""The folders installed beside this one, whose names others use too: ``cli``, ``trainer`` and ``manifests``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+NAMES = ("cli", "trainer", "manifests")
+
+
+def foreign_siblings() -> Iterator[str]:
+    """What Python would import in place of our siblings: for each such file, whose it is and what to do about it.
+
+    Nothing is imported. A file that a package of the same name has written over ours is known by its text: each of our
+    ``__init__.py`` names mamldata.
+    """
+    here = Path(__file__).resolve().parent
+    for name in NAMES:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:
+            yield f"The folder {here.parent / name} is missing. Install mamldata again."
+            continue
+        found = Path(spec.origin).resolve()
+        if found.parent != here.parent / name:
+            yield (
+                f"Python imports {name!r} from {found}, which is not part of mamldata: it hides {here.parent / name}. "
+                "Rename that file, run the command from another folder, or take its folder out of PYTHONPATH."
+            )
+        elif "mamldata" not in found.read_text(encoding="utf-8", errors="replace"):
+            yield (
+                f"Another package has written its own {found} over that of mamldata. Give mamldata an environment of "
+                "its own, and install it there."
+            )

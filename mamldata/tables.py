@@ -1,0 +1,104 @@
+"""Tables of a TOML file, read with every fault noted at its place."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Collection
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from mamldata.errors import ManifestError, did_you_mean
+
+
+def toml_names(folder: Traversable) -> list[str]:
+    """The TOML files of a folder, sorted and without their suffix."""
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_toml(data: bytes, source: str) -> dict[str, Any]:
+    """What a TOML file says; ``source`` is its name.
+
+    Raises:
+        ManifestError: it is none.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(source, [f"not valid TOML: {error}"]) from error
+
+
+class Table:
+    """A TOML table being read: gives values by key and type, and notes every fault with its place.
+
+    Args:
+        values: the table.
+        place: of it in the file, for messages; empty at the top.
+        faults: where faults are noted.
+    """
+
+    def __init__(self, values: dict[str, Any], place: str, faults: list[str]) -> None:
+        self.values = values
+        self.place = place
+        self.faults = faults
+        self.known: set[str] = set()
+
+    def fault(self, key: str, text: str) -> None:
+        """Note what is wrong with the value of ``key``."""
+        self.faults.append(f"{self.at(key)}: {text}")
+
+    def at(self, key: str) -> str:
+        """The place of ``key`` in the file."""
+        return f"{self.place}.{key}" if self.place else key
+
+    def take(self, key: str, kind: type, default: Any = None, *, required: bool = True) -> Any:
+        """The value of ``key`` if it is a ``kind``; else ``default``, and a fault if it is wrong or must be there."""
+        self.known.add(key)
+        if key not in self.values:
+            if required:
+                self.fault(key, "is missing")
+            return default
+        value = self.values[key]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self.fault(key, f"must be {_KINDS[kind]}, not {value!r}")
+            return default
+        return value
+
+    def text(self, key: str, check: Callable[[str], str | None] | None = None, *, required: bool = True) -> str:
+        """A string that is not empty; ``check`` says what is wrong with it, if anything is."""
+        value: str = self.take(key, str, "", required=required)
+        problem = check(value) if check and value else None
+        if problem:
+            self.fault(key, problem)
+        if key in self.values and self.values[key] == "":
+            self.fault(key, "is empty")
+        return value
+
+    def whole(self, key: str, minimum: int, maximum: int | None = None, *, required: bool = True) -> int:
+        """A whole number between bounds."""
+        value: int = self.take(key, int, minimum, required=required)
+        if value < minimum or (maximum is not None and value > maximum):
+            limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+            self.fault(key, f"must be {limits}, not {value}")
+        return value
+
+    def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
+        """One of several words; with a default it may be missing."""
+        value: str = self.take(key, str, default or "", required=default is None)
+        if value and value not in choices:
+            self.fault(key, f"{value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+        return value
+
+    def table(self, key: str, *, required: bool = True) -> Table:
+        """A table in this one."""
+        # A table that is not there is one fault, not one for each of its keys.
+        faults = self.faults if isinstance(self.values.get(key), dict) else []
+        return Table(self.take(key, dict, {}, required=required), self.at(key), faults)
+
+    def finish(self) -> None:
+        """Note every key that nobody took: a misspelt option must not be passed over."""
+        for key in self.values:
+            if key not in self.known:
+                self.fault(key, f"is not known here.{did_you_mean(key, self.known)}")
+
+
+_KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "a table"}

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mamldata.archive import INDEX
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import locked, make_folder, write_atomic
 from trainer import metrics
-from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
+from trainer.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
 from trainer.distributed import World
 from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
 
@@ -27,6 +28,27 @@ COMPARISON = "compare.json"
 _KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that tells
 # Of what data are: where they are, and what follows from the rest; the first runs did not note that.
 _INCIDENTAL = frozenset({"source", "normalisation"})
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        run_dir: its folder.
+        step: outer steps done.
+        accuracy: of the last validation, in [0, 1].
+        best_step, best_accuracy: of the best validation.
+        last, best: their checkpoints.
+    """
+
+    run_dir: Path
+    step: int
+    accuracy: float
+    best_step: int
+    best_accuracy: float
+    last: Path
+    best: Path
 
 
 @contextmanager
@@ -147,3 +169,17 @@ def _differences(before: dict[str, Any], now: dict[str, Any], free: frozenset[st
     for key in sorted((before.keys() | now.keys()) - free):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
+
+
+def run_result(run_dir: Path, last: Checkpoint, world: World) -> RunResult:
+    """Where the run ended whose last checkpoint is given. Called by all processes."""
+    assert last.accuracy is not None  # runs end with a validation
+    return RunResult(
+        run_dir=run_dir,
+        step=last.step,
+        accuracy=last.accuracy,
+        best_step=last.best_step,
+        best_accuracy=last.best_accuracy,
+        last=run_dir / last.name,
+        best=world.from_first(lambda: find_best(run_dir)),
+    )

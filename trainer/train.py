@@ -13,7 +13,7 @@ from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
 from trainer.allocator import keep_large_buffers
 from trainer.board import require_tensorboard
-from trainer.checkpoint import Checkpoint, find_best
+from trainer.checkpoint import Checkpoint
 from trainer.distributed import ALONE, World
 from trainer.evaluate import evaluate
 from trainer.learner import Learner
@@ -22,29 +22,8 @@ from trainer.preemption import Stop, stop_at_signals
 from trainer.protocol import TrainData, TrainStream, endless
 from trainer.rates import rate_lines
 from trainer.recorder import Recorder
-from trainer.run import alone_in, open_run, require_agreement
+from trainer.run import RunResult, alone_in, open_run, require_agreement, run_result
 from trainer.settings import TrainSettings, pick_device
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where a run ended.
-
-    Attributes:
-        run_dir: its folder.
-        step: outer steps done.
-        accuracy: of the last validation, in [0, 1].
-        best_step, best_accuracy: of the best validation.
-        last, best: their checkpoints.
-    """
-
-    run_dir: Path
-    step: int
-    accuracy: float
-    best_step: int
-    best_accuracy: float
-    last: Path
-    best: Path
 
 
 def train(
@@ -94,7 +73,7 @@ def train(
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
             if world.first:
                 report(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
-            return _result(run_dir, last, world)
+            return run_result(run_dir, last, world)
         with world.together():
             stream = data.train(
                 settings.meta_batch_size,
@@ -115,7 +94,7 @@ def train(
         last = run.steps(step, stop) if step < settings.outer_steps else run.validate(step)
         for line in rate_lines(learner.parameters, settings.point.rates):
             recorder.report(line)
-        return _result(run_dir, last, world)
+        return run_result(run_dir, last, world)
 
 
 def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World) -> Learner:
@@ -209,16 +188,3 @@ class _Run:
         evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.parameters, world)
         with world.together():
             return self.recorder.validated(step, evaluation, self.stream)
-
-
-def _result(run_dir: Path, last: Checkpoint, world: World) -> RunResult:
-    assert last.accuracy is not None  # runs end with a validation
-    return RunResult(
-        run_dir=run_dir,
-        step=last.step,
-        accuracy=last.accuracy,
-        best_step=last.best_step,
-        best_accuracy=last.best_accuracy,
-        last=run_dir / last.name,
-        best=world.from_first(lambda: find_best(run_dir)),
-    )

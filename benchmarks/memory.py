@@ -14,14 +14,14 @@ import torch
 from common import arguments, report
 from train import made_up
 
-from trainer.algorithms import InnerLoop
-from trainer.allocator import keep_large_buffers
-from trainer.costs import most_memory
-from trainer.engines import loop
-from trainer.models import build_network
-from trainer.parameters import MetaParameters
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.engines import loop
+from trainer.maml.parameters import MetaParameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import build_network
+from trainer.reports.costs import most_memory
 from trainer.settings import pick_device
-from trainer.variants import method_of
+from trainer.system.malloc import keep_large_buffers
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.parallel import default_workers
-from trainer.algorithms import InnerLoop
-from trainer.allocator import keep_large_buffers
-from trainer.engines import pick_engine
-from trainer.models import build_network
-from trainer.parameters import MetaParameters
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.engines import pick_engine
+from trainer.maml.parameters import MetaParameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import build_network
 from trainer.settings import pick_device
-from trainer.variants import method_of
+from trainer.system.malloc import keep_large_buffers
 
 ORDERS = ("second", "first")
 INNER_LR = 0.1

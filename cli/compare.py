@@ -73,10 +73,10 @@ def command(
     Writes a run's folder for each, compare.json, the table compare.md, and pictures. Interrupted, the same command
     goes on.
     """
-    from trainer.compare import RESULT, compare, table
-    from trainer.distributed import world_of
-    from trainer.plots import have_matplotlib, plot_comparison
+    from trainer.reports.compare import RESULT, compare, table
+    from trainer.reports.plots import have_matplotlib, plot_comparison
     from trainer.settings import TrainSettings
+    from trainer.system.distributed import world_of
 
     if world_of(os.environ).ranks > 1:
         raise click.UsageError("compare works in one process: start it without torchrun.")

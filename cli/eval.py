@@ -44,14 +44,14 @@ def command(
     as_json: bool,
 ) -> None:
     """Evaluate a checkpoint, or the best one of a run's folder: accuracy with its 95 % interval over episodes."""
-    from trainer.distributed import joined
-    from trainer.evaluate import evaluate_checkpoint
+    from trainer.evaluation import evaluate
+    from trainer.system.distributed import joined
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
         data = episode_data(target, root, episodes)
         number = evaluated_episodes(data, split, count)
-    result = evaluate_checkpoint(
+    result = evaluate(
         checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
     )
     if not world.first:

@@ -8,7 +8,7 @@ import click
 
 from cli.common import json_option, next_command, print_json
 from mamldata.manifest_toml import builtin_names
-from trainer.recipe import load_recipe, recipe_names
+from trainer.runs.recipe import load_recipe, recipe_names
 
 
 @click.command(

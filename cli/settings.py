@@ -136,7 +136,7 @@ def begin(
     recipe, remix = values.pop("recipe", None), values.pop("remix", None)
     plan = None
     if recipe is not None:
-        from trainer.recipe import load_recipe
+        from trainer.runs.recipe import load_recipe
 
         plan = load_recipe(recipe)
         values = {**plan.settings, **values}

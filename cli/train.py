@@ -42,10 +42,10 @@ def command(
 
     Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
-    from trainer.distributed import joined
-    from trainer.plots import have_matplotlib, plot_run
+    from trainer.loop import train
+    from trainer.reports.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
-    from trainer.train import train
+    from trainer.system.distributed import joined
 
     world = click.get_current_context().with_resource(joined())
     with world.together():

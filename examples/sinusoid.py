@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.adapt import adapt, query_logits
-from trainer.algorithms import InnerLoop
-from trainer.engines import vmap
-from trainer.evaluate import measure_together
-from trainer.models import mlp
-from trainer.parameters import Episode, episodes, meta_parameters
+from trainer.evaluation import measure_together
+from trainer.maml.adapt import adapt, query_logits
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.engines import vmap
+from trainer.maml.parameters import Episode, episodes, meta_parameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import mlp
 from trainer.sinusoid import Sinusoids
-from trainer.variants import method_of
 
 TRAIN, VAL, TEST = (Sinusoids(seed=0), Sinusoids(seed=1, k_query=100), Sinusoids(seed=2, k_query=100))
 TASKS = 25  # in a meta-batch

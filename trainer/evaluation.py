@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
 from mamldata.normalisation import Normalisation
-from trainer.adapt import Method, adapt
-from trainer.algorithms import InnerLoop
-from trainer.allocator import keep_large_buffers
-from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
-from trainer.distributed import ALONE, World
 from trainer.intervals import half_width
-from trainer.losses import loss_of, score_of
-from trainer.parameters import Episode, MetaParameters, episodes
-from trainer.precision import pick_precision, precision_of, set_precision
+from trainer.maml.adapt import Method, adapt
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.losses import loss_of, score_of
+from trainer.maml.parameters import Episode, MetaParameters, episodes
+from trainer.maml.variants import method_of
+from trainer.networks.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
+from trainer.runs.checkpoint import Checkpoint, find_checkpoint
 from trainer.settings import pick_device, saved_settings
-from trainer.variants import method_of
+from trainer.system.distributed import ALONE, World
+from trainer.system.malloc import keep_large_buffers
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Evaluation:
         )
 
 
-def evaluate(
+def evaluate_network(
     network: nn.Module,
     batches: Iterable[EpisodeBatch],
     inner: InnerLoop,
@@ -176,7 +176,7 @@ def measure_together(network: nn.Module, parameters: MetaParameters, batch: Epis
     return rows
 
 
-def evaluate_checkpoint(
+def evaluate(
     place: Path | str,
     data: TrainData,
     *,
@@ -198,7 +198,7 @@ def evaluate_checkpoint(
         episodes: how many, at least 2; 600 are the field's custom.
         inner_steps: 0 measures the initialisation itself; None takes what the run was validated with.
         device: see ``TrainSettings``.
-        world: the processes that evaluate together, as ``trainer.distributed.joined`` gives it; all get the result.
+        world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
     Raises:
         RequestError: no checkpoint of this trainer, its network does not fit the data, or a wrong number.
@@ -209,11 +209,7 @@ def evaluate_checkpoint(
     if inner_steps is not None and inner_steps < 0:
         raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
 
-    def read() -> tuple[Path, Checkpoint]:
-        path = find_best(Path(place)) if Path(place).is_dir() else Path(place)
-        return path, load_checkpoint(path)
-
-    path, checkpoint = world.from_first(read)
+    path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
         for key in ("n_way", "image_shape"):
@@ -234,7 +230,7 @@ def evaluate_checkpoint(
         network, learned = checkpoint.restored(path, where)
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    evaluation = evaluate(network, batches, inner, about, split, learned, world)
+    evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
     return replace(evaluation, trained_on=_origin(checkpoint.data, about))
 
 

@@ -10,16 +10,16 @@ from torch import nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.baselines import joint, joint_parameters
-from trainer.checkpoint import all_weights, load_weights
-from trainer.distributed import ALONE, World
-from trainer.engines import Outcome, pick_engine
-from trainer.models import build_network
-from trainer.parameters import MetaParameters, meta_parameters
-from trainer.precision import pick_precision, set_precision
+from trainer.maml.engines import Outcome, pick_engine
+from trainer.maml.joint import joint, joint_parameters
+from trainer.maml.parameters import MetaParameters, meta_parameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import build_network
+from trainer.networks.precision import pick_precision, set_precision
 from trainer.protocol import ClassData
+from trainer.runs.checkpoint import all_weights, load_weights
 from trainer.settings import TrainSettings
-from trainer.variants import method_of
+from trainer.system.distributed import ALONE, World
 
 
 class Learner:

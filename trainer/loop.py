@@ -11,19 +11,19 @@ from typing import Any
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
-from trainer.allocator import keep_large_buffers
-from trainer.board import require_tensorboard
-from trainer.checkpoint import Checkpoint
-from trainer.distributed import ALONE, World
-from trainer.evaluate import evaluate
+from trainer.evaluation import evaluate_network
 from trainer.learner import Learner
-from trainer.metrics import Window
-from trainer.preemption import Stop, stop_at_signals
+from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
-from trainer.rates import rate_lines
 from trainer.recorder import Recorder
-from trainer.run import RunResult, alone_in, open_run, require_agreement, run_result
+from trainer.runs.checkpoint import Checkpoint
+from trainer.runs.folder import RunResult, alone_in, open_run, require_agreement, run_result
+from trainer.runs.metrics import Window
+from trainer.runs.tensorboard import require_tensorboard
 from trainer.settings import TrainSettings, pick_device
+from trainer.system.distributed import ALONE, World
+from trainer.system.malloc import keep_large_buffers
+from trainer.system.signals import Stop, stop_at_signals
 
 
 def train(
@@ -47,8 +47,8 @@ def train(
         run_dir: made if need be.
         resume: go on with the run in ``run_dir``; start it if there is nothing yet.
         report: told of the progress, a line at a time.
-        world: the processes that train together, as ``trainer.distributed.joined`` gives it. The first one writes and
-            reports; ``run_dir`` need not be there for the others.
+        world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
+            ``run_dir`` need not be there for the others.
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
@@ -185,6 +185,6 @@ class _Run:
         with world.together():
             batches = _validation(learner, self.data, world)
         inner = learner.settings.inner_loop_at_test()
-        evaluation = evaluate(learner.network, batches, inner, self.about, "val", learner.parameters, world)
+        evaluation = evaluate_network(learner.network, batches, inner, self.about, "val", learner.parameters, world)
         with world.together():
             return self.recorder.validated(step, evaluation, self.stream)

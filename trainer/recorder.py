@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer import metrics
-from trainer.board import Board
-from trainer.checkpoint import Checkpoint, save_checkpoint
-from trainer.evaluate import Evaluation
+from trainer.evaluation import Evaluation
 from trainer.learner import Learner
 from trainer.protocol import TrainStream
-from trainer.run import begin_run
+from trainer.runs import metrics
+from trainer.runs.checkpoint import Checkpoint, save_checkpoint
+from trainer.runs.folder import begin_run
+from trainer.runs.tensorboard import Board
 
 
 class Recorder:

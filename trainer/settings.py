@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mamldata.errors import RequestError
-from trainer.algorithms import (
+from trainer.maml.algorithms import (
     ADAPTS,
     ALGORITHMS,
     BN_MODES,
@@ -27,10 +27,10 @@ from trainer.algorithms import (
     Rates,
     objections,
 )
-from trainer.engines import ENGINES
-from trainer.models import NETWORKS
-from trainer.objective import Objective, step_weights
-from trainer.precision import PRECISIONS, Precision
+from trainer.maml.engines import ENGINES
+from trainer.maml.objective import Objective, step_weights
+from trainer.networks.networks import NETWORKS
+from trainer.networks.precision import PRECISIONS, Precision
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None stands for its own

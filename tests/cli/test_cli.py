@@ -749,10 +749,10 @@ class TestBadInput:
 def test_choices_are_those_of_the_trainer():
     """The options' choices, written down so that help needs no torch, are the trainer's."""
     from cli import settings
-    from trainer.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
-    from trainer.engines import ENGINES
-    from trainer.models import NETWORKS
-    from trainer.precision import PRECISIONS
+    from trainer.maml.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
+    from trainer.maml.engines import ENGINES
+    from trainer.networks.networks import NETWORKS
+    from trainer.networks.precision import PRECISIONS
     from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
 
     assert tuple(ALGORITHMS) == settings.ALGORITHMS

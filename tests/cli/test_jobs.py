@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from cli.main import main
 from mamldata.errors import LostPeerError, PeerError, StoppedError, WriteError
-from trainer.checkpoint import find_last, load_checkpoint
+from trainer.runs.checkpoint import find_last, load_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and signals as on Linux")
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import ORDERS, InnerLoop
-from trainer.engines import loop
-from trainer.models import Norm
-from trainer.parameters import MetaParameters
-from trainer.variants import method_of
+from trainer.maml.algorithms import ORDERS, InnerLoop
+from trainer.maml.engines import loop
+from trainer.maml.parameters import MetaParameters
+from trainer.maml.variants import method_of
+from trainer.networks.norms import Norm
 
 FILE = Path(__file__).parents[2] / "examples" / "maml_numpy.py"
 START = np.array([0.3, -0.7, 0.2])

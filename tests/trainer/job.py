@@ -17,12 +17,12 @@ from synthetic import Synthetic, SyntheticStream
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import DamagedError, StoppedError
-from trainer.algorithms import ALGORITHMS
-from trainer.distributed import World, joined
-from trainer.evaluate import evaluate_checkpoint
-from trainer.run import alone_in
+from trainer.evaluation import evaluate
+from trainer.loop import train
+from trainer.maml.algorithms import ALGORITHMS
+from trainer.runs.folder import alone_in
 from trainer.settings import TrainSettings
-from trainer.train import train
+from trainer.system.distributed import World, joined
 
 # Five episodes a step, so that two processes and four have uneven shares; and a window of the log that a stop cuts.
 SETTINGS = TrainSettings(
@@ -42,7 +42,7 @@ def equal(folder: Path, world: World) -> None:
     """Runs that come out as those of one process."""
     for name, settings in EQUAL.items():
         train(settings, Synthetic(size=8), folder / name, world=world)
-        evaluation = evaluate_checkpoint(folder / name, Synthetic(size=8), episodes=14, device="cpu", world=world)
+        evaluation = evaluate(folder / name, Synthetic(size=8), episodes=14, device="cpu", world=world)
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps(evaluation.to_json()))
 
 
@@ -123,7 +123,7 @@ def failing(folder: Path, world: World) -> None:
         "diverged": lambda: train(
             replace(settings, inner_lr=1e30, log_every=1), data, folder / "diverged", world=world
         ),
-        "no checkpoint": lambda: evaluate_checkpoint(folder / "nothing.pt", data, world=world),
+        "no checkpoint": lambda: evaluate(folder / "nothing.pt", data, world=world),
         "bug": bug,
         "spread": spread,
         "apart": lambda: world.require_same([torch.full((3,), world.rank)], "The weights at step 7"),

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer import adapt as inner_loops
-from trainer import engines
-from trainer.algorithms import InnerLoop
-from trainer.models import Block, ConvNet, Norm
-from trainer.objective import Objective
-from trainer.parameters import Episode, FastWeights, MetaParameters
-from trainer.variants import method_of
+from trainer.maml import adapt as inner_loops
+from trainer.maml import engines
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.objective import Objective
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import Block, ConvNet
+from trainer.networks.norms import Norm
 
 
 class Perceptron(nn.Module):

@@ -31,12 +31,12 @@ from mamldata.manifest import Manifest
 from mamldata.normalisation import Normalisation
 from mamldata.sources import open_archive
 from mamldata.stream import EpisodeStream
-from trainer.checkpoint import find_last, load_checkpoint
 from trainer.data import EpisodeData, archive_data, live_data
-from trainer.evaluate import Evaluation, evaluate_checkpoint
-from trainer.run import CONFIG
+from trainer.evaluation import Evaluation, evaluate
+from trainer.loop import train
+from trainer.runs.checkpoint import find_last, load_checkpoint
+from trainer.runs.folder import CONFIG
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 CPU = torch.device("cpu")
 OPTIONS = {"n_way": 3, "k_shot": 1, "k_query": 2, "seed": 4}
@@ -427,7 +427,7 @@ class TestNormalisedCheckpoints:
             def eval(self, *asked: Any, **how: Any) -> Iterable[EpisodeBatch]:
                 return data.eval(*asked, **{**how, "normalise": normalise})
 
-        return evaluate_checkpoint(run, Told(), episodes=4, device="cpu")
+        return evaluate(run, Told(), episodes=4, device="cpu")
 
     @staticmethod
     def forget(run: Path) -> None:
@@ -442,7 +442,7 @@ class TestNormalisedCheckpoints:
 
     def test_other_data_are_normalised_as_in_training(self, trained: Path, others: EpisodeData, archive: Path) -> None:
         """By the training data's numbers, and not by their own."""
-        found = evaluate_checkpoint(trained, others, episodes=4, device="cpu")
+        found = evaluate(trained, others, episodes=4, device="cpu")
         assert found == self.by_hand(trained, others, read_archive(archive).normalisation)
         assert found.loss != self.by_hand(trained, others, True).loss
         assert found.loss != self.by_hand(trained, others, False).loss
@@ -450,21 +450,21 @@ class TestNormalisedCheckpoints:
     def test_plain_training_is_evaluated_plain(self, archive: Path, others: EpisodeData, tmp_path: Path) -> None:
         """Though the checkpoint knows numbers; and one without them is as good."""
         run = train(TrainSettings(steps=1, **QUICK), archive_data(archive), tmp_path / "run").run_dir
-        found = evaluate_checkpoint(run, others, episodes=4, device="cpu")
+        found = evaluate(run, others, episodes=4, device="cpu")
         assert found == self.by_hand(run, others, False)
         self.forget(run)
-        assert evaluate_checkpoint(run, others, episodes=4, device="cpu") == found
+        assert evaluate(run, others, episodes=4, device="cpu") == found
 
     def test_a_checkpoint_that_does_not_say(self, trained: Path, others: EpisodeData, archive: Path) -> None:
         """Its own data have the numbers; other data are refused."""
-        found = evaluate_checkpoint(trained, archive_data(archive), episodes=4, device="cpu")
+        found = evaluate(trained, archive_data(archive), episodes=4, device="cpu")
         self.forget(trained)
-        assert evaluate_checkpoint(trained, archive_data(archive), episodes=4, device="cpu") == found
+        assert evaluate(trained, archive_data(archive), episodes=4, device="cpu") == found
         with pytest.raises(
             RequestError,
             match=r"does not say by which mean and deviation. It can be .*: glyphs, .* digest [0-9a-f]{64}",
         ):
-            evaluate_checkpoint(trained, others, episodes=4, device="cpu")
+            evaluate(trained, others, episodes=4, device="cpu")
 
     def test_a_run_that_does_not_say_goes_on(self, trained: Path, archive: Path) -> None:
         """Its normalisation follows from its data, which are compared; from then on it is noted."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.algorithms import InnerLoop
-from trainer.evaluate import evaluate, evaluate_checkpoint
-from trainer.models import Norm, build_network
+from trainer.evaluation import evaluate, evaluate_network
+from trainer.loop import RunResult, train
+from trainer.maml.algorithms import InnerLoop
+from trainer.networks.networks import build_network
+from trainer.networks.norms import Norm
 from trainer.settings import TrainSettings
-from trainer.train import RunResult, train
 
 CPU = torch.device("cpu")
 INNER = InnerLoop(steps=2, lr=0.1, order="first", bn="transductive")
@@ -64,7 +65,7 @@ def told(right: list[int]) -> tuple[list[EpisodeBatch], dict[str, object]]:
 def test_a_constant_predictor_is_at_chance() -> None:
     """One answer for all gives 1 / n_way after every inner step, with no spread at all."""
     data = Synthetic()
-    result = evaluate(Constant(), data.eval("val", 10, 4, CPU), INNER, data.describe(), "val")
+    result = evaluate_network(Constant(), data.eval("val", 10, 4, CPU), INNER, data.describe(), "val")
     assert result.accuracy == pytest.approx(0.2)
     assert result.accuracy_by_step == pytest.approx((0.2, 0.2, 0.2))
     assert result.interval == pytest.approx(0, abs=1e-7)
@@ -74,7 +75,7 @@ def test_a_constant_predictor_is_at_chance() -> None:
 def test_interval_is_that_of_the_formula() -> None:
     """Student's, from the sample standard deviation: with seven episodes t is 2.447."""
     right = [3, 7, 10, 4, 9, 6, 8]
-    result = evaluate(Brightness(), *_with_inner(told(right)))
+    result = evaluate_network(Brightness(), *_with_inner(told(right)))
     shares = np.array(right) / 10
     assert result.accuracy == pytest.approx(shares.mean(), abs=1e-6)
     assert result.interval == pytest.approx(2.447 * shares.std(ddof=1) / np.sqrt(7), rel=2e-4)
@@ -88,13 +89,15 @@ def _with_inner(episodes: tuple[list[EpisodeBatch], dict[str, object]]) -> tuple
 def test_one_episode_gives_no_interval() -> None:
     """A result without an interval is refused."""
     with pytest.raises(RequestError, match="takes at least 2 episodes, not 1"):
-        evaluate(Brightness(), *_with_inner(told([3])))
+        evaluate_network(Brightness(), *_with_inner(told([3])))
 
 
 def test_meta_batches_make_no_difference() -> None:
     """Episodes are evaluated one by one: how they are batched does not show in the result."""
     data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
-    results = [evaluate(network, data.eval("val", 12, size, CPU), INNER, data.describe(), "val") for size in (1, 5, 12)]
+    results = [
+        evaluate_network(network, data.eval("val", 12, size, CPU), INNER, data.describe(), "val") for size in (1, 5, 12)
+    ]
     assert results[0] == results[1] == results[2]
 
 
@@ -102,16 +105,16 @@ def test_accuracy_is_given_for_each_step() -> None:
     """Step k of a long adaptation is the result of an adaptation of k steps."""
     data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
     batches = list(data.eval("val", 6, 3, CPU))
-    longest = evaluate(network, batches, replace(INNER, steps=3), data.describe(), "val")
+    longest = evaluate_network(network, batches, replace(INNER, steps=3), data.describe(), "val")
     assert len(longest.accuracy_by_step) == 4
     for steps in (1, 2, 3):
-        shorter = evaluate(network, batches, replace(INNER, steps=steps), data.describe(), "val")
+        shorter = evaluate_network(network, batches, replace(INNER, steps=steps), data.describe(), "val")
         assert shorter.accuracy == longest.accuracy_by_step[steps]
 
 
 def test_text_always_says_the_conditions() -> None:
     """Nobody can quote an accuracy without what it takes to compare it."""
-    result = evaluate(Brightness(), *_with_inner(told([10, 10, 5, 5])))
+    result = evaluate_network(Brightness(), *_with_inner(told([10, 10, 5, 5])))
     assert str(result) == (
         "75.00 % ± 45.93 (95 % interval, 4 episodes): synthetic, split scheme made-up, test, 5-way 1-shot, "
         "2 inner steps, batch norm transductive, fp32, single model"
@@ -139,7 +142,7 @@ def test_memory_is_flat_over_episodes(order: str) -> None:
             if i in (19, 99):
                 seen.append((tensors_alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
-    evaluate(network, batches(), inner, data.describe(), "val")
+    evaluate_network(network, batches(), inner, data.describe(), "val")
     (count, size), (count_after, size_after) = seen
     # Each episode leaves its row of numbers, and nothing else.
     assert count_after - count == 2 * 80
@@ -150,7 +153,7 @@ def test_network_is_not_changed() -> None:
     """Evaluation leaves weights, gradients and modes alone."""
     data, network = Synthetic(), build_network("conv4", 1, 12, 5, 0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    evaluate(network, data.eval("val", 4, 2, CPU), INNER, data.describe(), "val")
+    evaluate_network(network, data.eval("val", 4, 2, CPU), INNER, data.describe(), "val")
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(value.requires_grad and value.grad is None for value in network.parameters())
 
@@ -165,45 +168,45 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 def test_a_run_folder_stands_for_its_best_checkpoint(run: RunResult) -> None:
     """Folder and file give the same result, in the batch-norm mode of the training and on the split asked for."""
-    of_folder = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=5, device="cpu")
-    assert of_folder == evaluate_checkpoint(run.best, Synthetic(), episodes=5, device="cpu")
+    of_folder = evaluate(run.run_dir, Synthetic(), episodes=5, device="cpu")
+    assert of_folder == evaluate(run.best, Synthetic(), episodes=5, device="cpu")
     assert (of_folder.bn, of_folder.split, of_folder.episodes, of_folder.inner_steps) == ("support", "test", 5, 3)
-    longer = evaluate_checkpoint(run.run_dir, Synthetic(), split="val", episodes=4, inner_steps=6, device="cpu")
+    longer = evaluate(run.run_dir, Synthetic(), split="val", episodes=4, inner_steps=6, device="cpu")
     assert (longer.split, longer.inner_steps, len(longer.accuracy_by_step)) == ("val", 6, 7)
 
 
 def test_a_checkpoint_is_refused_for_other_episodes(run: RunResult) -> None:
     """A head for 5 classes cannot tell 3 apart, and the message says so; nor do other image sizes pass."""
     with pytest.raises(RequestError, match="was trained with n_way 5, and these episodes have 3"):
-        evaluate_checkpoint(run.run_dir, Synthetic(n_way=3), device="cpu")
+        evaluate(run.run_dir, Synthetic(n_way=3), device="cpu")
     with pytest.raises(RequestError, match=r"was trained with image_shape \(12, 12, 1\), and these episodes have \(8"):
-        evaluate_checkpoint(run.run_dir, Synthetic(size=8), device="cpu")
+        evaluate(run.run_dir, Synthetic(size=8), device="cpu")
 
 
 def test_training_on_something_else_is_told(run: RunResult) -> None:
     """Whoever reads a result on other data, or with more shots, sees where the network comes from."""
-    same = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=2, device="cpu")
+    same = evaluate(run.run_dir, Synthetic(), episodes=2, device="cpu")
     assert same.trained_on is None
     assert "trained on" not in str(same)
     assert "trained_on" not in same.to_json()
-    other = evaluate_checkpoint(run.run_dir, Synthetic(k_shot=2), episodes=2, device="cpu")
+    other = evaluate(run.run_dir, Synthetic(k_shot=2), episodes=2, device="cpu")
     assert str(other).endswith(", trained on synthetic, split scheme made-up, 5-way 1-shot")
     assert other.to_json()["trained_on"] == "synthetic, split scheme made-up, 5-way 1-shot"
 
 
 def test_an_evaluation_without_inner_steps_is_possible(run: RunResult) -> None:
     """No inner step measures the initialisation itself, which knows nothing of an episode's classes."""
-    result = evaluate_checkpoint(run.run_dir, Synthetic(), episodes=20, inner_steps=0, device="cpu")
+    result = evaluate(run.run_dir, Synthetic(), episodes=20, inner_steps=0, device="cpu")
     assert result.accuracy_by_step == (result.accuracy,)
     with pytest.raises(RequestError, match="inner_steps must be at least 0, not -1"):
-        evaluate_checkpoint(run.run_dir, Synthetic(), inner_steps=-1, device="cpu")
+        evaluate(run.run_dir, Synthetic(), inner_steps=-1, device="cpu")
 
 
 @pytest.mark.parametrize("episodes", [-3, 0, 1])
 def test_too_few_episodes_are_refused_before_any_is_read(run: RunResult, episodes: int) -> None:
     """An interval takes two."""
     with pytest.raises(RequestError, match=f"episodes must be at least 2, not {episodes}"):
-        evaluate_checkpoint(run.run_dir, Synthetic(), episodes=episodes, device="cpu")
+        evaluate(run.run_dir, Synthetic(), episodes=episodes, device="cpu")
 
 
 def lacks_a_weight(content: dict[str, Any]) -> None:
@@ -244,4 +247,4 @@ def test_a_checkpoint_of_another_version(
     change(content)
     torch.save(content, tmp_path / "changed.pt")
     with pytest.raises(RequestError, match=message):
-        evaluate_checkpoint(tmp_path / "changed.pt", Synthetic(), episodes=4, device="cpu")
+        evaluate(tmp_path / "changed.pt", Synthetic(), episodes=4, device="cpu")

@@ -12,14 +12,14 @@ from synthetic import CLASSES, Synthetic
 from torch import nn
 from torch.nn import functional as F
 
-from trainer.algorithms import ALGORITHMS
-from trainer.baselines import joint, joint_parameters
-from trainer.checkpoint import load_checkpoint
-from trainer.evaluate import evaluate_checkpoint
-from trainer.models import build_network
-from trainer.parameters import episodes, meta_parameters
+from trainer.evaluation import evaluate
+from trainer.loop import train
+from trainer.maml.algorithms import ALGORITHMS
+from trainer.maml.joint import joint, joint_parameters
+from trainer.maml.parameters import episodes, meta_parameters
+from trainer.networks.networks import build_network
+from trainer.runs.checkpoint import load_checkpoint
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 SETTINGS = TrainSettings(
     steps=4, inner_steps=2, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=4, log_every=2, device="cpu"
@@ -73,12 +73,12 @@ def test_what_is_learned_beside_the_weights_is_evaluated_with(tmp_path: Path, al
     assert learned
     fresh = settings.inner_lr if prefix == "inner_lr:" else None
     assert all(fresh is None or (value != fresh).any() for value in learned.values())
-    before = evaluate_checkpoint(path, Synthetic(), episodes=4, device="cpu")
+    before = evaluate(path, Synthetic(), episodes=4, device="cpu")
     content = torch.load(path, weights_only=True)
     for name in learned:
         content["weights"][name] = content["weights"][name] * 3
     torch.save(content, tmp_path / "changed.pt")
-    after = evaluate_checkpoint(tmp_path / "changed.pt", Synthetic(), episodes=4, device="cpu")
+    after = evaluate(tmp_path / "changed.pt", Synthetic(), episodes=4, device="cpu")
     assert before.loss != after.loss
     assert before.inner_steps == settings.inner_steps  # those that the rates were learned for
 
@@ -103,7 +103,7 @@ def test_random_is_the_fresh_network(tmp_path: Path) -> None:
     assert (result.step, result.best_step) == (0, 0)
     saved, fresh = load_checkpoint(result.last).weights, build_network("conv4", 1, 12, 5, 5).state_dict()
     assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
-    assert evaluate_checkpoint(tmp_path, Synthetic(), episodes=4, device="cpu").accuracy_by_step[0] < 0.5
+    assert evaluate(tmp_path, Synthetic(), episodes=4, device="cpu").accuracy_by_step[0] < 0.5
 
 
 def test_reptile_with_sgd_is_interpolation(tmp_path: Path) -> None:

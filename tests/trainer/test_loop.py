@@ -14,12 +14,12 @@ from synthetic import Synthetic, SyntheticStream
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import DamagedError, MamldataError, RequestError
-from trainer.checkpoint import load_checkpoint
-from trainer.evaluate import evaluate_checkpoint
+from trainer.evaluation import evaluate
+from trainer.loop import train
 from trainer.protocol import endless
-from trainer.run import alone_in
+from trainer.runs.checkpoint import load_checkpoint
+from trainer.runs.folder import alone_in
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 SETTINGS = TrainSettings(
     steps=6, meta_batch_size=2, inner_lr=0.1, eval_every=3, eval_episodes=4, log_every=2, device="cpu"
@@ -49,7 +49,7 @@ def test_training_learns(tmp_path: Path, algorithm: str, bn: str) -> None:
     data = Synthetic()
     result = train(settings, data, tmp_path)
     assert result.best_accuracy > 0.85
-    test = evaluate_checkpoint(tmp_path, data, episodes=40, device="cpu")
+    test = evaluate(tmp_path, data, episodes=40, device="cpu")
     assert test.accuracy - test.interval > 0.8
     assert test.accuracy_by_step[0] < 0.3
     losses = [row["loss"] for row in rows(tmp_path) if row["event"] == "train"]

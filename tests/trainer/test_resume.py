@@ -17,11 +17,11 @@ import pytest
 import torch
 from synthetic import Synthetic
 
-from trainer import checkpoint as checkpoint_module
-from trainer.algorithms import ALGORITHMS
-from trainer.checkpoint import Checkpoint, find_last, load_checkpoint
+from trainer.loop import train
+from trainer.maml.algorithms import ALGORITHMS
+from trainer.runs import checkpoint as checkpoint_module
+from trainer.runs.checkpoint import Checkpoint, find_last, load_checkpoint
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 HERE = Path(__file__).parent
 SETTINGS = TrainSettings(

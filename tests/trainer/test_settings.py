@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mamldata.errors import RequestError
-from trainer.algorithms import InnerLoop
-from trainer.models import draw_weights
+from trainer.maml.algorithms import InnerLoop
+from trainer.networks.networks import draw_weights
 from trainer.settings import CHANGEABLE, TrainSettings, pick_device, saved_settings
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.algorithms import InnerLoop
-from trainer.losses import loss_of
-from trainer.models import Norm
-from trainer.parameters import Episode, FastWeights, MetaParameters, Parameters, support_of_step
-from trainer.precision import call
-from trainer.rates import inner_rate
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.losses import loss_of
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters, Parameters, support_of_step
+from trainer.maml.rates import inner_rate
+from trainer.networks.norms import Norm
+from trainer.networks.precision import call
 
 
 @dataclass(frozen=True)
 class Method:
-    """An inner loop with its parts chosen, as ``trainer.variants.method_of`` does for a network and an engine.
+    """An inner loop with its parts chosen, as ``trainer.maml.variants.method_of`` does for a network and an engine.
 
     Attributes:
         inner: the steps, their order, rates and losses.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.adapt import Method
-from trainer.models import Norm, batch_statistics, leading_statistics
-from trainer.parameters import Episode, MetaParameters
-from trainer.precision import call, precision_of
+from trainer.maml.adapt import Method
+from trainer.maml.parameters import Episode, MetaParameters
+from trainer.networks.norms import Norm, batch_statistics, leading_statistics
+from trainer.networks.precision import call, precision_of
 
 
 def head_on_features(

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.adapt import Method, adapt
-from trainer.crew import each_task
-from trainer.losses import loss_of
-from trainer.models import batch_statistics
-from trainer.objective import Measured, Objective, meta_loss
-from trainer.parameters import Episode, FastWeights, MetaParameters, episodes, support_of_step
-from trainer.rates import inner_rate
+from trainer.maml.adapt import Method, adapt
+from trainer.maml.losses import loss_of
+from trainer.maml.objective import Measured, Objective, meta_loss
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters, episodes, support_of_step
+from trainer.maml.rates import inner_rate
+from trainer.networks.norms import batch_statistics
+from trainer.system.threads import each_task
 
 FINAL = Objective()
 

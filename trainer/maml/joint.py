@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.distributed import ALONE, World, sum_over_ranks
-from trainer.engines import Outcome
-from trainer.losses import accuracy
-from trainer.models import Norm, Statistics, batch_statistics, given_statistics, head_names
-from trainer.parameters import MetaParameters
-from trainer.precision import call
+from trainer.maml.engines import Outcome
+from trainer.maml.losses import accuracy
+from trainer.maml.parameters import MetaParameters
+from trainer.networks.networks import head_names
+from trainer.networks.norms import Norm, Statistics, batch_statistics, given_statistics
+from trainer.networks.precision import call
+from trainer.system.distributed import ALONE, World, sum_over_ranks
 
 
 def joint_parameters(network: nn.Module, wide: nn.Module) -> MetaParameters:

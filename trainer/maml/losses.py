@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.algorithms import TaskLoss
+from trainer.maml.algorithms import TaskLoss
 
 
 def loss_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.adapt import Method
-from trainer.algorithms import Outer
-from trainer.losses import loss_of, score_of
-from trainer.parameters import Episode, FastWeights
+from trainer.maml.adapt import Method
+from trainer.maml.algorithms import Outer
+from trainer.maml.losses import loss_of, score_of
+from trainer.maml.parameters import Episode, FastWeights
 
 _FLOOR = 0.03  # of 1 / steps; Antoniou's released code
 

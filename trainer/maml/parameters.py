@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import InnerLoop
-from trainer.models import Statistics, head_names, norm_names
+from trainer.maml.algorithms import InnerLoop
+from trainer.networks.networks import head_names, norm_names
+from trainer.networks.norms import Statistics
 
 Parameters = dict[str, Tensor]  # by their names in a network
 

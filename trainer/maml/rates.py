@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainer.algorithms import InnerLoop, Rates
-from trainer.parameters import MetaParameters
+from trainer.maml.algorithms import InnerLoop, Rates
+from trainer.maml.parameters import MetaParameters
 
 
 def inner_rate(parameters: MetaParameters, name: str, inner: InnerLoop, step: int) -> Tensor | float:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer.adapt import Method, descend, query_logits
-from trainer.algorithms import InnerLoop
-from trainer.batchnorm import batch_norm
-from trainer.features import head_on_features
-from trainer.models import (
+from trainer.maml.adapt import Method, descend, query_logits
+from trainer.maml.algorithms import InnerLoop
+from trainer.maml.anil import head_on_features
+from trainer.maml.checkpointing import recomputed
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters, Parameters, adapted_names
+from trainer.networks.batchnorm import batch_norm
+from trainer.networks.norms import (
     Norm,
     Statistics,
     batch_statistics,
@@ -20,9 +22,7 @@ from trainer.models import (
     noting_statistics,
     written_out,
 )
-from trainer.parameters import Episode, FastWeights, MetaParameters, Parameters, adapted_names
-from trainer.precision import call
-from trainer.recompute import recomputed
+from trainer.networks.precision import call
 
 
 def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Method:

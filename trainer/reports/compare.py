@@ -13,13 +13,13 @@ import torch
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.files import make_folder, write_atomic
-from trainer.costs import Costs, measure_costs
-from trainer.evaluate import Evaluation, evaluate_checkpoint
+from trainer.evaluation import Evaluation, evaluate
 from trainer.intervals import half_width
+from trainer.loop import RunResult, train
 from trainer.protocol import TrainData
-from trainer.run import COMPARISON, refuse_others
+from trainer.reports.costs import Costs, measure_costs
+from trainer.runs.folder import COMPARISON, refuse_others
 from trainer.settings import TrainSettings
-from trainer.train import RunResult, train
 
 RESULT, TABLE = COMPARISON, "compare.md"
 _FORMAT = "mamldata-compare/1"
@@ -125,9 +125,7 @@ def compare(
             raise DivergedError(f"{name}: {error}") from error
         except StoppedError as error:
             raise StoppedError(f"{name}: stopped. What is done is in {out}; the same command goes on.") from error
-        evaluations[name] = evaluate_checkpoint(
-            runs[name].best, data, split=split, episodes=episodes, device=settings.device
-        )
+        evaluations[name] = evaluate(runs[name].best, data, split=split, episodes=episodes, device=settings.device)
         say(str(evaluations[name]))
     reference = "maml" if "maml" in plans else next(iter(plans))
     entries = []

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import MamldataError
-from trainer.allocator import keep_large_buffers, return_large_buffers
 from trainer.learner import Learner
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device
+from trainer.system.malloc import keep_large_buffers, return_large_buffers
 
 ROUNDS = 7
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mamldata.errors import RequestError
 from mamldata.files import write_atomic
-from trainer import metrics
-from trainer.algorithms import ALGORITHMS
+from trainer.maml.algorithms import ALGORITHMS
+from trainer.runs import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from trainer.compare import Comparison, Entry
+    from trainer.reports.compare import Comparison, Entry
 
 # Okabe and Ito 2008, "Color Universal Design": told apart by the colour-blind, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

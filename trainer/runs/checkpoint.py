@@ -11,7 +11,7 @@ import re
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import write_atomic
-from trainer.models import build_network
-from trainer.parameters import MetaParameters, Parameters, meta_parameters
-from trainer.settings import saved_settings
+from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
+from trainer.networks.networks import build_network
+from trainer.settings import TrainSettings, pick_device, saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
 # What is learned beside the network stands among its parameters, under their names with these in front.
@@ -178,6 +178,55 @@ def _check_container(path: Path, data: bytes) -> None:
 
 
 _REMEDY = "Remove it: a run that is resumed goes on from the checkpoint before it."
+
+
+class TrainedRun(NamedTuple):
+    """What a run has learned.
+
+    Attributes:
+        network: with its weights, on the device.
+        parameters: those of the network, and the learned rates and norms that belong to them.
+        settings: of the run; ``settings.inner_loop_at_test()`` is how it adapts in evaluation.
+        data: what the episodes were, see ``TrainData.describe``.
+    """
+
+    network: nn.Module
+    parameters: MetaParameters
+    settings: TrainSettings
+    data: dict[str, Any]
+
+
+def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
+    """What the best checkpoint of a run folder holds, or the one in a file; to adapt with, or to look at.
+
+        run = trainer.load_run("runs/first")
+        method = method_of(run.network, run.settings.inner_loop_at_test())
+        adapted = adapt(run.network, run.parameters, episode, method)[-1]
+
+    Its images must be what they were in training, see ``settings.normalise``; it computes in fp32.
+
+    Args:
+        place: folder or file.
+        device: for network and parameters; see ``TrainSettings``.
+
+    Raises:
+        RequestError: no checkpoint of this trainer, or no such device.
+        DamagedError: the checkpoint is damaged.
+    """
+    path, checkpoint = find_checkpoint(Path(place))
+    settings = saved_settings(checkpoint.settings, path)
+    return TrainedRun(*checkpoint.restored(path, pick_device(device)), settings, checkpoint.data)
+
+
+def find_checkpoint(place: Path) -> tuple[Path, Checkpoint]:
+    """The checkpoint in a file, or the best one of a run folder, with its path.
+
+    Raises:
+        RequestError: no checkpoint of this trainer.
+        DamagedError: it is damaged.
+    """
+    path = find_best(place) if place.is_dir() else place
+    return path, load_checkpoint(path)
 
 
 def find_last(run_dir: Path) -> Path | None:

@@ -17,10 +17,10 @@ import mamldata
 from mamldata.archive import INDEX
 from mamldata.errors import DamagedError, RequestError
 from mamldata.files import locked, make_folder, write_atomic
-from trainer import metrics
-from trainer.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
-from trainer.distributed import World
+from trainer.runs import metrics
+from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
 from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
+from trainer.system.distributed import World
 
 CONFIG = "config.json"
 COMPARISON = "compare.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import DivergedError
 from mamldata.files import write_atomic, writing
-from trainer.engines import Outcome
+from trainer.maml.engines import Outcome
 
 NAME = "metrics.jsonl"
 

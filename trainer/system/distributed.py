@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mamldata.errors import LostPeerError, MamldataError, PeerError, RequestError, StoppedError
-from trainer.preemption import Stop
+from trainer.system.signals import Stop
 
 T = TypeVar("T")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from problems import adapt, batch, of, perceptron, query_logits, small_convnet, support_loss
 
-from trainer import adapt as module
-from trainer.algorithms import BatchNorm, InnerLoop, Order
-from trainer.losses import accuracy
-from trainer.parameters import Episode, FastWeights, episodes
-from trainer.variants import method_of
+from trainer.maml import adapt as module
+from trainer.maml.algorithms import BatchNorm, InnerLoop, Order
+from trainer.maml.losses import accuracy
+from trainer.maml.parameters import Episode, FastWeights, episodes
+from trainer.maml.variants import method_of
 
 
 def inner_loop(steps: int = 3, order: Order = "second", bn: BatchNorm = "transductive") -> InnerLoop:

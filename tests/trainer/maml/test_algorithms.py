@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
-from trainer.models import Norm
-from trainer.objective import Objective, step_weights
-from trainer.parameters import Episode, FastWeights, MetaParameters, adapted_names, episodes, meta_parameters
+from trainer.maml.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
+from trainer.maml.objective import Objective, step_weights
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters, adapted_names, episodes, meta_parameters
+from trainer.networks.norms import Norm
 from trainer.settings import TrainSettings
 
 BASE = InnerLoop(steps=3, lr=0.1, order="second", bn="transductive")

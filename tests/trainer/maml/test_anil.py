@@ -7,12 +7,12 @@ import torch
 from problems import adapt, batch, fill, loop, named, query_logits, small_convnet
 from torch import nn
 
-from trainer.algorithms import ORDERS, RATES, InnerLoop
-from trainer.evaluate import measure
-from trainer.features import head_on_features
-from trainer.models import build_network
-from trainer.parameters import episodes, meta_parameters
-from trainer.variants import method_of
+from trainer.evaluation import measure
+from trainer.maml.algorithms import ORDERS, RATES, InnerLoop
+from trainer.maml.anil import head_on_features
+from trainer.maml.parameters import episodes, meta_parameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import build_network
 
 ANIL = InnerLoop(steps=3, lr=0.1, order="second", bn="transductive", adapts="head")
 

@@ -14,15 +14,15 @@ from synthetic import Synthetic
 from torch import Tensor
 
 from mamldata.errors import RequestError
-from trainer.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
-from trainer.checkpoint import load_checkpoint
-from trainer.engines import ENGINES, Outcome
-from trainer.evaluate import evaluate_checkpoint
-from trainer.objective import Objective
-from trainer.parameters import Episode, episodes, meta_parameters, support_of_step
-from trainer.recompute import recomputed
+from trainer.evaluation import evaluate
+from trainer.loop import train
+from trainer.maml.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
+from trainer.maml.checkpointing import recomputed
+from trainer.maml.engines import ENGINES, Outcome
+from trainer.maml.objective import Objective
+from trainer.maml.parameters import Episode, episodes, meta_parameters, support_of_step
+from trainer.runs.checkpoint import load_checkpoint
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 BASE = InnerLoop(steps=4, lr=0.1, order="second", bn="transductive")
 SETTINGS = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
@@ -119,7 +119,7 @@ def test_shots_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     path = train(settings, Synthetic(k_shot=2), tmp_path / "run").last
     with pytest.raises(RequestError, match="k_shot is 1, which cannot be divided into 2 support batches"):
-        evaluate_checkpoint(path, Synthetic(k_shot=1), episodes=2, device="cpu")
+        evaluate(path, Synthetic(k_shot=1), episodes=2, device="cpu")
 
 
 def moved(tmp_path: Path, gradient: float, **more: float) -> Tensor:

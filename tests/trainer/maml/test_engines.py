@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import BatchNorm, InnerLoop, Order
-from trainer.batchnorm import EPSILON
-from trainer.losses import accuracy
-from trainer.models import Norm, written_out
-from trainer.parameters import MetaParameters, Parameters, episodes
+from trainer.maml.algorithms import BatchNorm, InnerLoop, Order
+from trainer.maml.losses import accuracy
+from trainer.maml.parameters import MetaParameters, Parameters, episodes
+from trainer.networks.batchnorm import EPSILON
+from trainer.networks.norms import Norm, written_out
 
 NETWORKS = [perceptron, small_convnet]
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.errors import RequestError
-from trainer import engines as module
-from trainer.algorithms import ADAPTS, BN_MODES, ORDERS, RATES, InnerLoop
-from trainer.engines import ENGINES, Outcome, pick_engine
-from trainer.models import Block, ConvNet, Norm, build_network
-from trainer.objective import Objective
-from trainer.parameters import MetaParameters, meta_parameters
+from trainer.loop import train
+from trainer.maml import engines as module
+from trainer.maml.algorithms import ADAPTS, BN_MODES, ORDERS, RATES, InnerLoop
+from trainer.maml.engines import ENGINES, Outcome, pick_engine
+from trainer.maml.objective import Objective
+from trainer.maml.parameters import MetaParameters, meta_parameters
+from trainer.networks.networks import Block, ConvNet, build_network
+from trainer.networks.norms import Norm
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 needs_higher = pytest.mark.skipif(importlib.util.find_spec("higher") is None, reason="needs the package higher")
 OTHERS = ["vmap", pytest.param("higher", marks=needs_higher)]
@@ -150,7 +151,7 @@ def test_a_run_takes_its_engine(tmp_path, engine, monkeypatch: pytest.MonkeyPatc
     """A setting chooses the engine, and a run with another one ends at nearly the same weights."""
     from synthetic import Synthetic
 
-    from trainer.checkpoint import load_checkpoint
+    from trainer.runs.checkpoint import load_checkpoint
 
     settings = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
     settings = replace(settings, meta_optimizer="sgd")

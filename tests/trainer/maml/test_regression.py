@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import ADAPTS, ORDERS, RATES, InnerLoop
-from trainer.evaluate import measure, measure_together
-from trainer.models import Norm, mlp
-from trainer.objective import Objective
-from trainer.parameters import MetaParameters, episodes, meta_parameters
+from trainer.evaluation import measure, measure_together
+from trainer.maml.algorithms import ADAPTS, ORDERS, RATES, InnerLoop
+from trainer.maml.objective import Objective
+from trainer.maml.parameters import MetaParameters, episodes, meta_parameters
+from trainer.maml.variants import method_of
+from trainer.networks.networks import mlp
+from trainer.networks.norms import Norm
 from trainer.sinusoid import Sinusoids
-from trainer.variants import method_of
 
 BASE = InnerLoop(3, 0.01, "second", "transductive", task_loss="squared-error")
 needs_higher = pytest.mark.skipif(importlib.util.find_spec("higher") is None, reason="needs the package higher")

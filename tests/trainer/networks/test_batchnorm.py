@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.batchnorm import EPSILON, batch_norm
+from trainer.networks.batchnorm import EPSILON, batch_norm
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

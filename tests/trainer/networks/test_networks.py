@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mamldata.errors import RequestError
-from trainer.models import NETWORKS, batch_statistics, build_network, leading_statistics, written_out
+from trainer.networks.networks import NETWORKS, build_network
+from trainer.networks.norms import batch_statistics, leading_statistics, written_out
 
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 EVERY = [pytest.param(name, marks=needs_torchvision) if name == "resnet18" else name for name in NETWORKS]

@@ -12,14 +12,14 @@ from synthetic import Synthetic
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from trainer.algorithms import BN_MODES, ORDERS, InnerLoop
-from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.evaluate import evaluate_checkpoint
-from trainer.models import build_network
-from trainer.parameters import FastWeights, episodes, meta_parameters
-from trainer.precision import PRECISIONS, pick_precision, precision_of, set_precision
+from trainer.evaluation import evaluate
+from trainer.loop import train
+from trainer.maml.algorithms import BN_MODES, ORDERS, InnerLoop
+from trainer.maml.parameters import FastWeights, episodes, meta_parameters
+from trainer.networks.networks import build_network
+from trainer.networks.precision import PRECISIONS, pick_precision, precision_of, set_precision
+from trainer.runs.checkpoint import load_checkpoint, save_checkpoint
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
@@ -115,7 +115,7 @@ def test_a_run_in_bf16(algorithm: str, tmp_path: Path) -> None:
     assert any(not torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     assert other.settings["precision"] == "bf16"
     assert TrainSettings(**other.settings).resolved() == settings.resolved()
-    result = evaluate_checkpoint(ends[1], Synthetic(), split="val", episodes=2, device="cpu")
+    result = evaluate(ends[1], Synthetic(), split="val", episodes=2, device="cpu")
     assert result.precision == "bf16"
     assert "bf16" in str(result)
     rows = [json.loads(line) for line in (tmp_path / "bf16" / "metrics.jsonl").read_text().splitlines()]
@@ -132,9 +132,9 @@ def test_runs_from_before_there_was_a_choice(tmp_path: Path) -> None:
     save_checkpoint(run, replace(checkpoint, settings=old))
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "settings": old}))
-    assert evaluate_checkpoint(run, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"
+    assert evaluate(run, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"
     assert train(replace(SETTINGS, steps=3), Synthetic(), run, resume=True).step == 3
     with pytest.raises(RequestError, match="precision: None there, 'bf16' here"):
         train(replace(SETTINGS, steps=4, precision="bf16"), Synthetic(), run, resume=True)
     tf32 = save_checkpoint(run, replace(checkpoint, settings={**old, "precision": "tf32", "device": "auto"}))
-    assert evaluate_checkpoint(tf32, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"
+    assert evaluate(tf32, Synthetic(), split="val", episodes=2, device="cpu").precision == "fp32"

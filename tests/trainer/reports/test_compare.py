@@ -20,13 +20,13 @@ from PIL import Image
 from synthetic import Synthetic
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
-from trainer import metrics
-from trainer.compare import compare, paired_difference, table
-from trainer.evaluate import Evaluation
+from trainer.evaluation import Evaluation
 from trainer.intervals import student_quantile
-from trainer.plots import plot_comparison, plot_run
+from trainer.loop import train
+from trainer.reports.compare import compare, paired_difference, table
+from trainer.reports.plots import plot_comparison, plot_run
+from trainer.runs import metrics
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 BASE = TrainSettings(steps=4, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=4, log_every=1, device="cpu")
 PLANS = {
@@ -190,14 +190,14 @@ def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
 
 KILLED = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import torch
 torch.set_num_threads(1)
 from synthetic import Synthetic
 from test_compare import PLANS
-from trainer.compare import compare
+from trainer.reports.compare import compare
 if __name__ == "__main__":
-    compare(PLANS, Synthetic(), sys.argv[2], episodes=12)
+    compare(PLANS, Synthetic(), sys.argv[3], episodes=12)
 """
 
 
@@ -206,7 +206,7 @@ def test_killed_it_goes_on(compared, tmp_path: Path) -> None:
     expected, _ = compared
     script, out = tmp_path / "killed.py", tmp_path / "out"
     script.write_text(KILLED)
-    process = subprocess.Popen([sys.executable, script, Path(__file__).parent, out])
+    process = subprocess.Popen([sys.executable, script, *Path(__file__).parents[:2], out])
     deadline = time.monotonic() + 120
     while not metrics.read(out / "maml") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

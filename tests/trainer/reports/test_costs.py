@@ -9,7 +9,7 @@ import pytest
 from synthetic import Synthetic
 
 from mamldata.errors import MamldataError
-from trainer.costs import measure_costs
+from trainer.reports.costs import measure_costs
 from trainer.settings import TrainSettings
 
 

@@ -11,9 +11,9 @@ import torch
 from synthetic import Synthetic
 
 from mamldata.errors import DamagedError, MamldataError, RequestError
-from trainer import checkpoint as module
-from trainer.checkpoint import Checkpoint, find_best, find_last, load_checkpoint, save_checkpoint
-from trainer.models import build_network
+from trainer.networks.networks import build_network
+from trainer.runs import checkpoint as module
+from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint, save_checkpoint
 
 
 def checkpoint(step: int = 10, accuracy: float = 0.5, best_step: int | None = None) -> Checkpoint:

@@ -8,9 +8,9 @@ import torch
 from synthetic import Synthetic
 
 from mamldata.errors import MamldataError
-from trainer.engines import Outcome
-from trainer.metrics import NAME, Window, append, require_finite, rewind
-from trainer.parameters import MetaParameters
+from trainer.maml.engines import Outcome
+from trainer.maml.parameters import MetaParameters
+from trainer.runs.metrics import NAME, Window, append, require_finite, rewind
 
 
 def steps(folder: Path) -> list[int]:

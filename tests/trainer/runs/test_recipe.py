@@ -10,10 +10,10 @@ from synthetic import Synthetic
 
 from mamldata.errors import ManifestError, RequestError
 from mamldata.manifest_toml import builtin_names
-from trainer.checkpoint import load_checkpoint
-from trainer.recipe import load_recipe, recipe_names
+from trainer.loop import train
+from trainer.runs.checkpoint import load_checkpoint
+from trainer.runs.recipe import load_recipe, recipe_names
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 GOOD = """\
 title = "Mine"

@@ -9,9 +9,9 @@ import pytest
 from synthetic import Synthetic
 
 from mamldata.errors import RequestError
-from trainer.board import FOLDER
+from trainer.loop import train
+from trainer.runs.tensorboard import FOLDER
 from trainer.settings import TrainSettings
-from trainer.train import train
 
 SETTINGS = TrainSettings(
     steps=2, meta_batch_size=1, eval_every=2, eval_episodes=2, log_every=1, device="cpu", tensorboard=True

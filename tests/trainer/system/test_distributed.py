@@ -17,16 +17,16 @@ import torch
 from synthetic import Synthetic
 
 from mamldata.errors import MamldataError, RequestError
-from trainer.checkpoint import find_last, load_checkpoint
-from trainer.distributed import ALONE, World, world_of
-from trainer.evaluate import evaluate_checkpoint
-from trainer.train import train
+from trainer.evaluation import evaluate
+from trainer.loop import train
+from trainer.runs.checkpoint import find_last, load_checkpoint
+from trainer.system.distributed import ALONE, World, world_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes, signals and limits as on Linux")
 
 TIMED = {"ms_per_step", "images_per_second", "data_wait_percent"}
 PATIENCE = 300  # seconds, on a machine with other things to do, before a job is taken for hung
-CALM = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+CALM = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
 PLACE = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
 
@@ -135,7 +135,7 @@ def test_as_with_one_process(tmp_path: Path, alone: Path, ranks: int) -> None:
 def evaluate_in_float64(run_dir: Path) -> object:
     torch.set_default_dtype(torch.float64)
     try:
-        evaluation = evaluate_checkpoint(run_dir, Synthetic(size=8), episodes=14, device="cpu")
+        evaluation = evaluate(run_dir, Synthetic(size=8), episodes=14, device="cpu")
         return json.loads(json.dumps(evaluation.to_json()))
     finally:
         torch.set_default_dtype(torch.float32)

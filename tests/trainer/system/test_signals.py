@@ -15,10 +15,10 @@ from test_resume import plain, strip_times
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
-from trainer.checkpoint import find_best, find_last, load_checkpoint
-from trainer.preemption import stop_at_signals
+from trainer.loop import train
+from trainer.runs.checkpoint import find_best, find_last, load_checkpoint
 from trainer.settings import TrainSettings
-from trainer.train import train
+from trainer.system.signals import stop_at_signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

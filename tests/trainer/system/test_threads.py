@@ -9,10 +9,10 @@ from problems import batch, loop, small_convnet
 from torch import nn
 
 from mamldata.batch import EpisodeBatch
-from trainer.algorithms import ORDERS, InnerLoop
-from trainer.crew import each_task
-from trainer.models import build_network
-from trainer.parameters import meta_parameters
+from trainer.maml.algorithms import ORDERS, InnerLoop
+from trainer.maml.parameters import meta_parameters
+from trainer.networks.networks import build_network
+from trainer.system.threads import each_task
 
 CPU = torch.device("cpu")
 

@@ -28,6 +28,14 @@ def test_the_plain_loop_learns(run_example: Run, archive: Path) -> None:
     assert accuracy > 0.5
 
 
+def test_plain_maml_learns(run_example: Run, archive: Path) -> None:
+    """A few outer steps, then a test accuracy with its interval, above chance."""
+    printed = run_example("train_maml.py", archive, "--steps", 4)
+    assert len(numbers(r"step 4: loss (\S+), accuracy \S+ %", printed)) == 1
+    (accuracy,) = numbers(r"test accuracy (\S+) ± \S+ % \(3 episodes\)", printed)
+    assert accuracy > 25
+
+
 def test_the_data_loader_keeps_order_and_place(run_example: Run, archive: Path) -> None:
     """Each epoch has every episode once, in an order of its own; the parts of a broken one are that order."""
     printed = run_example("data_loader.py", archive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from importlib import import_module
@@ -14,8 +15,10 @@ import torch
 from synthetic import Synthetic
 
 import trainer
+from trainer.maml import engines, objective
 from trainer.maml.adapt import adapt
-from trainer.maml.parameters import episodes
+from trainer.maml.engines import Outcome
+from trainer.maml.parameters import Episode, FastWeights, MetaParameters, episodes
 from trainer.maml.variants import method_of
 
 ROOMS = Path(trainer.__file__).parent
@@ -91,3 +94,12 @@ def test_a_room_says_what_it_is_for(room: str) -> None:
     """And holds nothing but its modules."""
     assert import_module(f"trainer.{room}").__doc__
     assert len(ast.parse((ROOMS / room / "__init__.py").read_text()).body) == 1
+
+
+def test_the_maml_step_can_be_read_in_one_sitting() -> None:
+    """What docs/architecture.md names is there, and is under 350 lines, of which adapt.py has at most 120."""
+    whole = inspect.getsource(sys.modules["trainer.maml.adapt"]).splitlines()
+    parts = [MetaParameters, FastWeights, Episode, objective.meta_loss, Outcome, engines.loop]
+    parts += [engines._gradient, engines._mean]
+    assert len(whole) <= 120
+    assert len(whole) + sum(len(inspect.getsourcelines(part)[0]) for part in parts) < 350

@@ -112,6 +112,14 @@ def test_hashed_once_while_it_stays_the_same(tiny: Any, hashed: list[Path]) -> N
     assert len(hashed) == 4
 
 
+def test_each_bank_has_its_note(tiny: Any, hashed: list[Path]) -> None:
+    """Who opens two in turn hashes each once."""
+    make_bank(tiny.manifest, tiny.root, 5)
+    for size in (5, 8) * 2:
+        make_bank(tiny.manifest, tiny.root, size)
+    assert hashed == [tiny.folder.bank(5), tiny.folder.bank(8)]
+
+
 def test_a_file_that_has_just_changed_is_not_noted(
     tiny: Any, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -406,6 +406,7 @@ def live(
     Raises:
         RequestError: an unknown name, or episodes that cannot be made.
         DataMissingError: the raw files are not there; the message names the command.
+        DamagedError: the bank is not what was made, see ``mamldata.bank.make_bank``.
     """
     if split not in SPLITS:
         raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")

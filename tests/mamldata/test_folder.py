@@ -134,7 +134,7 @@ def test_a_folder_is_hashed_by_one_process(tmp_path: Path):
             later.result(timeout=0.5)
         aside.rename(note)
     assert later.result().shape[0] > 0
-    assert labels == []
+    assert "hash" not in labels  # only the bank itself may be
 
 
 def test_two_folders_of_one_name_do_not_meet(tmp_path: Path):

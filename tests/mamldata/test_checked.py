@@ -13,10 +13,11 @@ import pytest
 
 from mamldata import checked
 from mamldata.bank import Bank, check_bank, make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.checked import hash_and_note, is_noted
 from mamldata.digest import sha256_file
 from mamldata.errors import DamagedError
+from mamldata.plan import BuildRequest
 from mamldata.sources import LiveSource, live
 
 Make = Callable[..., Any]

@@ -16,10 +16,11 @@ from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
 from mamldata.folder import dataset_name, folder_manifest, seeded_counts
 from mamldata.load import load_manifest
+from mamldata.plan import BuildRequest
 from mamldata.progress import silent
 from mamldata.sources import live
 from mamldata.splits import divide

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from common import arguments, bank, in_turn, report
 
-from mamldata.build import BuildRequest, build, plan_archive
+from mamldata.build import build
 from mamldata.parallel import default_workers
+from mamldata.plan import BuildRequest, plan_archive
 from mamldata.shards import shard_pieces
 
 

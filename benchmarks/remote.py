@@ -24,8 +24,9 @@ import webdataset
 from common import arguments, bank, in_turn, ratio, report
 from server import serving
 
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.parallel import default_workers
+from mamldata.plan import BuildRequest
 from mamldata.stream import EpisodeStream
 
 

@@ -20,8 +20,9 @@ import torch
 from common import arguments, bank, report
 from server import serving
 
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.parallel import default_workers
+from mamldata.plan import BuildRequest
 from mamldata.stream import EpisodeStream
 
 STEPS = (0.05, 0.005)

@@ -23,10 +23,11 @@ from cli.common import (
 )
 from cli.inspect import describe, left_out_values, print_archive, say_left_out
 from mamldata.bank import files_left_out, make_bank
-from mamldata.build import DEFAULT_EPISODES, BuildRequest, Portion, build, build_portion
+from mamldata.build import Portion, build, build_portion
 from mamldata.load import load_manifest
 from mamldata.parallel import default_workers
 from mamldata.places import is_remote, shown_place
+from mamldata.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.root import data_root
 
 

@@ -238,7 +238,7 @@ class Archive:
         }
         return replace(self, splits=splits)
 
-    def plan(self) -> Archive:
+    def without_digests(self) -> Archive:
         """The archive as it was before its shards were written: without their digests."""
         return self.with_digests(dict.fromkeys((shard.file for shard in self.shards()), ""))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,8 +19,9 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
+from mamldata.checked import hash_and_note, is_noted
 from mamldata.decode import decode_image
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
+from mamldata.digest import canonical_json, sha256_bytes
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
 from mamldata.files import commit, locked, make_folder, require_space, temporary, write_atomic, writing
 from mamldata.left_out import LeftOut, group
@@ -89,7 +91,8 @@ def make_bank(
     """The bank of a dataset at one image size: opened if it is there, else made from the raw files.
 
     It is made anew only when the recipe or the raw files changed. If the process dies, the next call goes on.
-    Opening one that is there writes nothing, and waits for no other process.
+    Opening one that is there writes nothing in the root, and waits for no other process. It is hashed when it is
+    opened, unless this user has hashed it before and it has not changed since (see ``mamldata.checked``).
 
     Args:
         manifest: the dataset.
@@ -101,7 +104,8 @@ def make_bank(
     Raises:
         DataMissingError: the raw files are not there, or not verified as the manifest describes them.
         DatasetError: raw files that do not fit together, and images that cannot be decoded: all of them.
-        DamagedError: a raw file that cannot be read; or a bank whose digest is known came out different.
+        DamagedError: a raw file that cannot be read; or a bank whose digest is known came out different; or the bank
+            that is there has other bytes than were written.
         WriteError: the folder cannot be written to.
     """
     side = manifest.image.size if size is None else size
@@ -117,7 +121,10 @@ def make_bank(
             # Again, because whoever held the lock may have made it.
             if (bank := _current(folder, side, identity, known)) is None:
                 _make(manifest, folder, side, identity, workers, progress)
-                bank = open_bank(folder, side)
+                return open_bank(folder, side)  # which was hashed when it was made
+    if not is_noted(bank.path, bank.sha256) and (problem := _damage(bank.path, bank.sha256, progress)):
+        command = f"mamldata verify {shlex.quote(manifest.reference)}"
+        raise DamagedError(f"{problem} To check the raw files too, run: {command}")
     return bank
 
 
@@ -317,11 +324,20 @@ def check_bank(description_path: Path, progress: Progress = silent) -> list[str]
         _require_right_to_read(path)
     except (DamagedError, DataMissingError) as error:
         return [str(error)]
-    with progress(path.name, path.stat().st_size, "B") as advance:
-        got = sha256_file(path, advance)
-    if got == digest:
-        return []
-    return [f"{path} is damaged: sha256 {got}, expected {digest}. Delete it: the next build makes it anew."]
+    problem = _damage(path, digest, progress)
+    return [problem] if problem else []
+
+
+def _damage(path: Path, sha256: str, progress: Progress) -> str:
+    """What is wrong with a bank's file, hashed now whatever was noted before; empty if nothing is."""
+    try:
+        with progress(path.name, path.stat().st_size, "B") as advance:
+            got = hash_and_note(path, sha256, advance)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}). Mend its disk, or delete it: the next build makes it again."
+    if got == sha256:
+        return ""
+    return f"{path} is damaged: sha256 {got}, expected {sha256}. Delete it: the next build makes it again."
 
 
 def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:

@@ -9,11 +9,22 @@ from pathlib import Path
 import platformdirs
 
 ENVIRONMENT = "MAMLDATA_ROOT"
+CACHE_ENVIRONMENT = "MAMLDATA_CACHE"
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
     """The root folder: ``root``, else ``MAMLDATA_ROOT``, else the platform's user cache folder."""
     chosen = root or os.environ.get(ENVIRONMENT) or platformdirs.user_cache_dir("mamldata")
+    return Path(chosen).expanduser().absolute()
+
+
+def cache_folder() -> Path:
+    """What is only remembered to save time, and of one user: ``MAMLDATA_CACHE``, else the platform's user cache folder.
+
+    Raises:
+        RuntimeError: this user has no home folder.
+    """
+    chosen = os.environ.get(CACHE_ENVIRONMENT) or platformdirs.user_cache_dir("mamldata")
     return Path(chosen).expanduser().absolute()
 
 

@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from mamldata.archive import Archive, check_size, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather, quarter_turns
+from mamldata.episodes import ClassTable, EpisodeSampler, gather
 from mamldata.errors import RequestError
 from mamldata.load import load_manifest
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices
 from mamldata.places import is_remote
+from mamldata.plan import BuildRequest, plan_archive
 from mamldata.root import data_root
-from mamldata.splits import SPLITS, divide
 
 Images = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.int32]
@@ -119,7 +119,7 @@ class StoredSource(ABC):
         self.archive = archive
         self.verify = verify
         self._split = self.archive.split(split)
-        self._info = archive_info(self.archive, split)
+        self._info = episode_info(archive, split, archive.digest)
         self._episodes = _at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
@@ -286,8 +286,8 @@ class ArchiveSource(StoredSource):
         return self._open[number]
 
 
-def archive_info(archive: Archive, split: str) -> EpisodeInfo:
-    """What the episodes of an archive's split are."""
+def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:
+    """What the episodes of a split are, whose archive has this digest; None: live episodes."""
     return EpisodeInfo(
         dataset=archive.dataset,
         split_scheme=archive.split_scheme,
@@ -299,7 +299,7 @@ def archive_info(archive: Archive, split: str) -> EpisodeInfo:
         image_shape=archive.image_shape,
         bank_sha256=archive.bank_sha256,
         episode_seed=archive.seed,
-        archive_sha256=archive.digest,
+        archive_sha256=digest,
         normalisation=archive.normalisation,
     )
 
@@ -406,36 +406,17 @@ def live(
     Raises:
         RequestError: an unknown name, or episodes that cannot be made.
         DataMissingError: the raw files are not there; the message names the command.
+        DamagedError: the bank is not what was made, see ``mamldata.bank.make_bank``.
     """
-    if split not in SPLITS:
-        raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
-    if rotations not in {None, *ROTATIONS}:
-        raise RequestError(f"rotations must be one of {', '.join(ROTATIONS)}, not {rotations!r}.")
+    request = BuildRequest(n_way, k_shot, k_query, {split: 1}, seed, split_scheme, rotations)
     if episodes is not None:
         _some(episodes)
     manifest = load_manifest(dataset)
-    scheme = manifest.scheme(split_scheme)
+    manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)
-    turned = rotations or manifest.rotations
-    turns = quarter_turns(turned, split)
-    division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
-    table = class_table(bank.class_names, bank.class_offsets, division[split], turns)
-    spec = EpisodeSpec(bank.sha256, scheme.name, split, n_way, k_shot, k_query, turns, seed)
-    info = EpisodeInfo(
-        dataset=manifest.name,
-        split_scheme=scheme.name,
-        split=split,
-        n_way=n_way,
-        k_shot=k_shot,
-        k_query=k_query,
-        rotations=turned,
-        image_shape=bank.shape[1:],
-        bank_sha256=bank.sha256,
-        episode_seed=seed,
-        archive_sha256=None,
-        normalisation=bank.normalisation(division["train"]),
-    )
-    return LiveSource(info, bank.path, bank.open_images(), EpisodeSampler(spec, table), episodes)
+    plan = plan_archive(manifest, bank, request)
+    sampler = EpisodeSampler(plan.spec(split), plan.split(split).classes)
+    return LiveSource(episode_info(plan, split, None), bank.path, bank.open_images(), sampler, episodes)
 
 
 def open_archive(

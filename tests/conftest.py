@@ -42,9 +42,10 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_user_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test may touch the datasets of whoever runs the tests."""
+    """No test may touch the datasets and notes of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAMLDATA_ROOT", str(tmp_path_factory.mktemp("default-root")))
+        patch.setenv("MAMLDATA_CACHE", str(tmp_path_factory.mktemp("default-cache")))
         yield
 
 

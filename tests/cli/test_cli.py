@@ -605,6 +605,26 @@ def test_a_flipped_pixel_gets_into_no_result(archive: Path, trained: Path, tmp_p
     refused(run(verb, *words[verb]), 1, f"The shard {shard}", "is damaged: sha256")
 
 
+@pytest.mark.parametrize("verb", ["build", "preview", "train", "eval"])
+def test_a_flipped_pixel_of_the_bank_gets_into_no_result(glyphs_root: Path, trained: Path, tmp_path: Path, verb: str):
+    """Whatever reads a damaged bank says so, and what to do; it writes nothing."""
+    root = Path(shutil.copytree(glyphs_root, tmp_path / "root"))
+    bank = root / "glyphs" / "glyphs-28.npy"
+    data = bytearray(bank.read_bytes())
+    data[1000] ^= 1
+    bank.write_bytes(data)
+    out = ("glyphs", "--out", tmp_path / "out.png")
+    words = {
+        "build": [*out, "--train", 1, "--val", 0, "--test", 0, "--workers", 1],
+        "preview": out,
+        "train": [*out, "--steps", 1, "--meta-batch-size", 1, "--eval-episodes", 1, "--device", "cpu"],
+        "eval": [trained, "glyphs", "--episodes", 2, "--device", "cpu"],
+    }
+    result = run(verb, *words[verb], root=root)
+    refused(result, 1, f"{bank} is damaged: sha256", "Delete it: the next build", "run: mamldata verify glyphs")
+    assert not (tmp_path / "out.png").exists()
+
+
 class TestBadInput:
     """What a user gets wrong is one clear paragraph and the right exit code."""
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mamldata.bank import Bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.manifest import Manifest
+from mamldata.plan import BuildRequest
 
 PROJECT = Path(__file__).parents[2]
 

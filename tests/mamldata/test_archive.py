@@ -29,9 +29,10 @@ from mamldata.archive import (
     read_archive,
     shard_sizes,
 )
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.digest import canonical_json
 from mamldata.errors import DamagedError, RequestError
+from mamldata.plan import BuildRequest
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=2, k_query=3, episodes={"train": 7, "val": 2, "test": 3}, seed=5, episodes_per_shard=4

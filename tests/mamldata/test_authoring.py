@@ -13,10 +13,11 @@ from PIL import Image
 
 from mamldata.authoring import write_manifest
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DatasetError, FetchError, RequestError
 from mamldata.fetch import fetch
 from mamldata.load import load_manifest
+from mamldata.plan import BuildRequest
 from mamldata.splits import divide
 
 CLASSES = {"train": ["ant", "bee"], "val": ["cow"], "test": ["dog"]}

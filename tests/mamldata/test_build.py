@@ -23,9 +23,10 @@ import mamldata.build as build_module
 from mamldata import shards, store
 from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, Portion, PortionBuilt, build, build_portion, plan_archive
+from mamldata.build import Portion, PortionBuilt, build, build_portion
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
 from mamldata.load import load_manifest
+from mamldata.plan import BuildRequest, plan_archive
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
@@ -37,7 +38,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, Portion, build, build_portion
+from mamldata.plan import BuildRequest
+from mamldata.build import Portion, build, build_portion
 from mamldata.errors import MamldataError
 from mamldata.load import load_manifest
 
@@ -365,7 +367,8 @@ PORTION = """
 import sys
 from pathlib import Path
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, Portion, build_portion
+from mamldata.plan import BuildRequest
+from mamldata.build import Portion, build_portion
 from mamldata.load import load_manifest
 root, out, number, of = sys.argv[1:]
 request = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3,

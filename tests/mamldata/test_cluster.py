@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("distributed", reason="the package distributed is not installed; the test group has it")
 
 from mamldata.archive import INDEX
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.cluster import dask_executor
 from mamldata.errors import DataMissingError, MamldataError, RequestError
+from mamldata.plan import BuildRequest
 from mamldata.store import BUILD
 
 REQUEST = BuildRequest(n_way=3, k_query=2, episodes={"train": 360, "val": 2}, seed=3, episodes_per_shard=3)

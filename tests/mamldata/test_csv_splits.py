@@ -17,6 +17,7 @@ from PIL import Image
 
 from mamldata import bank as banks
 from mamldata.bank import Bank, make_bank
+from mamldata.digest import sha256_file
 from mamldata.errors import DatasetError, Fault
 from mamldata.fetch import fetch
 from mamldata.load import load_manifest
@@ -53,7 +54,7 @@ class Made:
         write(holder, self.kind, {f"images/{name}": data for name, data in self.images.items()})
         files = []
         for name in [*(f"{split}.csv" for split in self.tables), holder.name]:
-            digest = banks.sha256_file(self.raw / name)
+            digest = sha256_file(self.raw / name)
             (self.raw / f"{name}.sha256").write_text(f"{digest}  {name}\n")
             files.append(SourceFile(name, (self.raw / name).stat().st_size, digest))
         return Manifest(
@@ -403,7 +404,7 @@ def test_the_genuine_split_files(real_data: Path):
     manifest = load_manifest("mini-imagenet")
     files = [real_data / "mini-imagenet" / file.name for file in manifest.files]
     for file, path in zip(manifest.files, files, strict=True):
-        assert banks.sha256_file(path) == file.sha256
+        assert sha256_file(path) == file.sha256
         assert path.stat().st_size == file.bytes
     faults = index_images(manifest.reader, files).faults
     assert {fault.kind for fault in faults} == {"missing"}

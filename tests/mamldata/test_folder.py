@@ -16,10 +16,11 @@ from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
 from mamldata.folder import dataset_name, folder_manifest, seeded_counts
 from mamldata.load import load_manifest
+from mamldata.plan import BuildRequest
 from mamldata.progress import silent
 from mamldata.sources import live
 from mamldata.splits import divide
@@ -134,7 +135,7 @@ def test_a_folder_is_hashed_by_one_process(tmp_path: Path):
             later.result(timeout=0.5)
         aside.rename(note)
     assert later.result().shape[0] > 0
-    assert labels == []
+    assert "hash" not in labels  # only the bank itself may be
 
 
 def test_two_folders_of_one_name_do_not_meet(tmp_path: Path):

@@ -14,13 +14,14 @@ from PIL import Image
 from mamldata import bank as banks
 from mamldata.authoring import write_manifest
 from mamldata.bank import Bank, files_left_out, make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.catalogue import files_left_out as left_out_of_archive
 from mamldata.errors import DamagedError, DatasetError, RequestError
 from mamldata.fetch import fetch
 from mamldata.left_out import LeftOut
 from mamldata.load import load_manifest
 from mamldata.manifest import Manifest
+from mamldata.plan import BuildRequest
 from mamldata.readers import ReaderRecipe, index_images
 
 STRAY = (

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from mamldata.archive import read_archive
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.download import Network
+from mamldata.plan import BuildRequest
 from mamldata.remote import RemoteSource
 from mamldata.sources import ArchiveSource
 from mamldata.verify import verify_archive

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
 from mamldata.archive import read_archive
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DamagedError, RequestError
 from mamldata.order import Order, permutation, share
+from mamldata.plan import BuildRequest
 from mamldata.remix import RemixedSource, remix
 from mamldata.sources import ArchiveSource
 

@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream
 from mamldata.archive import INDEX, INDEX_SUM, index_sum, read_archive
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.digest import canonical_json, sha256_bytes
 from mamldata.download import Network
 from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
 from mamldata.files import locked
 from mamldata.order import Order
+from mamldata.plan import BuildRequest
 from mamldata.remote import RemoteSource, ShardCache, read_remote_archive
 from mamldata.sources import ArchiveSource
 from mamldata.verify import verify_archive

@@ -11,9 +11,10 @@ import pytest
 
 from mamldata import shards
 from mamldata.archive import Archive
-from mamldata.build import BuildRequest, Portion, build, build_portion, plan_archive
+from mamldata.build import Portion, build, build_portion
 from mamldata.digest import sha256_bytes
 from mamldata.errors import DataMissingError, MamldataError, WriteError
+from mamldata.plan import BuildRequest, plan_archive
 from mamldata.shards import ShardTask, make_shard
 from mamldata.store import BUILD, FolderStore
 

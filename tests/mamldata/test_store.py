@@ -16,8 +16,9 @@ import pytest
 
 from mamldata import shards
 from mamldata.archive import INDEX, INDEX_SUM, read_archive
-from mamldata.build import BuildRequest, Portion, build, build_portion
+from mamldata.build import Portion, build, build_portion
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
+from mamldata.plan import BuildRequest
 from mamldata.remote import read_remote_archive
 from mamldata.store import BUILD, AddressStore, FolderStore, Store, store_at
 from mamldata.stream import EpisodeStream

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from mamldata import EpisodeStream, live
 from mamldata.archive import open_shard, read_archive
 from mamldata.bank import make_bank
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DamagedError, RequestError
 from mamldata.normalisation import Normalisation
+from mamldata.plan import BuildRequest
 from mamldata.sources import ArchiveSource
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamldata.archive import BLOCK, END, INDEX, INDEX_SUM, index_sum, read_archive
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.errors import DataMissingError, RequestError
+from mamldata.plan import BuildRequest
 from mamldata.verify import verify_archive, verify_dataset
 
 REQUEST = BuildRequest(

@@ -25,10 +25,11 @@ from PIL import Image
 from mamldata.archive import read_archive
 from mamldata.bank import Bank
 from mamldata.batch import EpisodeBatch
-from mamldata.build import BuildRequest, build
+from mamldata.build import build
 from mamldata.errors import DamagedError, RequestError
 from mamldata.manifest import Manifest
 from mamldata.normalisation import Normalisation
+from mamldata.plan import BuildRequest
 from mamldata.sources import open_archive
 from mamldata.stream import EpisodeStream
 from trainer.data import EpisodeData, archive_data, live_data

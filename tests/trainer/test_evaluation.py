@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
 from trainer.evaluation import evaluate, evaluate_network
-from trainer.loop import RunResult, train
+from trainer.loop import train
 from trainer.maml.algorithms import InnerLoop
 from trainer.networks.networks import build_network
 from trainer.networks.norms import Norm
+from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
 
 CPU = torch.device("cpu")

@@ -94,8 +94,9 @@ def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
 
 def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     """The network's parameters themselves, and fresh rates, all ``inner.lr``, and fresh per-step norms."""
-    weights = dict(network.named_parameters())
-    rates, norms = {}, {}
+    weights: Parameters = dict(network.named_parameters())
+    rates: Parameters = {}
+    norms: Parameters = {}
     if inner.rates != "fixed":
         for name in adapted_names(network, inner):
             # With the parameter's own memory layout, or each product with it would be slow.

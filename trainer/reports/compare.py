@@ -15,10 +15,10 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.files import make_folder, write_atomic
 from trainer.evaluation import Evaluation, evaluate
 from trainer.intervals import half_width
-from trainer.loop import RunResult, train
+from trainer.loop import train
 from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
-from trainer.runs.folder import COMPARISON, refuse_others
+from trainer.runs.folder import COMPARISON, RunResult, refuse_others
 from trainer.settings import TrainSettings
 
 RESULT, TABLE = COMPARISON, "compare.md"

@@ -17,8 +17,20 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from mamldata.errors import DamagedError
+from mamldata.files import open_regular, read_whole
 
 MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
+# What images are decoded from, by Pillow's names, with the endings of their files. Nothing else is: of its other
+# formats some start programs, such as Ghostscript, and some are there on one machine only.
+IMAGE_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PPM": (".pbm", ".pgm", ".ppm"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+}
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -58,11 +70,10 @@ def list_members(container: Path) -> list[Member]:
 def _zip_members(container: Path) -> Iterator[Member]:
     """Images are mostly stored as they are, and then read without the directory, which takes long to parse."""
     with zipfile.ZipFile(container) as archive, container.open("rb") as stream:
-        for info in archive.infolist():
-            if not info.is_dir():
-                plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
-                offset = _stored_at(stream, info) if plain else None
-                yield Member(safe_member_name(info.filename, str(container)), info.file_size, info.CRC, offset)
+        for info in zip_files(archive, str(container)):
+            plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & _ENCRYPTED
+            offset = _stored_at(stream, info) if plain else None
+            yield Member(safe_member_name(info.filename, str(container)), info.file_size, info.CRC, offset)
 
 
 def _stored_at(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
@@ -79,14 +90,53 @@ _LOCAL_HEADER = 30  # bytes
 
 def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> Iterator[Member]:
     """The plain files of an open tar; offsets are those in the file that it is read from."""
-    for info in tar:
-        if info.isfile():
-            yield Member(
-                safe_member_name(info.name, container),
-                info.size,
-                offset=None if compressed else info.offset_data,
-            )
+    for info in tar_files(tar, container):
+        yield Member(
+            safe_member_name(info.name, container),
+            info.size,
+            offset=None if compressed else info.offset_data,
+        )
+
+
+def tar_files(tar: tarfile.TarFile, container: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of the plain files of an open tar, one at a time: links, pipes and devices are passed over.
+
+    Raises:
+        DamagedError: more headers than a dataset has images, or headers for all members that grow and grow: compressed,
+            both take next to no room.
+    """
+    for number, info in enumerate(tar):
         tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
+        if number == _MOST_MEMBERS or sum(map(len, tar.pax_headers.values())) > _MOST_EXTENSION:
+            raise DamagedError(
+                f"{container}: more than {_MOST_MEMBERS:,} members, or more than {_MOST_EXTENSION:,} bytes in the "
+                "headers that hold for all of them; the file is not used."
+            )
+        if info.isfile():
+            yield info
+
+
+def zip_files(archive: zipfile.ZipFile, container: str) -> Iterator[zipfile.ZipInfo]:
+    """The files of an open zip, if all are stored or deflated: Python unpacks the other methods without a bound.
+
+    Raises:
+        DamagedError: one is not, which is named with its method.
+    """
+    for info in archive.infolist():
+        if info.is_dir():
+            continue
+        if info.compress_type not in _METHODS:
+            method = _UNBOUNDED.get(info.compress_type, "unknown")
+            raise DamagedError(
+                f"{container}: the member {info.filename!r} is compressed by the method {method} "
+                f"({info.compress_type}); only stored and deflated members are read. Pack the files again, by deflate."
+            )
+        yield info
+
+
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNBOUNDED = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
+_MOST_MEMBERS = 1 << 22  # three times those of ImageNet
 
 
 def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
@@ -107,7 +157,7 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
         else:
             todo.append(member)
     if container.is_dir():
-        yield from _read_folder(container, todo)
+        yield from _read_folder(container, todo, most_bytes)
     elif all(member.offset is not None for member in todo):
         yield from _read_offsets(container, todo)
     elif is_zip(container):
@@ -146,10 +196,10 @@ def _identity(folder: Path) -> frozenset[tuple[int, int]]:
     return frozenset({(status.st_dev, status.st_ino)})
 
 
-def _read_folder(folder: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+def _read_folder(folder: Path, wanted: list[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
     for member in wanted:
         try:
-            yield member, (folder / member.name).read_bytes()
+            yield member, read_whole(folder / member.name, most_bytes)
         except OSError as error:
             yield member, f"it cannot be read ({error.strerror})"
 
@@ -173,8 +223,10 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
     with archive:
         for member in wanted:
             try:
-                with reading_container(container):
-                    data: bytes | str = archive.read(member.name)
+                with reading_container(container), archive.open(member.name) as stream:
+                    # One byte more, so that the end is met, where the CRC is looked at; but never all there is: what
+                    # the directory says of a member's length need not be true.
+                    data: bytes | str = stream.read(member.size + 1)
             except DamagedError as error:
                 data = str(error.__cause__ or error)
             yield member, data
@@ -186,9 +238,8 @@ def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member
     for member in wanted:
         left.setdefault(member.name, []).append(member)
     with reading_container(container), open_tar(container) as tar:
-        for info in tar:
-            tar.members = []  # type: ignore[attr-defined]
-            alike = left.get(info.name, []) if info.isfile() else []
+        for info in tar_files(tar, str(container)):
+            alike = left.get(info.name, [])
             found = next((member for member in alike if member.size == info.size), None)
             content = tar.extractfile(info) if found else None
             if found and content:
@@ -315,7 +366,7 @@ def _has_tar_mark(path: Path) -> bool:
 
     What lacks their mark is read as a stream, which is right for every tar, only slower.
     """
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return stream.read(262)[257:262] == b"ustar"
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mamldata.containers import is_zip, open_tar, reading_container, safe_member_name
+from mamldata.containers import is_zip, open_tar, reading_container, safe_member_name, tar_files, zip_files
 from mamldata.errors import DamagedError
+from mamldata.files import open_regular
 
 CHUNK = 1 << 20
 
@@ -21,6 +22,23 @@ def canonical_json(value: Any) -> bytes:
     return text.encode("ascii") + b"\n"
 
 
+def parse_json(data: bytes, most_values: int = 1 << 20) -> Any:
+    """The value of a JSON text of at most ``most_values`` values, which are counted before any of them is made.
+
+    An empty list is two bytes of JSON and 64 of memory. Each value stands behind a comma or a bracket; those in strings
+    count too, so leave room for them.
+
+    Raises:
+        ValueError: it is no JSON, has more values, or is nested too deep.
+    """
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of ``data``, in hex."""
     return hashlib.sha256(data).hexdigest()
@@ -29,7 +47,7 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path, advance: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file's bytes, in hex; ``advance`` is told of each chunk's length."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         for chunk in chunks(stream):
             digest.update(chunk)
             if advance:
@@ -87,13 +105,12 @@ def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     if is_zip(path):
         with zipfile.ZipFile(path) as container:
-            for info in container.infolist():
-                if not info.is_dir():
-                    with container.open(info) as stream:
-                        yield info.filename, stream
+            for info in zip_files(container, str(path)):
+                with container.open(info) as stream:
+                    yield info.filename, stream
         return
     with open_tar(path) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isfile() else None
+        for member in tar_files(tar, str(path)):
+            content = tar.extractfile(member)
             if content is not None:
                 yield member.name, content

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
-
 from mamldata.collect import Collected, digest_images
 from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
+from mamldata.decode import open_image
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
@@ -196,9 +194,9 @@ def _file(path: Path) -> Iterator[str]:
 def _size(sample: bytes) -> tuple[int, int]:
     """The bank's image size and channels: the images' own if they are smaller than is usual."""
     try:
-        with Image.open(io.BytesIO(sample)) as image:
+        with open_image(sample) as image:
             return min(_USUAL_SIZE, *image.size), 1 if image.mode in _GREY else 3
-    except (UnidentifiedImageError, OSError):
+    except ValueError:
         return _USUAL_SIZE, 3
 
 

@@ -7,7 +7,6 @@ nowhere. The tar has them under the dataset's own names, with their bytes as the
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,9 @@ import numpy as np
 
 from mamldata.containers import MOST_IMAGE_BYTES, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
-from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes
+from mamldata.digest import canonical_json, digest_of_contents, parse_json, sha256_bytes
 from mamldata.errors import DatasetError, Fault, Report
-from mamldata.files import require_space, temporary, write_atomic, writing
+from mamldata.files import MOST_NOTE, read_whole, require_space, temporary, write_atomic, writing
 from mamldata.forms import Found, Item, list_images
 from mamldata.manifest import PIN, SPLITS, Manifest
 from mamldata.progress import Progress, silent
@@ -48,7 +47,7 @@ def pin_file(raw: Path) -> Path:
 def read_pin(raw: Path) -> Collected | None:
     """What was collected first; None if nothing was, or the note cannot be read."""
     try:
-        note = json.loads(pin_file(raw).read_bytes())
+        note = parse_json(read_whole(pin_file(raw), MOST_NOTE))
         return Collected(int(note["images"]), str(note["content_sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from mamldata.digest import sha256_bytes
 from mamldata.errors import Fault, ManifestError, RequestError
+from mamldata.files import MOST_NOTE, MOST_TEXT, read_whole
 from mamldata.root import DatasetFolder
 
 FORMAT = "mamldata-manifest/1"
@@ -251,7 +252,11 @@ def load_manifest(name_or_path: str) -> Manifest:
         path = Path(name_or_path)
         if not path.is_file():
             raise RequestError(f"There is no manifest file {path}.")
-        return parse_manifest(path.read_bytes(), str(path), path.parent, name_or_path)
+        try:
+            data = read_whole(path, MOST_NOTE)
+        except OSError as error:
+            raise ManifestError(str(path), [f"it cannot be read ({error.strerror})"]) from error
+        return parse_manifest(data, str(path), path.parent, name_or_path)
     names = builtin_names()
     if name_or_path not in names:
         if Path(name_or_path).is_dir():
@@ -295,7 +300,7 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(source, [f"not valid TOML: {error}"]) from error
 
 
@@ -578,7 +583,8 @@ def _list_file(split: str, name: str, table: _Table, folder: Traversable) -> tup
         table.fault(split, f"{name!r} must be a path below the manifest's own folder")
         return ()
     try:
-        text = folder.joinpath(*path.parts).read_text(encoding="utf-8")
+        place = folder.joinpath(*path.parts)
+        text = (read_whole(place, MOST_TEXT) if isinstance(place, Path) else place.read_bytes()).decode("utf-8")
     except (OSError, ValueError) as error:
         table.fault(split, f"cannot read the class list {name!r} ({error})")
         return ()

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from mamldata.collect import check_collected, pin_file, read_pin
 from mamldata.digest import canonical_json, content_sha256, md5_file, sha256_file
 from mamldata.errors import DamagedError
-from mamldata.files import write_atomic
+from mamldata.files import MOST_NOTE, read_whole, write_atomic
 from mamldata.manifest import COLLECTED, ImageCollection, Manifest, SourceFile
 from mamldata.progress import Progress, silent
 from mamldata.root import DatasetFolder
@@ -142,7 +142,7 @@ _RECEIPT = re.compile(
 def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
     """The receipt of ``raw/<name>``; None where there is none, or one that nobody wrote so."""
     try:
-        text = folder.receipt(name).read_bytes().decode("ascii")
+        text = read_whole(folder.receipt(name), MOST_NOTE).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
     if (found := _RECEIPT.fullmatch(text)) is None:
@@ -227,7 +227,7 @@ def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, pr
                 f"it, and run: {command} --from FOLDER"
             )
         held = check_collected(manifest, folder.raw, path, progress)
-        pinned = pin.read_bytes() if pin.is_file() else None
+        pinned = read_whole(pin, MOST_NOTE) if pin.is_file() else None
     except DamagedError as error:
         return f"{path} does not have what {manifest.name} needs. {error}"
     except OSError as error:

@@ -6,7 +6,6 @@ as a tar by any tool, or memory-mapped and indexed. ``docs/format.md`` describes
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
+from mamldata.digest import canonical_json, parse_json, sha256_bytes, sha256_file
 from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.errors import DamagedError, RequestError
+from mamldata.files import read_whole
 from mamldata.normalisation import Normalisation
 from mamldata.npy import npy_header
 from mamldata.splits import SPLITS
@@ -29,11 +29,14 @@ from mamldata.splits import SPLITS
 FORMAT = "mamldata/1"
 INDEX = "archive.json"
 INDEX_SUM = "archive.json.sha256"
+MOST_INDEX_BYTES = 1 << 28  # of archive.json: 10**6 classes with names of 200 characters
+MOST_SUM_BYTES = 1 << 10
 BLOCK = 512  # a tar's unit, in bytes
 END = 2 * BLOCK  # two empty blocks close a tar
 MOST_EPISODES = 10**8  # the member names have eight digits
 
 _MOST_MEMBER = 8**11  # a tar header has eleven octal digits for a member's length
+_MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million, and room for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
 
 Bytes = npt.NDArray[np.uint8]
@@ -313,7 +316,12 @@ def read_archive(folder: Path) -> Archive:
             else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: mamldata build NAME --out DIR"
         )
     digest_file = folder / INDEX_SUM
-    return check_archive(path.read_bytes(), digest_file.read_bytes() if digest_file.is_file() else None, path)
+    try:
+        data = read_whole(path, MOST_INDEX_BYTES)
+        declared = read_whole(digest_file, MOST_SUM_BYTES) if digest_file.is_file() else None
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Copy it anew.") from error
+    return check_archive(data, declared, path)
 
 
 def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Archive:
@@ -341,7 +349,7 @@ def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Arc
 
 def parse_plan(data: bytes) -> Archive:
     """An archive whose shards have no digests yet, from the very bytes that its ``to_json`` gave."""
-    return _from_json(json.loads(data))
+    return _from_json(parse_json(data, _MOST_VALUES))
 
 
 def parse_archive(data: bytes) -> Archive:
@@ -351,10 +359,10 @@ def parse_archive(data: bytes) -> Archive:
         DamagedError: not canonical JSON of this format, or its numbers do not fit together.
     """
     try:
-        document = json.loads(data)
+        document = parse_json(data, _MOST_VALUES)
         declared = document["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError("not the description of an archive.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"not the description of an archive ({error}).") from error
     if declared != FORMAT:
         raise DamagedError(f"its format is {declared!r}; this version of mamldata reads {FORMAT!r}.")
     try:

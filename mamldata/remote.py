@@ -25,7 +25,17 @@ from typing import Any, Self
 import requests
 
 from mamldata.ahead import Ahead
-from mamldata.archive import INDEX, INDEX_SUM, Archive, Shard, index_sum, open_shard, parse_archive
+from mamldata.archive import (
+    INDEX,
+    INDEX_SUM,
+    MOST_INDEX_BYTES,
+    MOST_SUM_BYTES,
+    Archive,
+    Shard,
+    index_sum,
+    open_shard,
+    parse_archive,
+)
 from mamldata.digest import chunks, sha256_bytes
 from mamldata.download import (
     Network,
@@ -45,7 +55,6 @@ _log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unles
 
 _REMEDY = "Check the address and the network, and try again."
 _REMEDY_WRONG = "The copy at that address is damaged, or of another archive: tell who keeps it."
-_MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
 _HEADWAY = 1 << 20  # bytes that make a try worth its while
 _AHEAD = 2  # shards that are fetched while one is read from
 _WINDOW = 2 + _AHEAD  # shards that are kept without a cache: the one in use, the one before, and the next ones
@@ -63,7 +72,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
     shown = shown_place(join(url, INDEX))
     with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
         found = []
-        for name, bound in ((INDEX, _MOST_INDEX), (INDEX_SUM, 1 << 10)):
+        for name, bound in ((INDEX, MOST_INDEX_BYTES), (INDEX_SUM, MOST_SUM_BYTES)):
             path = Path(place) / name
             _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
             found.append(path.read_bytes())

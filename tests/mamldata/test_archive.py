@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mamldata.archive as archive_module
 from mamldata.archive import (
     BLOCK,
     END,
@@ -376,6 +378,33 @@ class TestCrafted:
         """What is no description at all is called that."""
         with pytest.raises(DamagedError, match="not the description of an archive"):
             parse_archive(data)
+
+    def test_a_bomb_of_small_values(self):
+        """Millions of empty lists are counted, and none of them is made."""
+        data = b"[" + b"[]," * (5 << 20) + b"[]]"
+        tracemalloc.start()
+        try:
+            with pytest.raises(DamagedError, match=r"not the description of an archive \(more than 8,388,608 values"):
+                parse_archive(data)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_a_million_classes_have_fewer_values(self, document):
+        """What is refused as a bomb is more than 10**6 classes with a comma or two in their names."""
+        split = document["splits"]["train"]
+        classes = [{**split["classes"][0], "name": f"tench, Tinca tinca {number}"} for number in range(1000)]
+        data = canonical_json({**split, "classes": classes})
+        assert 1000 * sum(map(data.count, (b",", b"[", b"{"))) < archive_module._MOST_VALUES
+
+    def test_a_file_that_is_longer_than_any_index(self, own):
+        """Its length is looked at before it is read."""
+        with (own / INDEX).open("rb+") as stream:
+            stream.truncate((1 << 28) + 1)
+        with pytest.raises(
+            DamagedError, match=r"archive\.json cannot be read \(268,435,457 bytes, more than the 268,435,456"
+        ):
+            read_archive(own)
 
     def test_deeply_nested_json(self):
         """Nesting that exhausts the parser is one more kind of damage."""

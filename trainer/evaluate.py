@@ -110,7 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
 
-    On a CPU as many episodes of a batch are under way at once as torch has threads; see ``each_task``. Keeps no graph beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
+    On a CPU as many episodes of a batch are under way at once as torch has threads; see ``each_task``. Keeps no graph
+    beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
 
     Args:
         network: on the device of the episodes.

@@ -79,7 +79,7 @@ class _NarrowInFloat32(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ARG002
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = MappingProxyType({}),
     ) -> Any:

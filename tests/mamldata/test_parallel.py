@@ -192,11 +192,8 @@ def test_default_workers() -> None:
         ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000", "cpu.max": "max 100000"}, [2.0]),
         ("0::/a/b", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "50000 100000"}, [3.0, 0.5]),
         ("0::/hidden/in/the/container", {"cpu.max": "400000 100000"}, [4.0]),
-        (
-            "3:cpuset:/\n2:cpu,cpuacct:/a",
-            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "100000"},
-            [2.5],
-        ),
+        ("3:cpuset:/\n2:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, [2.5]),
+        ("1:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "25000"}, [2.0]),
         ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
         ("1:name=systemd:/\n0::/", {}, []),
     ],

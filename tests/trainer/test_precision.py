@@ -91,19 +91,19 @@ def test_bf16_is_near_to_fp32(order, bn, engine) -> None:
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.8
 
 
+CONVOLUTIONS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}  # place of x
+
+
 class Convolutions(TorchDispatchMode):
     """Counts the convolutions of images, and their gradients, by dtype and by whether an image is narrow."""
-
-    IMAGE = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[tuple[torch.dtype, bool]] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
-        if func in self.IMAGE:
-            image = args[self.IMAGE[func]]
-            transposed = args[6 + self.IMAGE[func]]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in CONVOLUTIONS:
+            image, transposed = args[CONVOLUTIONS[func]], args[CONVOLUTIONS[func] + 6]
             if not transposed:  # else it is a gradient that is enlarged to an image
                 self.seen[image.dtype, 1 in image.shape[-2:]] += 1
         return func(*args, **(kwargs or {}))

@@ -20,24 +20,22 @@ def each_task(
     network: nn.Module,
     tasks: Sequence[Item],
     device: torch.device,
-    *,
-    divide: bool = False,
 ) -> Iterator[Result]:
     """``work(network, task)`` of each task, in order.
 
     On a CPU with several threads each task has one of them to itself, where torch would divide each single operation
-    among all: those of one episode are too small for that. A result does not depend on how many tasks are under way,
-    and memory holds the graphs of as many. Elsewhere it is a plain loop.
+    among all. The operations of one episode are too small for that, and where other programs use the processors, too,
+    the threads that share an operation spend their time waiting for the one that does not run. A result does not
+    depend on how many tasks are under way, and memory holds the graphs of as many. Elsewhere it is a plain loop.
 
     Args:
         work: a pure function; it may put other parameters into the network for a while (``functional_call``).
         network: shared by all tasks; a thread has a copy of its own, with the same parameters.
         tasks: of a meta-batch.
         device: of the tasks.
-        divide: let torch divide single operations nevertheless, one task after the other.
     """
     threads = torch.get_num_threads()
-    crew = min(threads, len(tasks)) if device.type == "cpu" and not divide else 1
+    crew = min(threads, len(tasks)) if device.type == "cpu" else 1
     if crew == 1:
         yield from (work(network, task) for task in tasks)
         return
@@ -53,6 +51,7 @@ def each_task(
             copies.put(own)
 
     try:
+        torch.set_num_threads(1)  # the caller works on the results meanwhile
         with ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,)) as pool:
             yield from pool.map(one, tasks)
     finally:

@@ -28,12 +28,14 @@ from trainer.adapt import (
 )
 from trainer.allocator import keep_large_buffers
 from trainer.checkpoint import Checkpoint, find_best, load_checkpoint
+from trainer.crew import each_task
 from trainer.distributed import ALONE, World
 from trainer.features import head_on_features
 from trainer.intervals import half_width
 from trainer.precision import pick_precision, precision_of, set_precision
 from trainer.protocol import TrainData
 from trainer.settings import pick_device, saved_settings
+from trainer.threads import limited_threads
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
 
-    Keeps no graph beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
+    On a CPU as many episodes of a batch are under way at once as torch has threads; see ``each_task``. Keeps no graph
+    beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
 
     Args:
         network: on the device of the episodes.
@@ -123,10 +126,15 @@ def evaluate(
         RequestError: fewer than two episodes, which give no interval.
     """
     parameters: Parameters = {**dict(network.named_parameters()), **(learned or {})}
+
+    def one(own: nn.Module, episode: Episode) -> Tensor:
+        with torch.no_grad():  # each thread has a mode of its own
+            return measure(own, parameters, episode, inner)
+
     rows, index = [], []
-    with torch.no_grad(), world.together():
+    with world.together():
         for batch in batches:
-            rows += [measure(network, parameters, one, inner) for one in episodes(batch)]
+            rows += each_task(one, network, list(episodes(batch)), batch.support_x.device)
             index.append(batch.index)
     # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
     table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
@@ -240,7 +248,8 @@ def evaluate_checkpoint(
         network, learned = network.to(where), {name: value.to(where) for name, value in beside.items()}
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    evaluation = evaluate(network, batches, inner, about, split, learned, world)
+    with limited_threads():
+        evaluation = evaluate(network, batches, inner, about, split, learned, world)
     return replace(evaluation, trained_on=_origin(checkpoint.data, about))
 
 

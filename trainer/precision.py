@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from mamldata.errors import RequestError
 
@@ -55,6 +59,32 @@ def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> 
     if precision_of(network) != "bf16":
         result = functional_call(network, parameters, inputs)
         return result
-    with torch.autocast(next(iter(parameters.values())).device.type, dtype=torch.bfloat16):
+    device = next(iter(parameters.values())).device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
+        if device == "cpu":
+            stack.enter_context(_NarrowInFloat32())
         result = functional_call(network, parameters, inputs)
     return result.float()
+
+
+class _NarrowInFloat32(TorchFunctionMode):
+    """Convolutions of images that are one pixel wide or high are computed in float32, and so are their gradients.
+
+    On a CPU with bfloat16 instructions, oneDNN's gradient of the weights reads memory that nothing has written if the
+    image is narrower than the stride and padded (torch 2.15, oneDNN 3.13): it comes out as NaN, or as a wrong number.
+    The networks' strides are 1 and 2. Such images are a small part of the work.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = MappingProxyType({}),
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.conv2d or 1 not in args[0].shape[-2:]:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*(value.float() if isinstance(value, Tensor) else value for value in args), **kwargs)

@@ -27,6 +27,7 @@ from trainer.protocol import TrainData, TrainStream, endless
 from trainer.rates import rate_lines
 from trainer.run import alone_in, begin_run, open_run, require_agreement
 from trainer.settings import TrainSettings, pick_device
+from trainer.threads import limited_threads
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def train(
         data: the episodes.
         run_dir: made if need be.
         resume: go on with the run in ``run_dir``; start it if there is nothing yet.
-        report: told of the progress, a line at a time.
+        report: told of the threads on a CPU, and of the progress, a line at a time.
         world: the processes that train together, as ``trainer.distributed.joined`` gives it. The first one writes and
             reports; ``run_dir`` need not be there for the others.
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
         StoppedError: such a signal came; the run is saved, and can be resumed.
-        DivergedError: training has diverged.
+        DivergedError: a loss or a gradient is not finite; no checkpoint has weights that such a gradient changed.
         PeerError: it is another process that fails, and says why.
         LostPeerError: another process is gone.
         DamagedError: a checkpoint that is needed is damaged.
@@ -104,7 +105,11 @@ def train(
         with world.together():
             if world.first:
                 held.enter_context(alone_in(run_dir))
-        run = _Run(learner, data, about, run_dir, world, report if world.first else _silent)
+        report = report if world.first else _silent
+        threads = held.enter_context(limited_threads())
+        if device.type == "cpu":
+            report(f"Computing with {threads}.")
+        run = _Run(learner, data, about, run_dir, world, report)
         return run.go(stop, resume=resume)
 
 
@@ -207,6 +212,8 @@ class _Run:
             while True:
                 asked = time.perf_counter()
                 with world.together(stop):
+                    if learner.device.type == "cpu":  # a GPU would be waited for, and is asked with the log line
+                        self.window.require_finite()
                     batch = next(batches)
                     waited = time.perf_counter() - asked
 
@@ -215,8 +222,8 @@ class _Run:
                 logging = self.step % settings.log_every == 0 or validating
                 share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
                 outcome = learner.gradient(batch, self.step - 1, share, world, every_step=logging)
+                self.window.add(batch, outcome, waited, share)  # before clipping, which can hide an infinite gradient
                 learner.descend(outcome, self.step - 1)
-                self.window.add(batch, outcome, waited, share)
                 del batch  # its memory can be used again while the next one is read
 
                 if logging:

@@ -13,6 +13,13 @@ from filelock import FileLock, Timeout
 
 from mamldata.errors import WriteError
 
+FileVersion = tuple[int, int, int, int]
+
+
+def file_version(status: os.stat_result) -> FileVersion:
+    """What changes when a file's content does, also where its date is set back: bytes, inode, mtime and ctime in ns."""
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
 
 def temporary(path: Path) -> Path:
     """The name under which ``path`` is written before it is renamed. One writer at a time: lock first."""

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -249,8 +248,9 @@ class RemoteSource(StoredSource):
         split: ``train``, ``val`` or ``test``.
         verify: hash a shard again when it is opened, though it was hashed when it came.
         episodes: the limit.
-        cache_dir: where shards are kept; None: a temporary folder, which holds four of them and goes with the source.
-        cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
+        cache_dir: where the cache makes a folder of its own for shards; None: a temporary folder, which holds four of
+            them and goes with the source.
+        cache_bytes: upper bound on the shards there, see ``ShardCache``; None: no bound.
         network: how patient to be.
 
     Attributes:
@@ -300,7 +300,7 @@ class RemoteSource(StoredSource):
     def view(self, episodes: int | None = None) -> Self:
         """See ``StoredSource.view``; they have the cache in common, and no shard that is here is fetched again."""
         view = super().view(episodes)
-        view._open, view._ahead = OrderedDict(), Ahead()  # which are for one thread at a time
+        view._open, view._ahead = {}, Ahead()  # which are for one thread at a time
         if not self.cache.lasting:
             weakref.finalize(view, view._ahead.join, 1)  # before the folder that its threads write to goes
         return view
@@ -330,7 +330,7 @@ class RemoteSource(StoredSource):
         mapped = self._ahead.take(number) if number in self._ahead else self._job(number)()
         # A removed file takes its room for as long as it is mapped.
         while self.cache.bytes is not None and self._mapped_bytes() + len(mapped) > self.cache.bytes:
-            self._open.popitem(last=False)
+            del self._open[next(iter(self._open))]
         return self._keep(number, mapped)
 
     def _mapped_bytes(self) -> int:

@@ -7,7 +7,6 @@ import math
 import os
 import resource
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -141,7 +140,7 @@ class StoredSource(ABC):
         self._info = archive_info(self.archive, split)
         self._episodes = _at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
-        self._open: OrderedDict[int, memoryview] = OrderedDict()  # the map that was made first stands first
+        self._open: dict[int, memoryview] = {}
         self._checked: dict[Path, FileVersion] = {}
         self._whole: StoredSource | None = None  # what a view is of, whose temporary folder must stay
 
@@ -163,9 +162,9 @@ class StoredSource(ABC):
 
     def _keep(self, number: int, mapped: Bytes) -> memoryview:
         """Keep a map; where this process has too many, this source's oldest ones make room."""
-        with suppress(KeyError):  # another thread, with a view of this source, has made room too
-            while self._open and open_maps() > _most_maps():
-                self._open.popitem(last=False)
+        while self._open and open_maps() > _most_maps():
+            with suppress(KeyError, StopIteration, RuntimeError):  # a thread with a view of this source makes room, too
+                del self._open[next(iter(self._open))]
         self._open[number] = mapped.data
         return mapped.data
 
@@ -297,7 +296,7 @@ class StoredSource(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process maps and checks shards itself: pickling the maps would copy the archive.
-        return {**self.__dict__, "_open": OrderedDict(), "_checked": {}}
+        return {**self.__dict__, "_open": {}, "_checked": {}}
 
 
 class ArchiveSource(StoredSource):

@@ -15,6 +15,13 @@ from filelock import FileLock, Timeout
 
 from mamldata.errors import WriteError
 
+FileVersion = tuple[int, int, int, int]
+
+
+def file_version(status: os.stat_result) -> FileVersion:
+    """What changes when a file's content does, also where its date is set back: bytes, inode, mtime and ctime in ns."""
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
 
 def open_regular(path: Path) -> IO[bytes]:
     """Open a regular file for reading; never wait for the writer of a pipe, nor read a device, which may not end.

@@ -46,7 +46,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             a network was trained with.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
         cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
-        cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
+        cache_bytes: upper bound on the shards there, see ``mamldata.remote.ShardCache``; None: no bound.
 
     Raises:
         RequestError: the source or an argument cannot be.

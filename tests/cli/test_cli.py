@@ -459,7 +459,7 @@ def test_an_archive_at_an_address(archive: Path, tmp_path: Path):
         assert result.exit_code == 0, result.output
         result = run("preview", address, "--out", tmp_path / "p.png", root=root)
         assert result.exit_code == 0, result.output
-        kept = {path.name for path in (root / "archive-cache").glob("*.tar")}
+        kept = {path.name for path in (root / "archive-cache").glob("mamldata-shards/*.tar")}
         assert len(kept) == 3
         memory.rm("/cli/glyphs-5w1s/test-00000.tar")
         result = run("eval", tmp_path / "run", address, "--device", "cpu", root=root)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import os
 import pickle
 import re
+import resource
 import shutil
 import threading
 import time
@@ -576,10 +578,78 @@ class TestDamage:
         with pytest.raises(DamagedError, match=r"train-00000\.tar \(episodes 0 to 4\) is damaged: sha256 [0-9a-f]{64}"):
             next(iter(stream.to(device) if device else stream))
 
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_shards_exchanged_between_splits(self, own, device):
+        """Shards of the same length in each other's place are an error that names the shard, and not another split."""
+        (own / "train-00000.tar").rename(own / "aside")
+        (own / "val-00000.tar").rename(own / "train-00000.tar")
+        (own / "aside").rename(own / "val-00000.tar")
+        for split in ("train", "val"):
+            stream = EpisodeStream(own, split, shuffle=False)
+            with pytest.raises(DamagedError, match=rf"{split}-00000\.tar holds other episodes than archive\.json says"):
+                next(iter(stream.to(device) if device else stream))
+        with pytest.raises(DamagedError, match=r"train-00000\.tar holds other episodes"):
+            next(iter(EpisodeStream(own, batch_size=BATCH, remix=True)))
+
     def test_no_archive(self, tmp_path):
         """A folder that is no archive is refused with the command that makes one."""
         with pytest.raises(RequestError, match=r"is not an archive.*mamldata build"):
             EpisodeStream(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
+    """An archive of many shards; not to be written to."""
+    out = tmp_path_factory.mktemp("many") / "archive"
+    build(glyphs_manifest, glyphs_bank, out, BuildRequest(2, 1, 1, {"train": 200}, episodes_per_shard=1))
+    return out
+
+
+@pytest.fixture
+def few_descriptors():
+    """The process may have fewer files open than ``many`` has shards; gives how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free + 64, hard))
+    yield 2 * free + 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class TestManyShards:
+    @pytest.mark.parametrize("remix", [False, True])
+    def test_more_shards_than_open_files(self, many, few_descriptors, remix):
+        """They are read in any order, and descriptors stay free for others; where there are enough, all stay mapped."""
+        stream = EpisodeStream(many, batch_size=BATCH, seed=3, remix=remix)
+        found = [kept(stream) for _ in range(2)]
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+        for descriptor in others:
+            os.close(descriptor)
+        source = getattr(stream.source, "source", stream.source)
+        assert 1 < len(source._open) < 200
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (few_descriptors + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
+        roomy = EpisodeStream(many, batch_size=BATCH, seed=3, remix=remix)
+        assert all(same(epoch, kept(roomy)) for epoch in found)
+        assert len(getattr(roomy.source, "source", roomy.source)._open) == 200
+
+    @pytest.mark.usefixtures("few_descriptors")
+    def test_what_was_handed_out_stays(self, many):
+        """A map that has made room for others is good for as long as someone refers to it."""
+        source = ArchiveSource(many)
+        mapped = source._open_shard(7)
+        for number in range(200):
+            source._open.get(number) or source._open_shard(number)
+        assert source._open.get(7) is not mapped
+        assert bytes(mapped) == (many / "train-00007.tar").read_bytes()
+
+    @pytest.mark.usefixtures("few_descriptors")
+    def test_sources_have_room_beside_each_other(self, many):
+        """However many are read from in turn: what one has open leaves others some."""
+        streams = [EpisodeStream(many, shuffle=False) for _ in range(4)]
+        for batches in zip(*streams, strict=True):
+            assert len({batch.query_x.numpy().tobytes() for batch in batches}) == 1
 
 
 class TestRequests:

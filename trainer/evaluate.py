@@ -131,7 +131,8 @@ def evaluate(
         with torch.no_grad():  # each thread has a mode of its own
             return measure(own, parameters, episode, inner)
 
-    rows, index = [], []
+    rows: list[Tensor] = []
+    index: list[Tensor] = []
     with world.together():
         for batch in batches:
             rows += each_task(one, network, list(episodes(batch)), batch.support_x.device)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from types import MappingProxyType
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -76,15 +74,9 @@ class _NarrowInFloat32(TorchFunctionMode):
     The networks' strides are 1 and 2. Such images are a small part of the work.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = MappingProxyType({}),
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.conv2d or 1 not in args[0].shape[-2:]:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*(value.float() if isinstance(value, Tensor) else value for value in args), **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrow = func is torch.conv2d and 1 in args[0].shape[-2:]
+        if narrow:
+            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
+        with torch.autocast("cpu", enabled=False) if narrow else nullcontext():
+            return func(*args, **(kwargs or {}))

@@ -713,13 +713,13 @@ class TestStatefulDataLoader:
 
     def test_what_does_not_fit(self, folder, loader):
         """The state of another stream, or of another number of workers, is refused with the reason."""
-        running = loader(EpisodeStream(folder, None, BATCH), 2)
-        next(iter(running))
-        state = running.state_dict()
+        running = loader(EpisodeStream(folder, None, BATCH), 0)
         with pytest.raises(RequestError, match=r"batch_size: 4 saved, 5 here"):
-            iter(loader(EpisodeStream(folder, None, 5), 2, state))
-        with pytest.raises(RequestError, match=r"worker 0 of 2, and this is worker 0 of 1\. Give .* num_workers=2"):
-            iter(loader(EpisodeStream(folder, None, BATCH), 1, state))
+            iter(loader(EpisodeStream(folder, None, 5), 0, running.state_dict()))
+        passing = iter(EpisodeStream(folder, None, BATCH))
+        share = passing.state_dict() | {"worker": 1, "workers": 2}
+        with pytest.raises(RequestError, match=r"worker 1 of 2, and this is worker 0 of 1\. Give .* num_workers=2"):
+            passing.load_state_dict(share)
 
 
 class TestDamage:

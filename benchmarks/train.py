@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from trainer.system.malloc import keep_large_buffers
 
 ORDERS = ("second", "first")
 INNER_LR = 0.1
+BESIDE = " beside busy processes"
 PLAIN, PLAIN_KEPT = "plain example", "plain example with our allocator and layout"
 
 
@@ -47,21 +49,30 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--threads", type=int, default=default_workers())
+    parser.add_argument(
+        "--beside", type=int, default=0, metavar="N", help="also time each step beside N busy processes"
+    )
     parser.add_argument("--one", metavar="CANDIDATE", help="be this candidate, and take a step for each line")
     options = parser.parse_args()
     if options.one:
         take_steps(options)
         return
     results: dict[str, dict[str, float]] = {}
-    ratios = {}
+    ratios, slower = {}, {}
     with ExitStack() as stack:
+        busy = stack.enter_context(Busy(options.beside))
         workers = {name: stack.enter_context(Worker(name, options.threads)) for name in options.candidates}
         for steps in options.inner_steps:
             for order in ORDERS:
                 what = f"{order} order, {steps} inner step{'s' if steps > 1 else ''}"
-                found = in_turn({name: worker.task(steps, order) for name, worker in workers.items()}, options.repeats)
+                tasks = {name: worker.task(steps, order) for name, worker in workers.items()}
+                if options.beside:
+                    tasks |= {f"{name}{BESIDE}": busy.beside(task) for name, task in tasks.items()}
+                found = in_turn(tasks, options.repeats)
                 for name, worker in workers.items():
                     found[name]["cpu_seconds"] = worker.cpu_seconds()
+                    if options.beside:
+                        slower[f"{what}, {name}"] = ratio(found, name, f"{name}{BESIDE}")
                 results |= {f"{what}, {name}": value for name, value in found.items()}
                 ratios |= {f"{what}, {name}": ratio(found, name, PLAIN) for name in found if PLAIN in found}
     report(
@@ -74,10 +85,43 @@ def main() -> None:
             "device": options.device,
             "torch": torch.__version__,
             "threads": options.threads,
+            "busy processes beside": options.beside,
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
-        results | {"times as fast as the plain example": ratios},
+        results | {"times as fast as the plain example": ratios, f"times as long{BESIDE}": slower},
     )
+
+
+class Busy:
+    """Processes that use a processor each, but only when they are told to."""
+
+    def __init__(self, count: int) -> None:
+        self._processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        self._tell(signal.SIGSTOP)
+
+    def __enter__(self) -> Busy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+    def beside(self, work: Callable[[], int]) -> Callable[[], int]:
+        """Work while they do."""
+
+        def both() -> int:
+            self._tell(signal.SIGCONT)
+            done = work()
+            self._tell(signal.SIGSTOP)
+            return done
+
+        return both
+
+    def _tell(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send_signal(number)
 
 
 class Worker:

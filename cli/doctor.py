@@ -16,7 +16,9 @@ from mamldata.root import data_root
 @json_option
 def command(root: str | None, as_json: bool) -> None:
     """Print versions, devices, folders and free space: what a bug report needs."""
-    report = examine(data_root(root))
+    from trainer.system.threads import choose_threads
+
+    report = {**examine(data_root(root)), "threads": str(choose_threads())}
     if as_json:
         print_json(report)
         return

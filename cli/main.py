@@ -72,6 +72,11 @@ class Verbs(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line, and end the process."""
+        # Threads that share one of torch's operations wait for the last of them by spinning, by default for so long
+        # that, where other programs use the processors too, they take the time in which that one could run. libgomp
+        # reads this when torch is loaded; long enough for the next operation to find them awake.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +63,11 @@ class Ahead(Generic[Key, Result]):
             raise
         del self._jobs[key]
         return result
+
+    def keep_only(self, keys: Container[Key]) -> None:
+        """Forget all other jobs; those of them that are under way go on, and what they give is dropped."""
+        for key in [key for key in self._jobs if key not in keys]:
+            del self._jobs[key]
 
     def join(self, seconds: float) -> None:
         """Wait for each thread, but not for ever."""

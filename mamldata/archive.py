@@ -6,22 +6,25 @@ as a tar by any tool, or memory-mapped and indexed. ``docs/format.md`` describes
 
 from __future__ import annotations
 
-import json
 import math
+import mmap
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
-from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
+from mamldata.digest import canonical_json, parse_json, sha256_bytes, sha256_file
+from mamldata.episodes import ROTATIONS, ClassTable, EpisodeSampler, EpisodeSpec, quarter_turns
 from mamldata.errors import DamagedError, RequestError
+from mamldata.files import FileVersion, file_version, read_whole
 from mamldata.normalisation import Normalisation
 from mamldata.npy import npy_header
 from mamldata.splits import SPLITS
@@ -29,14 +32,21 @@ from mamldata.splits import SPLITS
 FORMAT = "mamldata/1"
 INDEX = "archive.json"
 INDEX_SUM = "archive.json.sha256"
+MOST_INDEX_BYTES = 1 << 28  # of archive.json: 10**6 classes with names of 200 characters
+MOST_SUM_BYTES = 1 << 10
 BLOCK = 512  # a tar's unit, in bytes
 END = 2 * BLOCK  # two empty blocks close a tar
 MOST_EPISODES = 10**8  # the member names have eight digits
 
 _MOST_MEMBER = 8**11  # a tar header has eleven octal digits for a member's length
+_MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million, and room for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
+_MOST_POOL = 1 << 24  # numbers that the drawing of an episode shuffles, where shards are compared with it
+REMEDY = "Copy it again, or delete it and build the archive again."
 
 Bytes = npt.NDArray[np.uint8]
+
+_maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
 
 
 @dataclass(frozen=True)
@@ -313,7 +323,12 @@ def read_archive(folder: Path) -> Archive:
             else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: mamldata build NAME --out DIR"
         )
     digest_file = folder / INDEX_SUM
-    return check_archive(path.read_bytes(), digest_file.read_bytes() if digest_file.is_file() else None, path)
+    try:
+        data = read_whole(path, MOST_INDEX_BYTES)
+        declared = read_whole(digest_file, MOST_SUM_BYTES) if digest_file.is_file() else None
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Copy it anew.") from error
+    return check_archive(data, declared, path)
 
 
 def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Archive:
@@ -341,7 +356,7 @@ def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Arc
 
 def parse_plan(data: bytes) -> Archive:
     """An archive whose shards have no digests yet, from the very bytes that its ``to_json`` gave."""
-    return _from_json(json.loads(data))
+    return _from_json(parse_json(data, _MOST_VALUES))
 
 
 def parse_archive(data: bytes) -> Archive:
@@ -351,10 +366,10 @@ def parse_archive(data: bytes) -> Archive:
         DamagedError: not canonical JSON of this format, or its numbers do not fit together.
     """
     try:
-        document = json.loads(data)
+        document = parse_json(data, _MOST_VALUES)
         declared = document["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError("not the description of an archive.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"not the description of an archive ({error}).") from error
     if declared != FORMAT:
         raise DamagedError(f"its format is {declared!r}; this version of mamldata reads {FORMAT!r}.")
     try:
@@ -466,23 +481,37 @@ def check_size(path: Path, shard: Shard) -> None:
         got = path.stat().st_size
     except FileNotFoundError:
         raise DamagedError(
-            f"The shard {path} is missing (episodes {_range(shard)}). Copy it anew, or build the archive again."
+            f"The shard {path} is missing (episodes {_range(shard)}). Copy it again, or build the archive again."
         ) from None
     if got != shard.bytes:
         raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. "
-            "Copy it anew, or build the archive again."
+            f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}"
         )
 
 
-def open_shard(path: Path, shard: Shard, layout: EpisodeLayout, *, verify: bool = False) -> Bytes:
+def open_shard(
+    path: Path,
+    shard: Shard,
+    layout: EpisodeLayout,
+    *,
+    verify: bool = False,
+    sampler: EpisodeSampler | None = None,
+    checked: MutableMapping[Path, FileVersion] | None = None,
+    remedy: str = REMEDY,
+) -> Bytes:
     """Memory-map a shard after checking its length and every header in it.
+
+    The map keeps one file descriptor until nothing refers to it.
 
     Args:
         path: the shard's file.
         shard: what ``archive.json`` says of it.
         layout: the archive's.
         verify: hash the whole file too, so that flipped pixels are noticed.
+        sampler: of the shard's split; the first and the last episode must then be those that it draws, so that a
+            shard of another split, which can have the same length and headers, is noticed.
+        checked: which version of each file has passed these checks; that one is mapped without them.
+        remedy: the last sentence of errors.
 
     Returns:
         uint8 ``[bytes]``, read-only.
@@ -491,18 +520,32 @@ def open_shard(path: Path, shard: Shard, layout: EpisodeLayout, *, verify: bool 
         DamagedError: naming the shard, and the episode where one can be named.
     """
     check_size(path, shard)
-    mapped = np.asarray(np.memmap(path, np.uint8, "r"))
+    with path.open("rb") as stream:
+        version = file_version(os.fstat(stream.fileno()))
+        map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+    _maps.add(map_)
+    mapped = np.frombuffer(map_, dtype=np.uint8)
+    if checked is not None and checked.get(path) == version:
+        return mapped
     if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
-        raise DamagedError(
-            f"The shard {path} is damaged: episode {broken} does not start as it should. "
-            "Copy it anew, or delete it and build the archive again."
-        )
+        raise DamagedError(f"The shard {path} is damaged: episode {broken} does not start as it should. {remedy}")
     if verify and (got := sha256_file(path)) != shard.sha256:
         raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. "
-            "Copy it anew, or delete it and build the archive again."
+            f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
         )
+    if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
+        raise DamagedError(
+            f"The shard {path} holds other episodes than {INDEX} says: episode {other} in it is not the one that the "
+            f"settings there give. It may be the shard of another split or archive. {remedy}"
+        )
+    if checked is not None:
+        checked[path] = version
     return mapped
+
+
+def open_maps() -> int:
+    """How many shards this process has mapped; each map keeps a file descriptor."""
+    return len(_maps)
 
 
 def _range(shard: Shard) -> str:
@@ -524,4 +567,20 @@ def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) ->
             return first + int(np.argmin(good))
     if mapped[-END:].any():
         return shard.first_episode + shard.episodes - 1
+    return None
+
+
+def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
+    """The index of the first or last episode of a shard if it is not the one that is drawn for its index.
+
+    None also for classes of so many images that drawing one episode takes more than 64 MiB: a forged ``archive.json``
+    can claim that.
+    """
+    if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
+        return None
+    stored = layout.view(mapped, layout.source)
+    for place in (0, shard.episodes - 1):
+        index = shard.first_episode + place
+        if not np.array_equal(stored[place], sampler.sample(index, 1)[0]):
+            return index
     return None

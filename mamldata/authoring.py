@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
-
 from mamldata.collect import digest_images
 from mamldata.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
+from mamldata.decode import open_image
 from mamldata.digest import content_sha256, sha256_file
 from mamldata.errors import RequestError
 from mamldata.files import make_folder, write_atomic
@@ -199,9 +197,9 @@ def _file(path: Path) -> Iterator[str]:
 def _recipe(sample: bytes) -> ImageRecipe:
     """A folder's, but of the images' own size if they are smaller than is usual, and grey if they are."""
     try:
-        with Image.open(io.BytesIO(sample)) as image:
+        with open_image(sample) as image:
             size, channels = min(FOLDER_IMAGES.size, *image.size), 1 if image.mode in _GREY else 3
-    except (UnidentifiedImageError, OSError):
+    except ValueError:
         return FOLDER_IMAGES
     return replace(FOLDER_IMAGES, size=size, channels=channels)
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from mamldata.checked import hash_and_note, is_noted
 from mamldata.decode import decode_image
-from mamldata.digest import canonical_json, sha256_bytes
+from mamldata.digest import canonical_json, parse_json, sha256_bytes
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
-from mamldata.files import commit, locked, make_folder, require_space, temporary, write_atomic, writing
+from mamldata.files import commit, locked, make_folder, read_whole, require_space, temporary, write_atomic, writing
 from mamldata.left_out import LeftOut, group
 from mamldata.manifest import ImageRecipe, Manifest
 from mamldata.normalisation import Normalisation, normalisation
@@ -36,6 +36,8 @@ from mamldata.root import DatasetFolder
 from mamldata.snapshot import folder_sha256
 
 FORMAT = "mamldata-bank/3"  # goes up when the same raw images come out as other pixels
+_MOST_BYTES = 1 << 28  # of a bank's JSON
+_MOST_VALUES = 1 << 24  # in it: 10**6 classes have 13 million
 _TASK_IMAGES = 4096  # opening a zip of 20,000 members takes as long as decoding some hundred images
 _TASK_BYTES = 64 << 20  # of the bank, mapped and written by one worker at a time
 _CHUNK_BYTES = 4 << 20
@@ -298,9 +300,14 @@ def read_description(path: Path) -> dict[str, Any]:
         DataMissingError: it is another user's, who keeps it private.
     """
     _require_right_to_read(path)
-    data = path.read_bytes()
     try:
-        description: dict[str, Any] = json.loads(data)
+        data = read_whole(path, _MOST_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror}). Delete it and run the command again.") from error
+    try:
+        description: dict[str, Any] = parse_json(data, _MOST_VALUES)
         claimed = description.pop("description_sha256")
         intact = _described(description) == data and claimed == sha256_bytes(canonical_json(description))
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mamldata.buffers import BufferPool
+from mamldata.errors import RequestError
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices, Order, shard_runs, share
 from mamldata.sources import Source, StoredSource
@@ -34,6 +36,21 @@ class EpisodeBatch(NamedTuple):
     query_x: torch.Tensor
     query_y: torch.Tensor
     index: torch.Tensor  # type: ignore[assignment]  # the field's word; tuple.index is of no use here
+
+
+def _refuse_to_collate(*_: Any, **__: Any) -> None:
+    raise RequestError(
+        "A stream makes its meta-batches itself, and a DataLoader must not make batches of them. Write "
+        "DataLoader(stream, batch_size=None)."
+    )
+
+
+# A DataLoader does not tell its dataset the batch_size: that it was forgotten shows first where a batch is collated.
+# torch looks in this table before it takes the type for a named tuple. Without the table, only this message would go.
+with contextlib.suppress(ImportError):
+    from torch.utils.data._utils.collate import default_collate_fn_map
+
+    default_collate_fn_map[EpisodeBatch] = _refuse_to_collate
 
 
 class Stored(NamedTuple):

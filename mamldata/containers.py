@@ -19,8 +19,20 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from mamldata.errors import DamagedError
+from mamldata.files import open_regular, read_whole
 
 MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
+# What images are decoded from, by Pillow's names, with the endings of their files. Nothing else is: of its other
+# formats some start programs, such as Ghostscript, and some are there on one machine only.
+IMAGE_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PPM": (".pbm", ".pgm", ".ppm"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+}
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -92,14 +104,28 @@ def _zip_entries(container: Path) -> Iterator[Member | Link]:
 
 
 def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -> Member | Link | None:
-    """An entry of an open zip; None for a folder. A link's target is its content."""
+    """An entry of an open zip; None for a folder. A link's target is its content.
+
+    Raises:
+        DamagedError: it is neither stored nor deflated: Python unpacks the other methods without a bound.
+    """
     if info.is_dir():
         return None
+    if info.compress_type not in _METHODS:
+        method = _UNBOUNDED.get(info.compress_type, "unknown")
+        raise DamagedError(
+            f"{container}: the member {info.filename!r} is compressed by the method {method} "
+            f"({info.compress_type}); only stored and deflated members are read. Pack the files again, by deflate."
+        )
     name = safe_member_name(info.filename, container)
     if not stat.S_ISLNK(info.external_attr >> 16):
         return Member(name, info.file_size, info.CRC, entry=info.header_offset)
     with archive.open(info) as stream:
         return Link(name, os.fsdecode(stream.read(_MOST_PATH)))
+
+
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNBOUNDED = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
 
 
 def _stored_at(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
@@ -117,14 +143,33 @@ _LOCAL_HEADER = 30  # bytes
 def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> list[Member]:
     """The files of an open tar; offsets are those in the file that it is read from."""
     entries: list[Member | Link] = []
-    for info in tar:
+    for info in tar_headers(tar, container):
         entry = tar_entry(info, container)
         if isinstance(entry, Member) and not compressed:
             entry = replace(entry, offset=info.offset_data)
         if entry:
             entries.append(entry)
-        tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
     return follow_links(entries)
+
+
+def tar_headers(tar: tarfile.TarFile, container: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of an open tar, one at a time.
+
+    Raises:
+        DamagedError: more headers than a dataset has images, or headers for all members that grow and grow: compressed,
+            both take next to no room.
+    """
+    for number, info in enumerate(tar):
+        tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
+        if number == _MOST_MEMBERS or sum(map(len, tar.pax_headers.values())) > _MOST_EXTENSION:
+            raise DamagedError(
+                f"{container}: more than {_MOST_MEMBERS:,} members, or more than {_MOST_EXTENSION:,} bytes in the "
+                "headers that hold for all of them; the file is not used."
+            )
+        yield info
+
+
+_MOST_MEMBERS = 1 << 22  # three times those of ImageNet
 
 
 def tar_entry(info: tarfile.TarInfo, container: str) -> Member | Link | None:
@@ -199,7 +244,7 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
         else:
             todo.append(member)
     if container.is_dir():
-        yield from _read_folder(container, todo)
+        yield from _read_folder(container, todo, most_bytes)
     elif all(member.offset is not None for member in todo):
         yield from _read_offsets(container, todo)
     elif is_zip(container):
@@ -241,10 +286,10 @@ def _identity(folder: Path) -> frozenset[tuple[int, int]]:
     return frozenset({(status.st_dev, status.st_ino)})
 
 
-def _read_folder(folder: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
+def _read_folder(folder: Path, wanted: list[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
     for member in wanted:
         try:
-            yield member, (folder / member.name).read_bytes()
+            yield member, read_whole(folder / member.name, most_bytes)
         except OSError as error:
             yield member, f"it cannot be read ({error.strerror})"
 
@@ -272,8 +317,10 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
                 yield member, _GONE
                 continue
             try:
-                with reading_container(container):
-                    data: bytes | str = archive.read(info)
+                with reading_container(container), archive.open(info) as stream:
+                    # One byte more, so that the end is met, where the CRC is looked at; but never all there is: what
+                    # the directory says of a member's length need not be true.
+                    data: bytes | str = stream.read(member.size + 1)
             except DamagedError as error:
                 data = str(error.__cause__ or error)
             yield member, data
@@ -285,8 +332,7 @@ def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member
     for member in wanted:
         left.setdefault(member.entry, []).append(member)
     with reading_container(container), open_tar(container) as tar:
-        for info in tar:
-            tar.members = []  # type: ignore[attr-defined]
+        for info in tar_headers(tar, str(container)):
             members = left.get(info.offset_data, []) if info.isreg() else []
             if members and members[0].size == info.size and (content := tar.extractfile(info)):
                 data = content.read()
@@ -415,7 +461,7 @@ def _has_tar_mark(path: Path) -> bool:
 
     What lacks their mark is read as a stream, which is right for every tar, only slower.
     """
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return stream.read(262)[257:262] == b"ustar"
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from mamldata.containers import is_inside
 from mamldata.errors import Fault, Report
+from mamldata.files import MOST_TEXT, read_whole
 
 HEADER = ["filename", "label"]
+_MOST_LINES = 1 << 21  # ImageNet has 1.28 million images
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Row:
 def read_rows(path: Path, split: str, report: Report) -> list[Row]:
     """The good rows of a split file; every other one is reported with its line."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_whole(path, MOST_TEXT).decode("utf-8-sig")
+    except OSError as error:
+        report(Fault("table", f"{path.name}: it cannot be read ({error.strerror})"))
+        return []
     except UnicodeDecodeError as error:
         report(Fault("table", f"{path.name}: not a text in UTF-8 ({error})"))
         return []
@@ -49,6 +54,9 @@ def read_rows(path: Path, split: str, report: Report) -> list[Row]:
             report(Fault("table", f"{path.name}, line 1: the header is {','.join(header)!r}, not {','.join(HEADER)!r}"))
             return []
         for fields in lines:
+            if lines.line_num > _MOST_LINES:
+                report(Fault("table", f"{path.name}: more than {_MOST_LINES:,} lines"))
+                return []
             if fields:
                 rows += _row(fields, split, path.name, lines.line_num, report)
     except csv.Error as error:

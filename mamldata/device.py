@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from mamldata.stream import EpisodeStream
 
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
+
+_NOT_IN_A_LOADER = (
+    "A DataLoader takes the stream itself, not what .to(device) gives: write DataLoader(stream, batch_size=None), or "
+    "leave the DataLoader out, because stream.to(device) reads ahead by itself."
+)
 
 _PATIENCE = 1  # seconds that the end of a loop waits for the read that is under way
 
@@ -58,7 +63,18 @@ class DeviceStream:
         return self.stream.info
 
     def __len__(self) -> int:
-        return len(self.stream)
+        try:
+            return len(self.stream)
+        except TypeError as error:  # a DataLoader, too, asks for the length first
+            raise TypeError(f"{error} {_NOT_IN_A_LOADER}") from None
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse what a DataLoader asks for, which takes this for a dataset with indices.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError(_NOT_IN_A_LOADER)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer stands; see ``EpisodeStream.state_dict``."""

@@ -18,9 +18,11 @@ from mamldata.containers import (
     open_tar,
     reading_container,
     tar_entry,
+    tar_headers,
     zip_entry,
 )
 from mamldata.errors import DamagedError
+from mamldata.files import open_regular
 
 CHUNK = 1 << 20
 
@@ -31,6 +33,23 @@ def canonical_json(value: Any) -> bytes:
     return text.encode("ascii") + b"\n"
 
 
+def parse_json(data: bytes, most_values: int = 1 << 20) -> Any:
+    """The value of a JSON text of at most ``most_values`` values, which are counted before any of them is made.
+
+    An empty list is two bytes of JSON and 64 of memory. Each value stands behind a comma or a bracket; those in strings
+    count too, so leave room for them.
+
+    Raises:
+        ValueError: it is no JSON, has more values, or is nested too deep.
+    """
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of ``data``, in hex."""
     return hashlib.sha256(data).hexdigest()
@@ -39,7 +58,7 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path, advance: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file's bytes, in hex; ``advance`` is told of each chunk's length."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         for chunk in chunks(stream):
             digest.update(chunk)
             if advance:
@@ -112,6 +131,6 @@ def _entries(path: Path) -> Iterator[tuple[Member | Link, IO[bytes]]]:
                         yield entry, stream
         return
     with open_tar(path) as tar:
-        for header in tar:
+        for header in tar_headers(tar, str(path)):
             if entry := tar_entry(header, str(path)):
                 yield entry, (tar.extractfile(header) if isinstance(entry, Member) else None) or io.BytesIO()

@@ -22,8 +22,9 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from mamldata.deadlines import TimedAdapter
+from mamldata.digest import parse_json
 from mamldata.errors import RequestError
-from mamldata.files import temporary, write_atomic, writing
+from mamldata.files import MOST_NOTE, read_whole, temporary, write_atomic, writing
 from mamldata.places import shown_place, shown_text
 from mamldata.version import __version__
 
@@ -134,7 +135,7 @@ class Part:
     def validator(self, url: str) -> str | None:
         """What the server at ``url`` called the version of the file that these bytes are of, if they are from there."""
         try:
-            note = json.loads(self._note.read_bytes())
+            note = parse_json(read_whole(self._note, MOST_NOTE))
             url_noted, validator = note["url"], note["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             return None

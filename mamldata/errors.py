@@ -57,7 +57,7 @@ class WriteError(MamldataError):
 
 
 class DivergedError(MamldataError):
-    """Training whose loss is no number any more."""
+    """Training whose loss or gradient is not finite any more."""
 
 
 class StoppedError(MamldataError):

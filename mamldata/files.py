@@ -5,13 +5,53 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from mamldata.errors import WriteError
+
+FileVersion = tuple[int, int, int, int]
+
+
+def file_version(status: os.stat_result) -> FileVersion:
+    """What changes when a file's content does, also where its date is set back: bytes, inode, mtime and ctime in ns."""
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for reading; never wait for the writer of a pipe, nor read a device, which may not end.
+
+    Raises:
+        OSError: as ``open`` does, and for whatever is no regular file.
+    """
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+    return stream
+
+
+def read_whole(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a regular file of at most ``most_bytes``.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is longer.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > most_bytes:
+            raise OSError(errno.EINVAL, f"{size:,} bytes, more than the {most_bytes:,} that it may have", str(path))
+        return stream.read(size)
+
+
+NOT_REGULAR = "not a regular file"
+MOST_NOTE = 1 << 24  # bytes of a receipt, a pin, a note, or a TOML file
+MOST_TEXT = 1 << 26  # bytes of a list of classes or images: ImageNet's 1.28 million images take 40 MB
 
 
 def temporary(path: Path) -> Path:

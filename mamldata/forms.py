@@ -9,10 +9,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from mamldata.containers import ARCHIVE_SUFFIXES, Member, list_members, open_tar, reading_container, tar_members
+from mamldata.containers import (
+    ARCHIVE_SUFFIXES,
+    MOST_IMAGE_BYTES,
+    Member,
+    list_members,
+    open_tar,
+    reading_container,
+    tar_members,
+)
 from mamldata.csv_splits import Row
 from mamldata.errors import DamagedError, Fault, Report, RequestError
 from mamldata.manifest import ImageForm
@@ -304,12 +313,27 @@ def _load_pickle(file: Path) -> tuple[StoredArray, dict[str, list[int]]]:
         named = {_label(key): value for key, value in values.items()} if isinstance(values, dict) else {}
         array, classes = named.get("image_data"), named.get("class_dict")
         shaped = isinstance(array, StoredArray) and array.dtype == np.uint8 and len(array.shape) == 4
-        if not isinstance(array, StoredArray) or not shaped or array.shape[3] != 3 or not isinstance(classes, dict):
+        if (
+            not isinstance(array, StoredArray)
+            or not shaped
+            or array.shape[3] != 3
+            or math.prod(array.shape[1:]) > MOST_IMAGE_BYTES
+            or not isinstance(classes, dict)
+            or _count_numbers(classes) > min(array.shape[0], _MOST_NUMBERS)
+        ):
             raise DamagedError(
                 f"{file} is not laid out as MiniImagenet's caches are: a dict with image_data, uint8 [n, H, W, 3], and "
                 "class_dict."
             )
         return array, {_label(key): _numbers(value, stream, file) for key, value in classes.items()}
+
+
+def _count_numbers(classes: Mapping[Any, Any]) -> int:
+    """How many numbers the arrays of a dict have, one under several keys as often as it stands there."""
+    return sum(math.prod(value.shape) for value in classes.values() if isinstance(value, StoredArray))
+
+
+_MOST_NUMBERS = 1 << 24
 
 
 def _label(key: object) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from mamldata.errors import RequestError, did_you_mean
+from mamldata.errors import ManifestError, RequestError, did_you_mean
+from mamldata.files import MOST_NOTE, read_whole
 from mamldata.folder import folder_manifest
 from mamldata.manifest import Manifest
 from mamldata.manifest_toml import builtin_names, parse_manifest
@@ -25,7 +26,11 @@ def load_manifest(name_or_path: str) -> Manifest:
         path = Path(name_or_path)
         if not path.is_file():
             raise RequestError(f"There is no manifest file {path}.")
-        return parse_manifest(path.read_bytes(), str(path), path.parent, name_or_path)
+        try:
+            data = read_whole(path, MOST_NOTE)
+        except OSError as error:
+            raise ManifestError(str(path), [f"it cannot be read ({error.strerror})"]) from error
+        return parse_manifest(data, str(path), path.parent, name_or_path)
     names = builtin_names()
     if name_or_path not in names:
         if Path(name_or_path).is_dir():

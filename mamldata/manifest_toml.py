@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from mamldata.episodes import ROTATIONS
 from mamldata.errors import ManifestError
+from mamldata.files import MOST_TEXT, read_whole
 from mamldata.manifest import COLLECTED, PIN, ImageCollection, ImageForm, ImageRecipe, Manifest, SourceFile
 from mamldata.readers import DAMAGED, READERS, ReaderRecipe
 from mamldata.splits import SPLITS, SplitScheme
@@ -266,7 +267,8 @@ def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tupl
         table.fault(split, f"{name!r} must be a path below the manifest's own folder")
         return ()
     try:
-        text = folder.joinpath(*path.parts).read_text(encoding="utf-8")
+        place = folder.joinpath(*path.parts)
+        text = (read_whole(place, MOST_TEXT) if isinstance(place, Path) else place.read_bytes()).decode("utf-8")
     except (OSError, ValueError) as error:
         table.fault(split, f"cannot read the class list {name!r} ({error})")
         return ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor
 from itertools import islice
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -20,9 +22,43 @@ _MOST_IN_FLIGHT = 4096  # keeps a large cluster busy, and memory small
 
 
 def default_workers() -> int:
-    """The processors that this process may use."""
+    """The processors that this process may use: those it is bound to, or fewer if its container gets less time.
+
+    Part of a processor counts as a whole one.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(count, math.ceil(min(_cgroup_limits(Path("/")), default=count))))
+
+
+def _cgroup_limits(root: Path) -> Iterator[float]:
+    """The processor time that each control group of this process is limited to, in processors; Linux only.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and .../scheduler/sched-bwc.html (version 1).
+
+    Args:
+        root: of the file system.
+    """
+    for line in _words(root / "proc/self/cgroup", "\n"):
+        _, controllers, name = line.split(":", 2)
+        group = PurePosixPath(name.lstrip("/"))
+        for level in (group, *group.parents):  # where a container sees itself as the root, only the last one is there
+            if not controllers:
+                limit = _words(root / "sys/fs/cgroup" / level / "cpu.max")
+            elif "cpu" in controllers.split(","):
+                there = root / "sys/fs/cgroup/cpu" / level
+                limit = _words(there / "cpu.cfs_quota_us") + _words(there / "cpu.cfs_period_us")
+            else:
+                break
+            if len(limit) == 2 and limit[0] not in {"max", "-1"}:
+                yield int(limit[0]) / int(limit[1])
+
+
+def _words(path: Path, separator: str | None = None) -> list[str]:
+    try:
+        return path.read_text().strip().split(separator)
+    except OSError:
+        return []
 
 
 def run_tasks(

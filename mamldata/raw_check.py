@@ -8,6 +8,7 @@ from pathlib import Path
 from mamldata.collect import check_collected
 from mamldata.digest import canonical_json, sha256_file
 from mamldata.errors import DamagedError
+from mamldata.files import MOST_NOTE, read_whole
 from mamldata.manifest import COLLECTED, Manifest, SourceFile
 from mamldata.progress import Progress, silent
 from mamldata.receipts import fetch_command, is_pinned, is_verified, pin_file, read_receipt, verify_file
@@ -53,7 +54,7 @@ def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, pr
                 f"it, and run: {command} --from FOLDER"
             )
         held = check_collected(manifest, folder.raw, path, progress)
-        pinned = pin.read_bytes() if pin.is_file() else None
+        pinned = read_whole(pin, MOST_NOTE) if pin.is_file() else None
     except DamagedError as error:
         return f"{path} does not have what {manifest.name} needs. {error}"
     except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.containers import MOST_IMAGE_BYTES, Member, Window, list_members, read_members
+from mamldata.containers import IMAGE_FORMATS, MOST_IMAGE_BYTES, Member, Window, list_members, read_members
 from mamldata.csv_splits import Row, check_classes, read_rows
 from mamldata.errors import DamagedError, Fault, Report
 from mamldata.left_out import LeftOut, Tally, Why, is_hidden
@@ -33,8 +33,8 @@ READERS: Mapping[str, tuple[str, ...]] = {  # reader: its options
 }
 DAMAGED = ("fail", "leave-out")
 
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".pbm", ".pgm", ".ppm", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
-_MOST_ARRAY_BYTES = 4 << 30
+_IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+_MOST_ARRAY_BYTES = 1 << 28  # of a pickle in a container: CIFAR-100's images are one of 155 MB
 _CIFAR_SHAPE = (3, 32, 32)
 
 Pixels = npt.NDArray[np.uint8]
@@ -373,7 +373,7 @@ def load_member(file: Path, member: Member) -> dict[str, Any]:
     values = load_values(stream, f"{file}, {member.name}")
     if not isinstance(values, dict):
         raise DamagedError(f"{file}, {member.name}: it holds no dict")
-    return {
-        str(key): value.rows(stream, 0, value.shape[0]) if isinstance(value, StoredArray) else value
-        for key, value in values.items()
-    }
+    # A pickle may have one array under many keys: it is read once.
+    arrays = {id(value): value for value in values.values() if isinstance(value, StoredArray)}
+    loaded = {key: array.rows(stream, 0, array.shape[0]) for key, array in arrays.items()}
+    return {str(key): loaded.get(id(value), value) for key, value in values.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from mamldata.digest import canonical_json, content_sha256, md5_file, sha256_file
+from mamldata.digest import canonical_json, content_sha256, md5_file, parse_json, sha256_file
 from mamldata.errors import DamagedError
-from mamldata.files import write_atomic
+from mamldata.files import MOST_NOTE, read_whole, write_atomic
 from mamldata.manifest import COLLECTED, PIN, ImageCollection, Manifest, SourceFile
 from mamldata.root import DatasetFolder
 
@@ -141,7 +140,7 @@ _RECEIPT = re.compile(
 def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
     """The receipt of ``raw/<name>``; None where there is none, or one that nobody wrote so."""
     try:
-        text = folder.receipt(name).read_bytes().decode("ascii")
+        text = read_whole(folder.receipt(name), MOST_NOTE).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
     if (found := _RECEIPT.fullmatch(text)) is None:
@@ -172,7 +171,7 @@ def pin_file(raw: Path) -> Path:
 def read_pin(raw: Path) -> Collected | None:
     """What was collected first; None if nothing was, or the note cannot be read."""
     try:
-        note = json.loads(pin_file(raw).read_bytes())
+        note = parse_json(read_whole(pin_file(raw), MOST_NOTE))
         return Collected(int(note["images"]), str(note["content_sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,22 +11,33 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import requests
 
 from mamldata.ahead import Ahead
-from mamldata.archive import INDEX, INDEX_SUM, Archive, Shard, index_sum, open_shard, parse_archive
-from mamldata.digest import chunks, sha256_bytes
+from mamldata.archive import (
+    INDEX,
+    INDEX_SUM,
+    MOST_INDEX_BYTES,
+    MOST_SUM_BYTES,
+    Archive,
+    Bytes,
+    Shard,
+    index_sum,
+    parse_archive,
+)
+from mamldata.digest import canonical_json, chunks, sha256_bytes, sha256_file
 from mamldata.download import (
     Network,
     Part,
@@ -36,18 +47,25 @@ from mamldata.download import (
     open_session,
     transfer,
 )
-from mamldata.errors import DamagedError, FetchError, RequestError
-from mamldata.files import commit, locked, locked_if_free, make_folder, writing
+from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
+from mamldata.files import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
 from mamldata.places import is_http, join, require_address, shown_place
-from mamldata.sources import Classes, StoredSource
+from mamldata.sources import StoredSource
+
+Opened = TypeVar("Opened")
 
 _log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
 
 _REMEDY = "Check the address and the network, and try again."
 _REMEDY_WRONG = "The copy at that address is damaged, or of another archive: tell who keeps it."
-_MOST_INDEX = 1 << 28  # bytes of archive.json: 10**6 classes
 _HEADWAY = 1 << 20  # bytes that make a try worth its while
 _AHEAD = 2  # shards that are fetched while one is read from
+_OWN = re.compile(r"[0-9a-f]{64}\.tar(\.part)?")  # the names of shards in a cache, whole and under way
+_TAG = b"""\
+Signature: 8a477f597d28d172789f06886806bc55
+# Shards of episode archives, fetched by mamldata, which removes the oldest ones where it is given a bound.
+# Everything here can be fetched again. See https://bford.info/cachedir/
+"""
 _WINDOW = 2 + _AHEAD  # shards that are kept without a cache: the one in use, the one before, and the next ones
 
 
@@ -63,7 +81,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
     shown = shown_place(join(url, INDEX))
     with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
         found = []
-        for name, bound in ((INDEX, _MOST_INDEX), (INDEX_SUM, 1 << 10)):
+        for name, bound in ((INDEX, MOST_INDEX_BYTES), (INDEX_SUM, MOST_SUM_BYTES)):
             path = Path(place) / name
             _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
             found.append(path.read_bytes())
@@ -80,12 +98,20 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
 class ShardCache:
     """Shards in a folder, each named by its SHA-256, so that processes and archives can share it.
 
+    They lie in a folder of their own inside the given one, which may hold other files too: nothing else is removed.
+
+    A shard is hashed as it comes. A record beside it says which version of the file had the right digest; a shard
+    without one, or of another version, is hashed when it is next opened.
+
     Attributes:
-        folder: where they are kept; it must be there.
-        bytes: the most that they may take together, with what killed processes left of others, but for those that
-            other processes fetch at this moment; the least recently used ones make room. None: no bound.
+        folder: where that folder is.
+        bytes: upper bound on the shards and the abandoned partial downloads in it, except those that other processes
+            fetch or open at this moment; the least recently used ones make room. None: no bound.
         network: how patient to be.
         lasting: whether the folder outlives the process: shards are then on the disk before they have their names.
+
+    Raises:
+        WriteError: the folder cannot be made.
     """
 
     folder: Path
@@ -94,24 +120,52 @@ class ShardCache:
     lasting: bool = True
     _coming: dict[tuple[int, Path], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        make_folder(self.own)
+        tag = self.own / "CACHEDIR.TAG"
+        if self.lasting and not tag.exists():
+            with writing(tag):
+                tag.write_bytes(_TAG)
+
+    @property
+    def own(self) -> Path:
+        """The folder that is the cache's own."""
+        return self.folder / "mamldata-shards"
+
     def get(self, url: str, shard: Shard) -> Path:
-        """A shard's file; fetched and verified first if it is not there, by one process at a time.
+        """A shard's file, for whoever shares the cache with no other process; see ``open``."""
+        return self.open(url, shard, Path)
+
+    def open(self, url: str, shard: Shard, opener: Callable[[Path], Opened]) -> Opened:
+        """Open a shard's file; it is fetched and verified first if it is not there, by one process at a time.
+
+        Args:
+            url: the shard's address.
+            shard: what ``archive.json`` says of it.
+            opener: maps the file at a path. Until it returns no process removes the file; who has it mapped keeps it.
 
         Raises:
             FetchError: it could not be had; what came is kept, and the next try goes on from there.
             WriteError: the folder cannot be written to.
+            DamagedError: ``opener`` refused the shard, also after it was fetched again.
         """
-        path = self.folder / f"{shard.sha256}.tar"
+        path = self.own / f"{shard.sha256}.tar"
         with locked(path.with_suffix(".lock")):
             if path.is_file():
-                with suppress(OSError):  # its date is when it was used last; another process may have removed it
-                    os.utime(path)
-            else:
-                part = _HashedPart(path)
-                with self._room(path, shard.bytes):
-                    check = partial(_require_digest, part, shard)
-                    _obtain(url, part, path, shard.bytes, check, self.network, lasting=self.lasting)
-        return path
+                if _is_sound(path, shard):
+                    with suppress(OSError):  # where no record can be written, shards go in the order in which they came
+                        os.utime(_record(path))
+                    with suppress(DamagedError):  # a disk can change bytes and no date, which verify=True notices
+                        return opener(path)
+                _log.warning("%s is damaged; it is fetched again", path)
+                with writing(path):
+                    path.unlink(missing_ok=True)
+            part = _HashedPart(path)
+            with self._room(path, shard.bytes):
+                check = partial(_require_digest, part, shard)
+                _obtain(url, part, path, shard.bytes, check, self.network, lasting=self.lasting)
+            _note_sound(path)
+            return opener(path)
 
     @contextmanager
     def _room(self, path: Path, need: int) -> Iterator[None]:
@@ -120,40 +174,77 @@ class ShardCache:
             yield
             return
         ours = os.getpid()  # a forked process has a copy of what its parent fetches
-        with locked(self.folder / ".room.lock"):
+        with locked(self.own / ".room.lock"):
             self._coming[ours, path] = need
             coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == ours}
-            parts = [part for part in self.folder.glob("*.tar.part") if part.with_suffix("") not in coming]
-            files = [(found.stat(), found) for found in [*self.folder.glob("*.tar"), *filter(_is_left, parts)]]
-            here = {found for _, found in files}
-            total = sum(stat.st_size for stat, _ in files)
+            files = sorted(_evictable(self.own, coming))
+            here = {found for _, _, found in files}
+            total = sum(size for _, size, _ in files)
             total += sum(size for part, size in coming.items() if part not in here)
-            for stat, found in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
+            for _, size, found in files:
                 if total <= self.bytes:
                     break
-                _remove_cached(found)
-                total -= stat.st_size
+                if _evict(found):
+                    total -= size
         try:
             yield
         finally:
             del self._coming[ours, path]
 
 
-def _is_left(part: Path) -> bool:
-    """Whether nobody is fetching this part of a shard."""
-    with locked_if_free(part.with_suffix("").with_suffix(".lock")) as free:
-        return free and part.exists()
+def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, Path]]:
+    """When each shard, and each part of one that nobody is fetching, was used last (in ns); its bytes, and its path."""
+    for found in own.iterdir():
+        if not _OWN.fullmatch(found.name):
+            continue
+        final = own / found.name.removesuffix(".part")
+        with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            if found == final:
+                known = _record(final) if _record(final).exists() else final
+                yield known.stat().st_mtime_ns, final.stat().st_size, final
+            elif final not in coming:
+                with locked_if_free(final.with_suffix(".lock")) as free:
+                    status = found.stat()
+                if free:
+                    yield status.st_mtime_ns, status.st_size, found
 
 
-def _remove_cached(found: Path) -> None:
-    """Remove a shard, which who has it mapped keeps until the map is closed; or what is left of a broken download."""
-    if found.suffix == ".tar":
-        found.unlink(missing_ok=True)
-        return
-    final = found.with_suffix("")
+def _evict(found: Path) -> bool:
+    """Remove a shard, or a part of one, unless a process is fetching or opening it; gives whether it is gone."""
+    final = found.with_name(found.name.removesuffix(".part"))
     with locked_if_free(final.with_suffix(".lock")) as free:
         if free:
+            for path in (final, _record(final)):
+                path.unlink(missing_ok=True)
             Part(final).drop()
+        return free
+
+
+def _record(path: Path) -> Path:
+    """The file that says which version of a cached shard was hashed; its date is when the shard was used last."""
+    return path.with_suffix(".json")
+
+
+def _version(path: Path) -> bytes:
+    return canonical_json(dict(zip(("bytes", "inode", "mtime", "ctime"), file_version(path.stat()), strict=True)))
+
+
+def _is_sound(path: Path, shard: Shard) -> bool:
+    """Whether a cached shard has the right digest: by this user's record, or else it is hashed."""
+    version = _version(path)
+    with suppress(OSError), _record(path).open("rb") as stream:
+        if os.fstat(stream.fileno()).st_uid == os.geteuid() and stream.read(len(version) + 1) == version:
+            return True
+    if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
+        return False
+    _note_sound(path, version)
+    return True
+
+
+def _note_sound(path: Path, version: bytes | None = None) -> None:
+    """Record that a version of a shard, None for what is there, has the right digest."""
+    with suppress(WriteError):  # it is then hashed again
+        write_atomic(_record(path), version or _version(path), lasting=False)
 
 
 class RemoteSource(StoredSource):
@@ -166,8 +257,9 @@ class RemoteSource(StoredSource):
         split: ``train``, ``val`` or ``test``.
         verify: hash a shard again when it is opened, though it was hashed when it came.
         episodes: the limit.
-        cache_dir: where shards are kept; None: a temporary folder, which holds four of them and goes with the source.
-        cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
+        cache_dir: where the cache makes a folder of its own for shards; None: a temporary folder, which holds four of
+            them and goes with the source.
+        cache_bytes: upper bound on the shards there, see ``ShardCache``; None: no bound.
         network: how patient to be.
 
     Attributes:
@@ -194,7 +286,7 @@ class RemoteSource(StoredSource):
         network = network or Network()
         self.url = url
         super().__init__(read_remote_archive(url, network), split, verify=verify, episodes=episodes)
-        self._ahead: Ahead[int, Path] = Ahead()
+        self._ahead: Ahead[int, Bytes] = Ahead()
         largest = max(shard.bytes for shard in self._split.shards)
         if cache_bytes is not None and (cache_dir is None or cache_bytes < 2 * largest):
             raise RequestError(
@@ -206,7 +298,6 @@ class RemoteSource(StoredSource):
             weakref.finalize(self, _remove, folder, os.getpid(), self._ahead)
             self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
         else:
-            make_folder(Path(cache_dir))
             self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
         self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
 
@@ -231,39 +322,31 @@ class RemoteSource(StoredSource):
         Args:
             upcoming: the shard that is read from now, and those after it; only the first ``window`` are looked at.
         """
-        for number in upcoming[: self.window]:
+        upcoming = upcoming[: self.window]
+        self._ahead.keep_only(upcoming)  # a shard that was fetched for nobody must not keep its map
+        for number in upcoming:
             if number not in self._open and number not in self._ahead and self._ahead.running < self.window:
-                shard = self._split.shards[number]
-                self._ahead.start(number, partial(self.cache.get, join(self.url, shard.file), shard))
+                self._ahead.start(number, self._job(number))
 
-    def way_classes(self) -> Classes:
-        """The class of each way, see ``StoredSource.way_classes``; all shards are fetched for it."""
-        for number in range(len(self.shard_episodes)):
-            self.prefetch(range(number, len(self.shard_episodes)))
-            self._map(number)
-        return super().way_classes()
-
-    def _open_shard(self, number: int) -> memoryview:
+    def _job(self, number: int) -> Callable[[], Bytes]:
+        """What fetches and maps a shard; it has no reference to this source, which can go while a server is silent."""
         shard = self._split.shards[number]
         url = join(self.url, shard.file)
-        path = self._ahead.take(number) if number in self._ahead else self.cache.get(url, shard)
-        try:
-            mapped = open_shard(path, shard, self.archive.layout, verify=self.verify)
-        except (DamagedError, FileNotFoundError):  # damaged since it came, or removed to make room for another
-            with writing(path):
-                path.unlink(missing_ok=True)
-            mapped = open_shard(self.cache.get(url, shard), shard, self.archive.layout, verify=self.verify)
+        remedy = f"It came from {shown_place(url)}. {_REMEDY_WRONG}"
+        return partial(self.cache.open, url, shard, self._opener(shard, remedy=remedy))
+
+    def _open_shard(self, number: int) -> memoryview:
+        mapped = self._ahead.take(number) if number in self._ahead else self._job(number)()
         # A removed file takes its room for as long as it is mapped.
-        while self.cache.bytes is not None and self._mapped_bytes() + shard.bytes > self.cache.bytes:
+        while self.cache.bytes is not None and self._mapped_bytes() + len(mapped) > self.cache.bytes:
             del self._open[next(iter(self._open))]
-        self._open[number] = mapped.data
-        return self._open[number]
+        return self._keep(number, mapped)
 
     def _mapped_bytes(self) -> int:
         return sum(self._split.shards[number].bytes for number in self._open)
 
 
-def _remove(folder: str, owner: int, ahead: Ahead[int, Path]) -> None:
+def _remove(folder: str, owner: int, ahead: Ahead[int, Bytes]) -> None:
     if os.getpid() == owner:  # and not a worker that was forked from it
         ahead.join(1)  # one that has just begun would make the folder again, for its lock
         with suppress(OSError):  # under another name no thread that still waits for a server puts a file into it

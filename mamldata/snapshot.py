@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 from pathlib import Path
 
-from mamldata.containers import list_members
-from mamldata.digest import canonical_json, digest_of_contents, sha256_bytes, sha256_file
-from mamldata.errors import DamagedError
-from mamldata.files import locked, make_folder, write_atomic
+from mamldata.containers import MOST_IMAGE_BYTES, list_members
+from mamldata.digest import canonical_json, digest_of_contents, parse_json, sha256_bytes, sha256_file
+from mamldata.errors import DamagedError, DatasetError, Fault
+from mamldata.files import MOST_NOTE, NOT_REGULAR, locked, make_folder, read_whole, write_atomic
 from mamldata.progress import Progress, silent
 from mamldata.readers import is_image
 
@@ -27,6 +27,7 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
 
     Raises:
         DamagedError: a file that cannot be read.
+        DatasetError: what is no regular file, or larger than an image may be: all of them.
         WriteError: the note cannot be written.
     """
     names = [member.name for member in list_members(folder) if is_image(member.name)]
@@ -60,18 +61,25 @@ def _hash(folder: Path, names: list[str], progress: Progress) -> str:
 
 def _noted(note: Path, listing: str) -> str:
     try:
-        noted = json.loads(note.read_bytes())
+        noted = parse_json(read_whole(note, MOST_NOTE))
         return str(noted["content_sha256"]) if noted["listing_sha256"] == listing else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def _listing(folder: Path, names: list[str]) -> str:
-    entries = []
+    entries, faults = [], []
     for name in names:
         try:
             status = (folder / name).stat()
         except OSError as error:
             raise DamagedError(f"{folder / name} cannot be read ({error.strerror}). Mend or remove it.") from error
+        if not stat.S_ISREG(status.st_mode):
+            faults.append(Fault("image", f"{folder / name}: {NOT_REGULAR}"))
+        elif status.st_size > MOST_IMAGE_BYTES:
+            size = f"{status.st_size:,} bytes, more than the {MOST_IMAGE_BYTES:,}"
+            faults.append(Fault("image", f"{folder / name}: it has {size} that an image may have"))
         entries.append([name, status.st_size, status.st_mtime_ns])
+    if faults:  # before any of them is hashed, which may never end
+        raise DatasetError(folder.name, faults, "Mend or remove these files, and run the same command again.")
     return sha256_bytes(canonical_json(entries))

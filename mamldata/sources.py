@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import math
 import os
+import resource
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.archive import Archive, check_size, open_shard, read_archive
+from mamldata.archive import INDEX, REMEDY, Archive, Bytes, Shard, check_size, open_maps, open_shard, read_archive
 from mamldata.bank import make_bank
 from mamldata.episodes import ClassTable, EpisodeSampler, gather
-from mamldata.errors import RequestError
+from mamldata.errors import DamagedError, RequestError
+from mamldata.files import FileVersion
 from mamldata.load import load_manifest
 from mamldata.normalisation import Normalisation
 from mamldata.order import Indices
@@ -28,6 +31,8 @@ from mamldata.root import data_root
 
 Images = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.int32]
+
+_MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,9 @@ class StoredSource(ABC):
 
     A shard's headers are checked, and with ``verify`` its digest, when it is first read from. For one thread at a time.
 
+    Each map keeps a file descriptor. Where the process has too many, the source's oldest map makes room; its shard is
+    mapped again when it is read from, without further checks if the file is the same.
+
     Args:
         archive: what ``archive.json`` says.
         split: ``train``, ``val`` or ``test``.
@@ -123,11 +131,32 @@ class StoredSource(ABC):
         self._episodes = _at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
+        self._checked: dict[Path, FileVersion] = {}
         self._whole: StoredSource | None = None  # what a view is of, whose temporary folder must stay
 
     @abstractmethod
     def _open_shard(self, number: int) -> memoryview:
         """Map a shard, check it, and keep it in ``_open``."""
+
+    def _opener(self, shard: Shard, remedy: str = REMEDY) -> Callable[[Path], Bytes]:
+        """What maps a shard's file and checks it, without a reference to this source; see ``open_shard``."""
+        return partial(
+            open_shard,
+            shard=shard,
+            layout=self.archive.layout,
+            verify=self.verify,
+            sampler=self._sampler,
+            checked=self._checked,
+            remedy=remedy,
+        )
+
+    def _keep(self, number: int, mapped: Bytes) -> memoryview:
+        """Keep a map; where this process has too many, this source's oldest ones make room."""
+        while self._open and open_maps() > _most_maps():
+            with suppress(KeyError, StopIteration, RuntimeError):  # a thread with a view of this source makes room, too
+                del self._open[next(iter(self._open))]
+        self._open[number] = mapped.data
+        return mapped.data
 
     @property
     def fits(self) -> bool:
@@ -205,8 +234,12 @@ class StoredSource(ABC):
         """
         layout = self.archive.layout
         shards = range(self._shard_of(self._episodes - 1) + 1)  # and none that is not read from
-        maps = [np.frombuffer(self._map(number), dtype=np.uint8) for number in shards]
-        return np.concatenate([layout.view(shard, layout.source)[..., 0] for shard in maps])[: self._episodes]
+        found = []
+        for number in shards:
+            self.prefetch(shards[number:])
+            mapped = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            found.append(layout.view(mapped, layout.source)[..., 0].copy())  # a view would keep the map
+        return np.concatenate(found)[: self._episodes]
 
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
@@ -236,24 +269,24 @@ class StoredSource(ABC):
             RequestError: it is less than one.
         """
         view = copy.copy(self)
-        view._open = self._open  # which __getstate__ has left out
+        view._open, view._checked = self._open, self._checked  # which __getstate__ has left out
         view._whole = self
         view._episodes = _at_most(episodes, self._episodes)
         return view
 
     @cached_property
     def _sampler(self) -> EpisodeSampler:
-        return EpisodeSampler(self.archive.spec(self._info.split), self.table)
+        try:
+            return EpisodeSampler(self.archive.spec(self._info.split), self.table)
+        except RequestError as error:
+            raise DamagedError(f"{INDEX} of the archive was altered: {error}") from error
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _map(self, number: int) -> memoryview:
-        return self._open.get(number) or self._open_shard(number)
-
     def __getstate__(self) -> dict[str, Any]:
-        # Maps are opened anew in another process: pickling them would copy the archive.
-        return {**self.__dict__, "_open": {}}
+        # Another process maps and checks shards itself: pickling the maps would copy the archive.
+        return {**self.__dict__, "_open": {}, "_checked": {}}
 
 
 class ArchiveSource(StoredSource):
@@ -281,9 +314,13 @@ class ArchiveSource(StoredSource):
 
     def _open_shard(self, number: int) -> memoryview:
         shard = self._split.shards[number]
-        mapped = open_shard(self.folder / shard.file, shard, self.archive.layout, verify=self.verify)
-        self._open[number] = mapped.data
-        return self._open[number]
+        return self._keep(number, self._opener(shard)(self.folder / shard.file))
+
+
+def _most_maps() -> int:
+    """How many maps a process keeps: half of the file descriptors or of the maps that it may have."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_MAPS if descriptors == resource.RLIM_INFINITY else min(descriptors // 2, _MOST_MAPS)
 
 
 def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mamldata.archive import MOST_INDEX_BYTES
 from mamldata.digest import chunks, sha256_file
 from mamldata.errors import MamldataError, RequestError, WriteError
-from mamldata.files import locked, make_folder, publish, writing
+from mamldata.files import locked, make_folder, publish, read_whole, writing
 from mamldata.places import is_http, is_remote, local_address, require_address, shown_place
 
 BUILD = ".build"  # what an unfinished build needs, and nobody else
@@ -125,7 +126,7 @@ class FolderStore:
 
     def read(self, name: str) -> bytes | None:
         try:
-            return (self.path / name).read_bytes()
+            return read_whole(self.path / name, MOST_INDEX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 

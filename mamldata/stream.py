@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import operator
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +22,7 @@ from mamldata.remix import RemixedSource
 from mamldata.sources import EpisodeInfo, Source, StoredSource, as_source
 
 _STATE_VERSION = 1
+_WARNED = -1  # in place of a process id
 
 
 class EpisodeStream(IterableDataset[EpisodeBatch]):
@@ -46,7 +49,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             a network was trained with.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
         cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
-        cache_bytes: the most that ``cache_dir`` may hold; None: no bound.
+        cache_bytes: upper bound on the shards there, see ``mamldata.remote.ShardCache``; None: no bound.
 
     Raises:
         RequestError: the source or an argument cannot be.
@@ -104,6 +107,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self._resumed = False
         self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
         self._heard = 0
+        # Which worker 0 began a pass last: the process ids of its parent and of itself. An anonymous mapping is shared
+        # with forked workers; torch moves the tensor to memory that spawned ones share when it is sent to them.
+        self._begun = torch.frombuffer(mmap.mmap(-1, 16), dtype=torch.int64)
         self._reader: BatchReader | None = None  # kept for its memory
 
     def __repr__(self) -> str:
@@ -130,15 +136,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return self.order.batches_per_epoch
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
-        reader = self._reader = self._reader or self.reader(torch.device("cpu"))
-        worker = get_worker_info()
-        # A DataLoader takes from its workers in turn, so that striding keeps the order.
-        skip, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for t in self.start_pass()[skip::step]:
-            batch = reader.read(t)
-            self.next_batch = t + 1
-            # A worker's tensors travel through shared memory, which must not be written to again.
-            yield EpisodeBatch(*(tensor.clone() for tensor in batch)) if worker else batch
+        return _Pass(self)
 
     def reader(self, device: torch.device) -> BatchReader:
         """What reads this rank's part of the meta-batches for a device."""
@@ -165,7 +163,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         """Make the next pass that of ``epoch``, as torch's distributed samplers do.
 
         A ``DataLoader`` with workers needs it before each epoch, the first one included, because its workers iterate
-        over copies; ``persistent_workers`` keeps those copies.
+        over copies; ``persistent_workers`` keeps those copies. Workers that begin again because it was never called
+        warn.
 
         Raises:
             RequestError: the stream never ends, so that it has no epochs.
@@ -196,7 +195,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks.
 
         It counts what was iterated over here. Of what a ``DataLoader`` with workers takes from copies of the stream
-        it knows nothing: there, put the number of meta-batches so far in ``next_batch`` of what this gives.
+        it knows nothing: there, put the number of meta-batches so far in ``next_batch`` of what this gives, or save
+        the state of torchdata's ``StatefulDataLoader``, which asks the copies.
         """
         return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
 
@@ -219,6 +219,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("The saved state is of another stream:\n  " + "\n  ".join(different))
         self.next_batch = state["next_batch"]
         self._resumed = True
+        if get_worker_info() is None:  # workers that start from here repeat nothing
+            self._begun.zero_()
 
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
@@ -227,6 +229,100 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         # It follows from the bank and the split scheme, which are compared.
         del info["normalisation"]
         return {**order, **info, "image_shape": list(info["image_shape"])}
+
+
+class _Pass(Iterator[EpisodeBatch]):
+    """One pass over a stream: all of it, or, in a worker process of a ``DataLoader``, this worker's share.
+
+    torchdata's ``StatefulDataLoader`` saves and loads, in each worker, the stream's state and then that of the pass.
+    """
+
+    def __init__(self, stream: EpisodeStream) -> None:
+        self._stream = stream
+        stream._reader = self._reader = stream._reader or stream.reader(torch.device("cpu"))
+        self._in_worker = (worker := get_worker_info()) is not None
+        # A DataLoader takes from its workers in turn, so that striding keeps the order.
+        self._worker, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        self._left: range | None = None  # None: it has not begun
+        self._failed = False
+
+    def __next__(self) -> EpisodeBatch:
+        left = self._begin()
+        if self._failed or not left:
+            raise StopIteration
+        self._failed = True  # an error ends the pass, as it ends a generator
+        batch = self._reader.read(left.start)
+        self._failed = False
+        self._stand_at(left.start + self._workers, left.stop)
+        # A worker's tensors travel through shared memory, which must not be written to again.
+        return EpisodeBatch(*(tensor.clone() for tensor in batch)) if self._in_worker else batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this process stands in the pass, whose end is not the beginning of the next one."""
+        left = self._begin()
+        return {"next_batch": left.start, "stop": left.stop, "worker": self._worker, "workers": self._workers}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at exactly this worker's next meta-batch; the stream's own state must be loaded before.
+
+        Raises:
+            RequestError: the state is of another share.
+        """
+        worker, workers = state.get("worker"), state.get("workers")
+        if (worker, workers) != (self._worker, self._workers):
+            raise RequestError(
+                f"The saved state is of worker {worker} of {workers}, and this is worker {self._worker} of "
+                f"{self._workers}. Give the DataLoader num_workers={workers}, as when the state was saved."
+            )
+        self._stream.start_pass()  # the pass that the loaded one takes the place of
+        self._stand_at(state["next_batch"], state["stop"])
+        self._note_worker(loaded=True)
+
+    def _begin(self) -> range:
+        """The meta-batches that are left of this share, from now on fixed."""
+        if self._left is None:
+            whole = self._stream.start_pass()
+            left = self._stand_at(whole.start + self._worker, whole.stop)
+            self._note_worker()
+            return left
+        return self._left
+
+    def _stand_at(self, t: int, stop: int) -> range:
+        """Make ``t`` the next meta-batch of this share."""
+        left = self._left = range(t, stop, self._workers)
+        # Where all workers would begin a pass in which this one goes on at t; but not beyond the end of its own.
+        self._stream.next_batch = min(t - self._worker, stop)
+        return left
+
+    def _note_worker(self, *, loaded: bool = False) -> None:
+        """Warn, once, that workers begin where earlier ones did because nobody has told them the epoch.
+
+        Workers that stay know their epoch, and a state that was loaded says where it goes on.
+        """
+        order, begun = self._stream.order, self._stream._begun
+        same_each_time = order.episodes is not None and not order.shuffle and not order.remix
+        if not self._in_worker or self._worker != 0 or same_each_time:
+            return
+        parent, earlier = begun.tolist()
+        others = parent == os.getppid() and earlier != os.getpid()  # elsewhere, a copy of the stream is another one
+        if others and earlier == _WARNED:
+            return
+        repeats = others and not loaded and self._stream._told is None
+        begun.copy_(torch.tensor([os.getppid(), _WARNED if repeats else os.getpid()]))
+        if repeats:
+            warnings.warn(_repetition(self._stream), stacklevel=2)
+
+
+def _repetition(stream: EpisodeStream) -> str:
+    place, when = f"meta-batch {stream.next_batch}", "each pass, with the number n of meta-batches before it"
+    line = 'stream.load_state_dict(stream.state_dict() | {"next_batch": n})'
+    if stream.order.batches_per_epoch is not None:
+        place, when = f"epoch {stream.next_batch // stream.order.batches_per_epoch}", "each epoch"
+        line = "stream.set_epoch(epoch)"
+    return (
+        f"The workers of this DataLoader begin at {place}, as those before them did: they iterate over copies of the "
+        f"stream, which do not know what has been read. Write {line} before {when}."
+    )
 
 
 def _normalisation(asked: bool | Normalisation, info: EpisodeInfo) -> Normalisation | None:

@@ -23,7 +23,7 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(source, [f"not valid TOML: {error}"]) from error
 
 

@@ -26,6 +26,7 @@ from trainer.runs.checkpoint import Checkpoint, find_checkpoint
 from trainer.settings import pick_device, saved_settings
 from trainer.system.distributed import ALONE, World
 from trainer.system.malloc import keep_large_buffers
+from trainer.system.threads import each_task, limited_threads
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def evaluate_network(
 ) -> Evaluation:
     """Adapt to each episode by itself and measure on its query set. The network is not changed.
 
-    Keeps no graph beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
+    On a CPU as many episodes of a batch are under way at once as torch has threads; see ``each_task``. Keeps no graph
+    beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
 
     Args:
         network: on the device of the episodes.
@@ -116,10 +118,16 @@ def evaluate_network(
     """
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
     method = method_of(network, inner)
-    rows, index = [], []
-    with torch.no_grad(), world.together():
+
+    def one(own: nn.Module, episode: Episode) -> Tensor:
+        with torch.no_grad():  # each thread has a mode of its own
+            return measure(own, parameters, episode, method)
+
+    rows: list[Tensor] = []
+    index: list[Tensor] = []
+    with world.together():
         for batch in batches:
-            rows += [measure(network, parameters, one, method) for one in episodes(batch)]
+            rows += each_task(one, network, list(episodes(batch)), batch.support_x.device)
             index.append(batch.index)
     # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
     table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
@@ -230,7 +238,8 @@ def evaluate(
         network, learned = checkpoint.restored(path, where)
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
+    with limited_threads():
+        evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
     return replace(evaluation, trained_on=_origin(checkpoint.data, about))
 
 

@@ -24,6 +24,7 @@ from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
 from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import Stop, stop_at_signals
+from trainer.system.threads import limited_threads
 
 
 def train(
@@ -46,20 +47,21 @@ def train(
         data: the episodes.
         run_dir: made if need be.
         resume: go on with the run in ``run_dir``; start it if there is nothing yet.
-        report: told of the progress, a line at a time.
+        report: told of the threads on a CPU, and of the progress, a line at a time.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             ``run_dir`` need not be there for the others.
 
     Raises:
         RequestError: the settings, the data and the folder do not go together.
         StoppedError: such a signal came; the run is saved, and can be resumed.
-        DivergedError: training has diverged.
+        DivergedError: a loss or a gradient is not finite; no checkpoint has weights that such a gradient changed.
         PeerError: it is another process that fails, and says why.
         LostPeerError: another process is gone.
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
     """
     run_dir = Path(run_dir)
+    report = report if world.first else _silent
     with world.together():
         about = data.describe()
         learner = _fit_to_train(settings, data, about, world)  # before anything is written
@@ -68,11 +70,13 @@ def train(
         with world.together():
             if world.first:
                 held.enter_context(alone_in(run_dir))
+        threads = held.enter_context(limited_threads())
+        if learner.device.type == "cpu":
+            report(f"Computing with {threads}.")
         # One process looks which checkpoint is the last: all go on from that one, wherever they run.
         last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
-            if world.first:
-                report(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
+            report(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
             return run_result(run_dir, last, world)
         with world.together():
             stream = data.train(
@@ -93,8 +97,12 @@ def train(
         step = last.step if last else 0
         last = run.steps(step, stop) if step < settings.outer_steps else run.validate(step)
         for line in rate_lines(learner.parameters, settings.point.rates):
-            recorder.report(line)
+            report(line)
         return run_result(run_dir, last, world)
+
+
+def _silent(line: str) -> None:
+    """The report of all processes but the first."""
 
 
 def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World) -> Learner:
@@ -149,6 +157,8 @@ class _Run:
             while step < settings.steps:
                 asked = time.perf_counter()
                 with world.together(stop):
+                    if learner.device.type == "cpu":  # a GPU would be waited for, and is asked with the log line
+                        recorder.window.require_finite()
                     batch = next(batches)
                     waited = time.perf_counter() - asked
 
@@ -156,8 +166,10 @@ class _Run:
                 logging = (step + 1) % settings.log_every == 0 or validating
                 share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
                 outcome = learner.gradient(batch, step, share, world, every_step=logging)
+                recorder.window.add(
+                    batch, outcome, waited, share
+                )  # before clipping, which can hide an infinite gradient
                 learner.descend(outcome, step)
-                recorder.window.add(batch, outcome, waited, share)
                 step += 1
                 del batch  # its memory can be used again while the next one is read
 

@@ -29,7 +29,6 @@ class Recorder:
     Attributes:
         window: what has happened since the last line of the log.
         run_dir: as given.
-        report: as given; on the other ranks it does nothing.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -48,7 +47,7 @@ class Recorder:
         self.run_dir, self._learner, self._data = run_dir, learner, data
         self._settings = learner.settings
         self._writes = writes
-        self.report = report if writes else lambda _: None
+        self._report = report
         self._best = (last.best_step, last.best_accuracy) if last else (0, -1.0)
         step = last.step if last else 0
         begun = {name: value.to(learner.device) for name, value in last.window.items()} if last else {}
@@ -59,7 +58,7 @@ class Recorder:
             if self._settings.tensorboard:
                 self._board = Board(run_dir, step)
         if last:
-            self.report(f"Going on after step {step} of {self._settings.steps}.")
+            self._report(f"Going on after step {step} of {self._settings.steps}.")
 
     def __enter__(self) -> Recorder:
         return self
@@ -78,7 +77,7 @@ class Recorder:
         self._note({"event": "train", **row})
         *before, _ = row["accuracy_by_step"]
         start = f"{100 * before[0]:.1f} → " if before else ""  # joint training adapts to nothing
-        self.report(
+        self._report(
             f"step {row['step']}/{self._settings.steps}  loss {row['loss']:.4f}  "
             f"accuracy {start}{100 * row['accuracy']:.1f} %  {row['ms_per_step']:.0f} ms/step  "
             f"{row['images_per_second']:,.0f} images/s  data wait {row['data_wait_percent']:.1f} %"
@@ -92,7 +91,7 @@ class Recorder:
         """
         metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
         self._note({"event": "val", "step": step, **evaluation.to_json()})
-        self.report(f"step {step}  val {evaluation}")
+        self._report(f"step {step}  val {evaluation}")
         if evaluation.accuracy > self._best[1]:
             self._best = step, evaluation.accuracy
         return self.save(step, stream, evaluation.accuracy)

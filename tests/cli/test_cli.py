@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -458,7 +459,7 @@ def test_an_archive_at_an_address(archive: Path, tmp_path: Path):
         assert result.exit_code == 0, result.output
         result = run("preview", address, "--out", tmp_path / "p.png", root=root)
         assert result.exit_code == 0, result.output
-        kept = {path.name for path in (root / "archive-cache").glob("*.tar")}
+        kept = {path.name for path in (root / "archive-cache").glob("mamldata-shards/*.tar")}
         assert len(kept) == 3
         memory.rm("/cli/glyphs-5w1s/test-00000.tar")
         result = run("eval", tmp_path / "run", address, "--device", "cpu", root=root)
@@ -586,6 +587,23 @@ def test_doctor_prints_versions(tmp_path: Path):
     assert report["root"] == str(tmp_path)
     assert report["root_free"] > 0
     assert report["packages"]["torch"] != "not installed"
+    assert re.fullmatch(r"\d+ threads? \(.+\)", report["threads"])
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_spin_briefly(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None):
+    """OpenMP is told so before torch is loaded, unless the user has told it how to wait."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # to be put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 @pytest.mark.parametrize("verb", ["preview", "train", "eval"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import struct
 import threading
@@ -85,3 +86,17 @@ def answer() -> Callable[..., bytes]:
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
     return make
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """A test that waits for ever is broken off."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -61,6 +61,17 @@ def test_jobs_run_at_the_same_time():
     assert ahead.running == 0
 
 
+def test_what_nobody_waits_for_is_dropped():
+    """Results are kept for the given keys alone; another job of the same key can then begin."""
+    ahead: Ahead[int, str] = Ahead()
+    for key in (1, 2, 3):
+        ahead.start(key, lambda: "old")
+    ahead.keep_only([2, 4])
+    assert [key for key in (1, 2, 3, 4) if key in ahead] == [2]
+    ahead.start(1, lambda: "new")
+    assert (ahead.take(1), ahead.take(2)) == ("new", "old")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_other_processes_begin_with_none():

@@ -6,9 +6,13 @@ import copy
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
+import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mamldata.archive as archive_module
 from mamldata.archive import (
     BLOCK,
     END,
@@ -31,6 +36,7 @@ from mamldata.archive import (
 )
 from mamldata.build import build
 from mamldata.digest import canonical_json
+from mamldata.episodes import EpisodeSampler
 from mamldata.errors import DamagedError, RequestError
 from mamldata.plan import BuildRequest
 
@@ -377,6 +383,33 @@ class TestCrafted:
         with pytest.raises(DamagedError, match="not the description of an archive"):
             parse_archive(data)
 
+    def test_a_bomb_of_small_values(self):
+        """Millions of empty lists are counted, and none of them is made."""
+        data = b"[" + b"[]," * (5 << 20) + b"[]]"
+        tracemalloc.start()
+        try:
+            with pytest.raises(DamagedError, match=r"not the description of an archive \(more than 8,388,608 values"):
+                parse_archive(data)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_a_million_classes_have_fewer_values(self, document):
+        """What is refused as a bomb is more than 10**6 classes with a comma or two in their names."""
+        split = document["splits"]["train"]
+        classes = [{**split["classes"][0], "name": f"tench, Tinca tinca {number}"} for number in range(1000)]
+        data = canonical_json({**split, "classes": classes})
+        assert 1000 * sum(map(data.count, (b",", b"[", b"{"))) < archive_module._MOST_VALUES
+
+    def test_a_file_that_is_longer_than_any_index(self, own):
+        """Its length is looked at before it is read."""
+        with (own / INDEX).open("rb+") as stream:
+            stream.truncate((1 << 28) + 1)
+        with pytest.raises(
+            DamagedError, match=r"archive\.json cannot be read \(268,435,457 bytes, more than the 268,435,456"
+        ):
+            read_archive(own)
+
     def test_deeply_nested_json(self):
         """Nesting that exhausts the parser is one more kind of damage."""
         with pytest.raises(DamagedError, match="not the description of an archive"):
@@ -560,6 +593,47 @@ class TestOpenShard:
         with pytest.raises(DamagedError, match=f"{short.file} is damaged: episode 4 does not start as it should"):
             open_shard(tmp_path / short.file, short, archive.layout)
         assert first.episodes == 4
+
+    def test_the_shard_of_another_split(self, folder, archive, tmp_path):
+        """A shard of the same length and headers is noticed by the episodes in it, be it the last one alone."""
+        shard, other = (archive.split(split).shards[0] for split in ("train", "test"))
+        shard = replace(shard, episodes=other.episodes, bytes=other.bytes)
+        sampler = EpisodeSampler(archive.spec("train"), archive.split("train").classes)
+        stride = archive.layout.stride
+        right = (folder / shard.file).read_bytes()[: shard.episodes * stride]
+        wrong = (folder / other.file).read_bytes()[: shard.episodes * stride]
+        for data, episode in ((wrong, 0), (right[:-stride] + wrong[-stride:], 2)):
+            (tmp_path / shard.file).write_bytes(data + bytes(END))
+            open_shard(tmp_path / shard.file, shard, archive.layout)
+            text = rf"{shard.file} holds other episodes than archive\.json says: episode {episode} in it"
+            with pytest.raises(DamagedError, match=text):
+                open_shard(tmp_path / shard.file, shard, archive.layout, sampler=sampler)
+
+    def test_a_class_of_more_images_than_memory(self, folder, archive):
+        """However many images archive.json claims for a class, opening a shard draws from no pool of that size."""
+        split = archive.split("train")
+        table = replace(split.classes, images=np.full(len(split.classes), 2**31 - 1))
+        sampler = EpisodeSampler(archive.spec("train"), table)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "sample", lambda *_: pytest.fail("this takes 24 GiB"))
+            open_shard(folder / split.shards[0].file, split.shards[0], archive.layout, sampler=sampler)
+
+    def test_a_file_is_checked_once(self, folder, archive, tmp_path):
+        """A version of a file that has passed is mapped without checks; a change is noticed, even under an old date."""
+        shard = archive.split("train").shards[0]
+        path = tmp_path / shard.file
+        shutil.copyfile(folder / shard.file, path)
+        before, checked = path.stat(), {}
+        open_shard(path, shard, archive.layout, checked=checked)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mamldata.archive._first_broken_episode", lambda *_: pytest.fail("checked again"))
+            assert open_shard(path, shard, archive.layout, checked=checked).tobytes() == path.read_bytes()
+        time.sleep(0.02)  # the file system's clock is coarse
+        with path.open("r+b") as stream:
+            stream.write(b"X")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(DamagedError, match="episode 0 does not start as it should"):
+            open_shard(path, shard, archive.layout, checked=checked)
 
     def test_the_map_is_read_only(self, folder, archive):
         """Nobody can write into an archive through what open_shard gives."""

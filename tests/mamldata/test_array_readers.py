@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import struct
 import tarfile
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,14 @@ import pytest
 from PIL import Image
 
 from mamldata.bank import make_bank
+from mamldata.containers import list_members
+from mamldata.csv_splits import Row
 from mamldata.errors import DamagedError, FetchError
 from mamldata.fetch import fetch
+from mamldata.forms import Found, list_images
 from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
+from mamldata.manifest import ImageForm, Manifest
+from mamldata.readers import load_member
 from mamldata.splits import divide
 
 COARSE = 20
@@ -239,3 +245,29 @@ def test_other_files_under_tiereds_name(damage: str, tiered: Any, tmp_path: Path
     fetch(manifest, tmp_path / "root", [str(tmp_path)], offline=True)
     with pytest.raises(DamagedError, match=r"tiered-imagenet\.tar"):
         make_bank(manifest, tmp_path / "root")
+
+
+def test_one_array_under_many_keys(tmp_path: Path):
+    """It is read once: a pickle of a megabyte does not become one for each key."""
+    array = np.zeros((1 << 20, 1), np.uint8)
+    path = write_tar(tmp_path / "box.tar", {"data": pickle.dumps({str(key): array for key in range(50)}, 3)}, "w")
+    (member,) = list_members(path)
+    tracemalloc.start()
+    try:
+        loaded = load_member(path, member)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+    assert len(loaded) == 50
+    assert all(np.array_equal(value, array) for value in loaded.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 5000, 5000, 3), (2, 2, 2, 3)], ids=["image", "numbers"])
+def test_a_cache_of_more_than_images(shape: tuple[int, ...], tmp_path: Path):
+    """An image that is larger than images are, or more numbers than there are images, is no cache."""
+    images, numbers = np.zeros(shape, np.uint8), np.zeros(200, np.int64)
+    cache = {"image_data": images, "class_dict": {"a": numbers[: shape[0]], "b": numbers if shape[0] > 1 else []}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(cache, 4))
+    found = Found(ImageForm("pickled-arrays", files={"train": ("a.pkl",)}), tmp_path)
+    with pytest.raises(DamagedError, match=r"a\.pkl is not laid out as MiniImagenet's caches are"):
+        list_images(found, [Row("1.jpg", "a", "train", "train.csv", 2)], lambda _: None)

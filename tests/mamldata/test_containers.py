@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import shutil
+import socket
 import stat
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from mamldata import containers
 from mamldata.containers import Member, is_inside, list_members, read_members
 from mamldata.digest import content_sha256
 from mamldata.errors import DamagedError
@@ -374,6 +378,75 @@ def test_a_name_that_a_tar_has_twice(kind: str, tmp_path: Path):
     members = list_members(path)
     assert [data for _, data in read_members(path, members, 100)] == contents
     assert [data for _, data in read_members(path, members[1:2], 100)] == contents[1:2]
+
+
+def test_a_deflated_member_longer_than_its_directory_says(tmp_path: Path):
+    """No more of it is unpacked than the directory says, and it is said to be damaged."""
+    path = make("zip", tmp_path, {"1.png": bytes(64 << 20)})
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2") + 24
+    data[at : at + 4] = (1000).to_bytes(4, "little")
+    path.write_bytes(data)
+    members = list_members(path)
+    tracemalloc.start()
+    try:
+        ((_, why),) = read_members(path, members, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert why == "Bad CRC-32 for file '1.png'"
+
+
+@pytest.mark.parametrize("read", [list_members, lambda path: content_sha256(path, 1000)], ids=["list", "digest"])
+def test_a_tar_of_too_many_members(read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Empty ones take next to no room when compressed, and each some of memory."""
+    path = make("tar.gz", tmp_path, {f"{number}.png": b"" for number in range(9)})
+    monkeypatch.setattr(containers, "_MOST_MEMBERS", 10)
+    read(path)
+    monkeypatch.setattr(containers, "_MOST_MEMBERS", 9)  # a folder is one of them
+    with pytest.raises(DamagedError, match=r"box-tar\.gz: more than 9 members, .*; the file is not used"):
+        read(path)
+
+
+def test_headers_for_all_members_that_grow(tmp_path: Path):
+    """Each such header of a tar may be short, and all of them together more than memory has."""
+    path = tmp_path / "box.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for number in range(3):
+            notes = tarfile.TarInfo.create_pax_global_header({f"note{number}": "x" * (400 << 10)})
+            assert tar.fileobj is not None
+            tar.fileobj.write(notes)
+            tar.addfile(tarfile.TarInfo(f"{number}.png"))
+    with pytest.raises(DamagedError, match=r"more than 1,048,576 bytes in the headers that hold for all of them"):
+        list_members(path)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_regular_file_in_a_folder(kind: str, tmp_path: Path):
+    """It is said, the others are read, and nobody waits for the other end of a pipe."""
+    path = make("folder", tmp_path)
+    odd = path / "images" / "odd.jpg"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "device":
+        odd.symlink_to("/dev/null")
+    else:
+        with socket.socket(socket.AF_UNIX) as end, contextlib.chdir(odd.parent):  # its path may be too long for one
+            end.bind(odd.name)
+    got = {member.name: data for member, data in read_members(path, list_members(path), 1000)}
+    why = "No such device or address" if kind == "socket" else "not a regular file"
+    assert got.pop("images/odd.jpg") == f"it cannot be read ({why})"
+    assert got == FILES
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("read", [list_members, lambda path: content_sha256(path, 1000)], ids=["list", "digest"])
+def test_a_pipe_in_place_of_an_archive(read: Callable[[Path], object], tmp_path: Path):
+    """It is damaged, and nobody waits for its other end."""
+    os.mkfifo(tmp_path / "box.tar")
+    with pytest.raises(DamagedError, match=r"box\.tar: a damaged container \(.*not a regular file"):
+        read(tmp_path / "box.tar")
 
 
 def test_inside():

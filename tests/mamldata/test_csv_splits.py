@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from mamldata import bank as banks
+from mamldata import csv_splits
 from mamldata.bank import Bank, make_bank
+from mamldata.csv_splits import read_rows
 from mamldata.digest import sha256_file
 from mamldata.errors import DatasetError, Fault
 from mamldata.fetch import fetch
@@ -233,6 +235,19 @@ def test_each_fault_is_told_with_file_and_line(act: Callable[[Made], None], expe
     found = beasts.faults()
     assert len(found) == len(expected)
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
+
+
+def test_a_table_of_too_many_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lines of two bytes would each be a fault of some hundred; the table is one."""
+    monkeypatch.setattr(csv_splits, "_MOST_LINES", 5)
+    found: list[Fault] = []
+    (tmp_path / "a.csv").write_text("filename,label\n" + "x\n" * 4)
+    read_rows(tmp_path / "a.csv", "train", found.append)
+    assert len(found) == 5
+    assert not any("lines" in fault.text for fault in found)
+    (tmp_path / "a.csv").write_text("filename,label\n" + "1.png,a\n" * 5)
+    assert read_rows(tmp_path / "a.csv", "train", found.append) == []
+    assert found[-1].text == "a.csv: more than 5 lines"
 
 
 def test_two_rows_that_mean_one_image(beasts: Made):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import struct
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mamldata import decode
 from mamldata.decode import decode_image
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -122,6 +127,73 @@ def test_a_tiff_whose_numbers_are_text() -> None:
     assert data.count(strips) == 1
     with pytest.raises(ValueError, match=r"a damaged image .*'str' object"):
         decoded(data.replace(strips, b"\x11\x01\x02\x00"))
+
+
+@pytest.mark.parametrize("kind", ["PCX", "TGA", "ICO", "JPEG2000", "EPS", "a plugin's"])
+def test_other_formats(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Pillow, its plugins or programs such as Ghostscript could read as well is no image here, nor anywhere."""
+    if kind == "a plugin's":
+        monkeypatch.setitem(Image.OPEN, "PLUGIN", (lambda *_: Image.new("L", (16, 16)), None))
+        monkeypatch.setattr(Image, "ID", ["PLUGIN", *Image.ID])
+        data = b"anything"
+    else:
+        data = encoded(Image.fromarray(GREYS), kind)
+    with pytest.raises(
+        ValueError, match=r"no image in a format that can be read \(PNG, JPEG, PPM, BMP, GIF, WEBP, TIFF\)"
+    ):
+        decoded(data)
+
+
+BANDED = {
+    **NOTHING,
+    "1": Image.fromarray(GREYS).convert("1"),
+    "grey": Image.fromarray(GREYS),
+    "16 bits": Image.fromarray(GREYS.astype(np.uint16) * 257),
+    "colours": Image.fromarray(np.dstack([GREYS, GREYS.T, 255 - GREYS])),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 15])
+@pytest.mark.parametrize("mode", BANDED)
+def test_bands_make_no_difference(mode: str, rows: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large image is converted in bands of rows, to the same pixels as at once."""
+    data = encoded(BANDED[mode], **TRANSPARENT.get(mode, {}))
+    whole = decoded(data, channels)
+    monkeypatch.setattr(decode, "_BAND_PIXELS", 16 * rows)
+    assert np.array_equal(decoded(data, channels), whole)
+
+
+_PEAK = """
+import sys
+from mamldata.decode import decode_image
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
+data = open(sys.argv[1], "rb").read()
+decode_image(b"P6 1 1 255 xyz", 84, 3, "lanczos", False)
+before = peak()
+decode_image(data, 84, 3, "lanczos", False, True)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is in Linux's /proc")
+def test_the_memory_of_a_large_image(tmp_path: Path) -> None:
+    """Transparent colours, which take the most: two copies of the image, of 4 bytes a pixel, and little else."""
+    side = 3000
+    (tmp_path / "large.png").write_bytes(encoded(Image.new("RGBA", (side, side)), compress_level=1))
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "large.png")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert int(told.stdout) < 4 * 4 * side * side
+
+
+def test_a_tile_that_is_larger_than_its_image() -> None:
+    """A TIFF of 16x16 pixels whose one tile would be decoded to a gigabyte is refused by its header."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32768, 323: 32768, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(12)
+    with pytest.raises(ValueError, match="32768x32768 pixels are too many, more than 67,108,864; make it smaller"):
+        decoded(data)
 
 
 def test_too_many_pixels() -> None:

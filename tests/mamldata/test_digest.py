@@ -6,15 +6,17 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mamldata.containers import safe_member_name
-from mamldata.digest import canonical_json, content_sha256, sha256_bytes, sha256_file
+from mamldata.containers import list_members, safe_member_name
+from mamldata.digest import canonical_json, content_sha256, parse_json, sha256_bytes, sha256_file
 from mamldata.errors import DamagedError
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": bytes(range(256)), "b/ä.png": b"", "b/z.png": b"x" * 300}
@@ -53,8 +55,6 @@ def tarred(members: dict[str, bytes], mode: str = "w:", layout: int = tarfile.PA
 CONTAINERS = {
     "stored": zipped(MEMBERS, zipfile.ZIP_STORED),
     "deflated": zipped(MEMBERS),
-    "bzip2": zipped(MEMBERS, zipfile.ZIP_BZIP2),
-    "lzma": zipped(MEMBERS, zipfile.ZIP_LZMA),
     "tar": tarred(MEMBERS),
     "gnu": tarred(MEMBERS, layout=tarfile.GNU_FORMAT),
     "tar.gz": tarred(MEMBERS, "w:gz"),
@@ -153,6 +153,38 @@ def test_bombs(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="its members unpack to more than 9,437,183 bytes; the file is not used"):
         content_sha256(path, (9 << 20) - 1)
     assert content_sha256(path, 9 << 20) == by_hand(members)
+
+
+@pytest.mark.parametrize(("method", "name"), [(zipfile.ZIP_BZIP2, r"bzip2 \(12\)"), (zipfile.ZIP_LZMA, r"lzma \(14\)")])
+@pytest.mark.parametrize("read", [lambda path: content_sha256(path, LIMIT), list_members], ids=["digest", "list"])
+def test_methods_that_unpack_without_a_bound(
+    method: int, name: str, read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """A zip of some kilobytes is refused with the member and its method; the 64 MB in it are not unpacked."""
+    path = tmp_path / "bomb.zip"
+    path.write_bytes(zipped({"a/1.png": bytes(64 << 20)}, method))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedError, match=rf"bomb\.zip: the member 'a/1\.png' is compressed by the method {name}"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("data", [b"[" + b"[]," * 99 + b"[]]", b'["' + b",[{" * 40 + b'"]', b"[" * 101])
+def test_json_of_too_many_values(data: bytes) -> None:
+    """They are counted before any of them is made; what is in strings counts too."""
+    with pytest.raises(ValueError, match="more than 100 values"):
+        parse_json(data, 100)
+    if data.endswith(b"]"):
+        assert parse_json(data, 300) == json.loads(data)
+
+
+def test_json_that_is_nested_too_deep() -> None:
+    """One kind of error for all that cannot be parsed."""
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json(b"[" * 200_000)
 
 
 def test_a_member_that_lies_about_its_size(tmp_path: Path) -> None:

@@ -233,6 +233,23 @@ def test_damaged_images_are_all_named(tmp_path: Path):
     assert "Mend or remove these files" in str(caught.value)
 
 
+@pytest.mark.usefixtures("impatient")
+def test_what_cannot_be_hashed_is_named_before_anything_is(tmp_path: Path):
+    """A pipe, a device and a sparse file as long as a disk: all at once, and none of them is opened."""
+    folder = photos(tmp_path / "p")
+    os.mkfifo(folder / "kind a" / "pipe.jpg")
+    (folder / "kind b" / "device.jpg").symlink_to("/dev/null")
+    with (folder / "kind c" / "sparse.jpg").open("wb") as stream:
+        stream.truncate(30_000_000_000)
+    manifest = load_manifest(str(folder))
+    with pytest.raises(DatasetError, match="p has 3 faults") as caught:
+        make_bank(manifest, tmp_path / "root", 8)
+    assert "kind a/pipe.jpg: not a regular file\n" in str(caught.value)
+    assert "kind b/device.jpg: not a regular file\n" in str(caught.value)
+    assert "kind c/sparse.jpg: it has 30,000,000,000 bytes, more than the 67,108,864 that" in str(caught.value)
+    assert "Mend or remove these files" in str(caught.value)
+
+
 def test_a_link_to_nowhere(tmp_path: Path):
     """It is named before anything is hashed."""
     folder = photos(tmp_path / "p")

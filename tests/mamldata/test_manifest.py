@@ -259,6 +259,26 @@ def test_no_split_scheme_at_all() -> None:
     assert faults((GOOD[GOOD.index("[splits") :], "[splits]")) == ("splits: must have at least one scheme",)
 
 
+def test_toml_that_is_nested_too_deep() -> None:
+    """One more kind of what is no TOML."""
+    with pytest.raises(ManifestError, match="not valid TOML: maximum recursion depth"):
+        parsed("name = " + "[" * 100_000)
+
+
+def test_a_manifest_that_is_too_long(tmp_path: Path) -> None:
+    """Its length is looked at before it is read; so is that of a list of classes."""
+    for name in ("mine.toml", "classes.txt"):
+        with (tmp_path / name).open("wb") as stream:
+            stream.truncate((1 << 26) + 1)
+    with pytest.raises(
+        ManifestError, match=r"mine\.toml has 1 fault:\n  it cannot be read .67,108,865 bytes, more than"
+    ):
+        load_manifest(str(tmp_path / "mine.toml"))
+    (fault,) = faults(listed("classes.txt"), folder=tmp_path)
+    assert "cannot read the class list 'classes.txt'" in fault
+    assert "67,108,865 bytes, more than the 67,108,864" in fault
+
+
 def test_not_toml() -> None:
     """A syntax error is reported with its line."""
     with pytest.raises(ManifestError, match=r"mine\.toml has 1 fault:\n  not valid TOML: .*line 2"):

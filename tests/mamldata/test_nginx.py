@@ -130,7 +130,7 @@ def test_a_server_that_dies_and_returns(nginx, folder, tmp_path):
     cache = tmp_path / "cache"
 
     def die_and_return() -> None:
-        wait_for(lambda: any(part.stat().st_size for part in cache.glob("*.tar.part")))
+        wait_for(lambda: any(part.stat().st_size for part in cache.glob("mamldata-shards/*.tar.part")))
         nginx.kill()
         time.sleep(0.2)
         nginx.start()

@@ -182,3 +182,40 @@ def wait_for(condition: object, seconds: float = 30) -> None:
 def test_default_workers() -> None:
     """At least one, and no more than there are processors."""
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/", {"cpu.max": "150000 100000\n"}, [1.5]),
+        ("0::/", {"cpu.max": "max 100000\n"}, []),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000", "cpu.max": "max 100000"}, [2.0]),
+        ("0::/a/b", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "50000 100000"}, [3.0, 0.5]),
+        ("0::/hidden/in/the/container", {"cpu.max": "400000 100000"}, [4.0]),
+        ("3:cpuset:/\n2:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, [2.5]),
+        ("1:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "25000"}, [2.0]),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
+        ("1:name=systemd:/\n0::/", {}, []),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str, files: dict[str, str], limits: list[float]) -> None:
+    """Versions 1 and 2, of the process's own group and all above it, and where a container hides those."""
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": files[name] for name in files}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(parallel._cgroup_limits(tmp_path)) == limits
+
+
+@pytest.mark.parametrize(("limits", "workers"), [([], 8), ([1.5], 2), ([3.0, 0.5], 1), ([64.0], 8)])
+def test_a_limited_container_gets_fewer_workers(
+    monkeypatch: pytest.MonkeyPatch, limits: list[float], workers: int
+) -> None:
+    """As many as the least limit says, rounded up; elsewhere as many as there are processors to run on."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(parallel, "_cgroup_limits", lambda _: iter(limits))
+    assert default_workers() == workers
+
+
+def test_a_system_without_control_groups(tmp_path: Path) -> None:
+    """Sets no limit."""
+    assert list(parallel._cgroup_limits(tmp_path)) == []

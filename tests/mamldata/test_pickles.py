@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamldata import pickles
 from mamldata.errors import DamagedError
 from mamldata.pickles import Span, StoredArray, load_values
 
@@ -250,3 +251,11 @@ def test_fortran_order_is_refused():
     """Its rows are not where ours would be."""
     with pytest.raises(DamagedError, match="Fortran's order"):
         load(np.asfortranarray(ARRAY))
+
+
+def test_more_instructions_than_images_need(monkeypatch: pytest.MonkeyPatch):
+    """Lists of one byte each take 64 of memory; images are few for the length of their pickle."""
+    monkeypatch.setattr(pickles, "_FREE_READS", 1000)
+    assert len(load([np.full((9000, 1), number, np.uint8) for number in range(100)])) == 100
+    with pytest.raises(DamagedError, match=r"more instructions than images need \(1,\d\d\d reads\)"):
+        load_values(io.BytesIO(b"]" * 9000 + b"."), "bomb.pkl")

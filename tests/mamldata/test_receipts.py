@@ -7,6 +7,7 @@ import hashlib
 import io
 import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,19 @@ class TestReceipts:
         folder.raw.mkdir(parents=True)
         folder.receipt("file.tar").write_bytes(text)
         assert read_receipt(folder, "file.tar") is None
+
+    def test_one_that_is_too_long(self, tmp_path: Path):
+        """It is not read."""
+        folder = DatasetFolder(tmp_path, "thing")
+        folder.raw.mkdir(parents=True)
+        with folder.receipt("file.tar").open("wb") as stream:
+            stream.truncate((1 << 26) + 1)
+        tracemalloc.start()
+        try:
+            assert read_receipt(folder, "file.tar") is None
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
 
 
 class TestIsVerified:

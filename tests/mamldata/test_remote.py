@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from mamldata import EpisodeStream
 from mamldata.archive import INDEX, INDEX_SUM, index_sum, read_archive
 from mamldata.build import build
-from mamldata.digest import canonical_json, sha256_bytes
+from mamldata.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.download import Network
 from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
 from mamldata.files import locked
@@ -41,6 +42,7 @@ from mamldata.verify import verify_archive
 
 REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 23, "val": 7}, seed=9, episodes_per_shard=5)
 BATCH = 4
+OWN = "mamldata-shards"  # the folder in a cache_dir that is the cache's own
 QUICK = Network(connect_timeout=5, read_timeout=5, rounds=3, backoff=0, longest_pause=0)
 
 
@@ -360,7 +362,7 @@ class TestFaults:
         stream = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), shuffle=False)
         with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: .*{message.partition('d: ')[2]}"):
             next(iter(stream.to(device) if device else stream))
-        assert not list((tmp_path / "cache").glob("*.tar"))
+        assert not list((tmp_path / "cache" / OWN).glob("*.tar"))
 
     @pytest.mark.parametrize("device", [None, "cpu"])
     def test_one_that_always_lies_about_a_later_shard(self, folder, tmp_path, device):
@@ -476,6 +478,24 @@ class TestFaults:
             with pytest.raises((DamagedError, FetchError), match=r"archive\.json.*(damaged|could not be had)"):
                 remote(server)
             assert not shards_asked(server)
+        finally:
+            server.close()
+
+    def test_an_archive_of_other_episodes(self, folder, tmp_path):
+        """Whole shards that hold another split's episodes are refused; the error names the address."""
+        own = Path(shutil.copytree(folder, tmp_path / "own"))
+        document = json.loads((own / INDEX).read_bytes())
+        train, val = (document["splits"][split]["shards"][0] for split in ("train", "val"))
+        train["sha256"], val["sha256"] = val["sha256"], train["sha256"]
+        shutil.copyfile(folder / "val-00000.tar", own / "train-00000.tar")
+        data = canonical_json(document)
+        (own / INDEX).write_bytes(data)
+        (own / INDEX_SUM).write_bytes(index_sum(sha256_bytes(data)))
+        server = Server(own)
+        try:
+            text = rf"holds other episodes .* It came from {server.url}/train-00000\.tar\. .*tell who keeps it"
+            with pytest.raises(DamagedError, match=text):
+                next(iter(EpisodeStream(remote(server), shuffle=False)))
         finally:
             server.close()
 
@@ -598,7 +618,7 @@ class TestAhead:
             handler.head(data, start)
             for at in range(start, len(data), 1 << 13):
                 handler.wfile.write(data[at : at + (1 << 13)])
-                most.append(occupied(tmp_path, "*.tar", "*.tar.part"))
+                most.append(occupied(tmp_path / OWN, "*.tar", "*.tar.part"))
 
         server.faults = [looks] * 100
         for room in (2, 3):
@@ -617,7 +637,7 @@ class TestCache:
         assert asked == 5
         assert kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)) == first
         assert len(shards_asked(server)) == asked
-        broken = sorted(tmp_path.glob("*.tar"))[0]
+        broken = sorted((tmp_path / OWN).glob("*.tar"))[0]
         broken.write_bytes(broken.read_bytes()[:-1])
         assert kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)) == first
         assert len(shards_asked(server)) == asked + 1
@@ -630,7 +650,7 @@ class TestCache:
         expected = kept(EpisodeStream(folder, batch_size=1, shuffle=False))
         for batch, reference in zip(stream, expected, strict=True):
             assert kept([batch]) == [reference]
-            assert occupied(tmp_path, "*.tar") <= bound
+            assert occupied(tmp_path / OWN, "*.tar") <= bound
             assert stream.source._mapped_bytes() <= bound
         with pytest.raises(RequestError, match="room for two of the archive's shards"):
             remote(server, cache_dir=tmp_path, cache_bytes=bound - 1)
@@ -643,15 +663,15 @@ class TestCache:
         """It counts, and goes when the room is needed; what another process is fetching stays."""
         shards = read_archive(folder).split("train").shards
         size = shards[0].bytes
+        cache = ShardCache(tmp_path, 3 * size)
         for number in range(4):
-            (tmp_path / f"{number:064d}.tar.part").write_bytes(bytes(size))
+            (cache.own / f"{number:064d}.tar.part").write_bytes(bytes(size))
             time.sleep(0.02)  # the file system's clock is coarse
-        with locked(tmp_path / f"{2:064d}.lock"):
-            cache = ShardCache(tmp_path, 3 * size)
+        with locked(cache.own / f"{2:064d}.lock"):
             for shard in shards[:2]:
                 cache.get(f"{server.url}/{shard.file}", shard)
-        assert sorted(path.name[:64] for path in tmp_path.glob("*.tar.part")) == [f"{2:064d}", f"{3:064d}"]
-        assert len(list(tmp_path.glob("*.tar"))) == 2
+        assert sorted(path.name[:64] for path in cache.own.glob("*.tar.part")) == [f"{2:064d}", f"{3:064d}"]
+        assert len(list(cache.own.glob("*.tar"))) == 2
 
     def test_the_least_recently_used_goes_first(self, folder, server, tmp_path):
         """What was used just now is kept."""
@@ -660,7 +680,118 @@ class TestCache:
         for number in (0, 1, 2, 0, 3):
             cache.get(f"{server.url}/{shards[number].file}", shards[number])
             time.sleep(0.02)  # the file system's clock is coarse
-        assert {path.stem for path in tmp_path.glob("*.tar")} == {shards[number].sha256 for number in (0, 2, 3)}
+        assert {path.stem for path in cache.own.glob("*.tar")} == {shards[number].sha256 for number in (0, 2, 3)}
+
+    def test_other_files_stay(self, folder, server, tmp_path):
+        """Whatever lies in cache_dir and is not the cache's own stays as it is, a tar named by its sha256 included."""
+        shards = read_archive(folder).split("train").shards
+        mine = (folder / shards[1].file).read_bytes()
+        names = ["imagenet.tar", "backup.tar.part", "backup.lock", "train-00000.tar", f"{'a' * 64}.tar.part"]
+        names += [f"{shards[1].sha256}.{kind}" for kind in ("tar", "lock", "json")]
+        names += [f"{OWN}/{name}" for name in ("notes.tar", "notes.tar.part", f"{'A' * 64}.tar")]
+        (tmp_path / OWN).mkdir()
+        for name in names:
+            (tmp_path / name).write_bytes(mine)
+        before = {name: (tmp_path / name).stat() for name in names}
+        stream = EpisodeStream(remote(server, cache_dir=tmp_path, cache_bytes=2 * shards[0].bytes), shuffle=False)
+        assert kept(stream) == kept(EpisodeStream(folder, shuffle=False))
+        assert kept(stream) == kept(EpisodeStream(folder, shuffle=False))
+        for name, status in before.items():
+            assert (tmp_path / name).read_bytes() == mine, name
+            assert (tmp_path / name).stat().st_mtime_ns == status.st_mtime_ns, name
+        made = {path.name for path in tmp_path.iterdir()} - {name.partition("/")[0] for name in [*names, "temporary"]}
+        assert not made, "everything of the cache lies in its own folder"
+        assert (tmp_path / OWN / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+
+    def test_what_is_being_opened_stays(self, folder, server, tmp_path):
+        """Another process that needs room removes no shard before it is open, nor waits until it is."""
+        shards = read_archive(folder).split("train").shards
+        cache, other = (ShardCache(tmp_path, 2 * shards[0].bytes, QUICK) for _ in range(2))
+
+        def opener(path: Path) -> bytes:
+            for shard in shards[1:4]:
+                other.get(f"{server.url}/{shard.file}", shard)
+            assert len(list(cache.own.glob("*.tar"))) == 2
+            return path.read_bytes()
+
+        url = f"{server.url}/{shards[0].file}"
+        assert cache.open(url, shards[0], opener) == (folder / shards[0].file).read_bytes()
+
+    def test_what_was_fetched_ahead_is_kept(self, folder, server, tmp_path):
+        """Others may remove a shard between its coming and its turn: it is open by then, and not fetched twice."""
+        size = read_archive(folder).split("train").shards[0].bytes
+        source = remote(server, cache_dir=tmp_path, cache_bytes=2 * size)
+        source.prefetch([0])
+        source._ahead.join(30)
+        for path in (tmp_path / OWN).glob("*.tar"):
+            path.unlink()
+        assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
+        assert shards_asked(server) == ["train-00000.tar"]
+
+    def test_readers_that_share_little_room(self, folder, server, tmp_path):
+        """Three readers in different orders, with room for two shards, all get all episodes."""
+        size = read_archive(folder).split("train").shards[0].bytes
+        expected = by_index(EpisodeStream(folder, shuffle=False, dtype=torch.uint8))
+        found: list[dict[int, bytes]] = []
+
+        def reads(seed: int) -> None:
+            source = remote(server, cache_dir=tmp_path, cache_bytes=2 * size)
+            found.append(by_index(EpisodeStream(source, seed=seed, dtype=torch.uint8)))
+
+        threads = [threading.Thread(target=reads, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [expected] * 3
+
+    def test_maps_that_nobody_reads_from_go(self, server, tmp_path):
+        """What was fetched ahead for a pass that was broken off is not kept open for ever."""
+        source = remote(server, cache_dir=tmp_path)
+        source.prefetch([0, 1, 2])
+        source._ahead.join(30)
+        source.prefetch([3, 4])
+        source._ahead.join(30)
+        assert [number for number in range(5) if number in source._ahead] == [3, 4]
+
+    @pytest.mark.parametrize("record", ["old", "none", "forged"])
+    def test_a_shard_is_not_believed_by_its_name(self, folder, server, tmp_path, caplog, record):
+        """One that was changed under its name and its date is fetched again, whatever record stands beside it."""
+        stream = EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)
+        first = kept(stream)
+        path = tmp_path / OWN / f"{read_archive(folder).split('train').shards[2].sha256}.tar"
+        status = path.stat()
+        time.sleep(0.02)  # the file system's clock is coarse
+        with path.open("r+b") as file:
+            file.seek(status.st_size // 2)
+            file.write(b"\x55" * 512)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if record == "none":
+            path.with_suffix(".json").unlink()
+        if record == "forged":
+            path.with_suffix(".json").write_bytes(bytes(1 << 20))
+        asked = len(shards_asked(server))
+        assert kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False)) == first
+        assert shards_asked(server)[asked:] == ["train-00002.tar"]
+        assert f"{path} is damaged; it is fetched again" in caplog.text
+
+    def test_a_shard_is_hashed_once(self, server, tmp_path, monkeypatch):
+        """It is hashed as it comes, and again only where no record of this user says that this file was hashed."""
+        hashed = []
+        monkeypatch.setattr("mamldata.remote.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+
+        def hashes() -> int:
+            hashed.clear()
+            assert len(kept(EpisodeStream(remote(server, cache_dir=tmp_path), shuffle=False))) == 23
+            return len(hashed)
+
+        assert [hashes(), hashes()] == [0, 0]
+        for record in (tmp_path / OWN).glob("*.json"):
+            record.unlink()
+        assert [hashes(), hashes()] == [5, 0]
+        monkeypatch.setattr("os.geteuid", lambda: 12345)
+        assert hashes() == 5
+        assert len(shards_asked(server)) == 5
 
     def test_no_room_on_the_disk(self, server, tmp_path):
         """A full disk is an error that names the place."""
@@ -722,7 +853,7 @@ class TestCache:
         process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)])
         half = (folder / "train-00000.tar").stat().st_size // 2
         deadline = time.monotonic() + 60
-        while not any(path.stat().st_size >= half for path in tmp_path.glob("*.part")):
+        while not any(path.stat().st_size >= half for path in (tmp_path / OWN).glob("*.part")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -730,7 +861,7 @@ class TestCache:
         source = remote(server, cache_dir=tmp_path)
         assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
         assert [asked for name, asked in server.asked if name.endswith(".tar")] == [None, f"bytes={half}-"]
-        assert not list(tmp_path.glob("*.part"))
+        assert not list((tmp_path / OWN).glob("*.part"))
 
 
 class TestVerify:

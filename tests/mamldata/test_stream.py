@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import multiprocessing
+import os
 import pickle
 import re
+import resource
 import shutil
 import threading
 import time
@@ -38,6 +41,7 @@ REQUEST = BuildRequest(
 )
 BATCH = 4
 EPOCH = 23 // BATCH
+FORK = "fork"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 
 
@@ -530,6 +534,196 @@ class TestDataLoader:
             assert copy.state_dict() == stream.state_dict()
             assert same(kept(copy), kept(stream))
 
+    def test_workers_that_stay_repeat_no_live_episode(self, glyphs_root):
+        """Workers that outlive a broken-off pass over endless episodes give none of them twice."""
+        stream = EpisodeStream(live("glyphs", root=glyphs_root, k_query=1))
+        loader = DataLoader(stream, None, num_workers=2, persistent_workers=True, multiprocessing_context=FORK)
+        seen = [index for _ in range(3) for (index,) in order_of(itertools.islice(loader, 5))]
+        assert seen[:5] == [0, 1, 2, 3, 4]
+        assert len(set(seen)) == 15
+
+    def test_an_error_ends_the_pass(self, own):
+        """Who asks on after an error is told that the pass is over; the state is still that of before the error."""
+        stream = EpisodeStream(own, batch_size=5, shuffle=False)
+        passing = iter(stream)
+        next(passing)
+        (own / "train-00001.tar").unlink()
+        with pytest.raises(DamagedError):
+            next(passing)
+        assert list(passing) == []
+        assert stream.state_dict()["next_batch"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+class TestMisuseOfADataLoader:
+    @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_workers": 1, "multiprocessing_context": FORK}])
+    def test_batches_of_meta_batches(self, folder, options):
+        """A forgotten batch_size=None is refused with what to write, and a collate_fn of one's own is not."""
+        with pytest.raises(RequestError, match=r"Write DataLoader\(stream, batch_size=None\)"):
+            next(iter(DataLoader(EpisodeStream(folder), **options)))
+        loader = DataLoader(EpisodeStream(folder), collate_fn=order_of, **options)
+        assert len(next(iter(loader))) == options.get("batch_size", 1)
+
+    @pytest.mark.parametrize("options", [{}, {"batch_size": None}, {"num_workers": 1, "multiprocessing_context": FORK}])
+    def test_a_stream_on_a_device(self, folder, glyphs_root, options):
+        """What .to(device) gives is refused with what to write instead."""
+        what_to_write = r"takes the stream itself.* write DataLoader\(stream, batch_size=None\)"
+        with pytest.raises(RequestError, match=what_to_write):
+            next(iter(DataLoader(EpisodeStream(folder).to("cpu"), **options)))
+        endless = EpisodeStream(live("glyphs", root=glyphs_root)).to("cpu")
+        with pytest.raises(TypeError, match=what_to_write):
+            len(endless)  # which a DataLoader asks for first
+
+    @pytest.mark.parametrize("endless", [False, True])
+    def test_nobody_tells_the_epoch(self, folder, glyphs_root, endless):
+        """Workers that begin where those before them did say so once, with what to write."""
+        stream = EpisodeStream(live("glyphs", root=glyphs_root) if endless else folder, None, BATCH)
+        loader = DataLoader(stream, None, num_workers=2, multiprocessing_context=FORK)
+        first = next(iter(loader)).index.tolist()
+        place, line = ("meta-batch 0", r"load_state_dict\(.*\)") if endless else ("epoch 0", r"set_epoch\(epoch\)")
+        with pytest.raises(UserWarning, match=rf"begin at {place}.* Write stream\.{line} before each"):
+            next(iter(loader))  # a warning is an error here, and in workers that are forked
+        assert next(iter(loader)).index.tolist() == first
+
+    def test_nobody_tells_spawned_workers_the_epoch(self, folder, capfd):
+        """Spawned workers know of those before them, too."""
+        stream = EpisodeStream(folder, None, BATCH)
+        loader = DataLoader(stream, None, num_workers=1, multiprocessing_context="spawn")
+        list(loader)
+        assert "set_epoch" not in capfd.readouterr().err
+        list(loader)
+        assert capfd.readouterr().err.count("UserWarning: The workers of this DataLoader begin at epoch 0") == 1
+
+    def test_no_false_alarm(self, folder):
+        """Workers do not warn if they are told where to go on, stay, keep one order, or are another process's."""
+
+        def loader(stream, **options):
+            return DataLoader(stream, None, num_workers=2, multiprocessing_context=FORK, **options)
+
+        told, resumed, stay, same = (EpisodeStream(folder, None, BATCH, shuffle=i < 3) for i in range(4))
+        staying = loader(stay, persistent_workers=True)
+        for epoch in range(3):
+            told.set_epoch(epoch)
+            resumed.load_state_dict(resumed.state_dict() | {"next_batch": epoch * EPOCH})
+            orders = [order_of(some) for some in (loader(told), loader(resumed), staying)]
+            assert orders[0] == orders[1] == orders[2]
+            assert order_of(loader(same)) == order_of(EpisodeStream(folder, None, BATCH, shuffle=False))
+
+        shared = EpisodeStream(folder, None, BATCH)
+        context = multiprocessing.get_context("fork")
+        for _ in range(2):  # each with a DataLoader of its own
+            process = context.Process(target=_one_epoch, args=(shared,))
+            process.start()
+            process.join(60)
+            assert process.exitcode == 0
+
+
+def _one_epoch(stream: EpisodeStream) -> None:
+    list(DataLoader(stream, None, num_workers=1, multiprocessing_context=FORK))
+
+
+@pytest.fixture
+def loader():
+    """Makes torchdata's loader of a stream, with a state if there is one."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def make(stream, workers, state=None, **options):
+        if workers:
+            options.setdefault("multiprocessing_context", FORK)
+        made = stateful.StatefulDataLoader(stream, batch_size=None, num_workers=workers, **options)
+        if state is not None:
+            made.load_state_dict(pickle.loads(pickle.dumps(state)))
+        return made
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # by torchdata, in new versions of torch
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+class TestStatefulDataLoader:
+    """torchdata's loader goes on at exactly the next meta-batch, which its workers' states tell."""
+
+    @pytest.mark.parametrize(
+        ("workers", "options"),
+        [
+            *((workers, {}) for workers in (0, 1, 2, 4)),
+            (2, {"persistent_workers": True, "snapshot_every_n_steps": 3, "prefetch_factor": 1}),
+        ],
+    )
+    def test_from_every_position(self, folder, loader, workers, options):
+        """Wherever the second epoch was left, what comes is the rest of it, then the whole of the third, each once."""
+
+        def stream():
+            return EpisodeStream(folder, None, 7, seed=3)
+
+        alone, first = stream(), stream()
+        expected = [order_of(alone) for _ in range(3)]
+        first.set_epoch(0)
+        running = loader(first, workers, **options)
+        assert order_of(running) == expected[0]
+        first.set_epoch(1)
+        states = []
+        for batch in running:
+            states.append(running.state_dict())
+            assert batch.index.tolist() == expected[1][len(states) - 1]
+        for seen, state in enumerate(states, start=1):
+            second = stream()
+            resumed = loader(second, workers, state, **options)
+            second.set_epoch(1)
+            assert order_of(resumed) == expected[1][seen:]  # and nothing where all of it was seen
+            second.set_epoch(2)
+            assert order_of(resumed) == expected[2]
+        second = stream()
+        second.set_epoch(2)
+        assert order_of(loader(second, workers, running.state_dict(), **options)) == expected[2]
+
+    @pytest.mark.parametrize("workers", [0, 3])
+    def test_endless_episodes(self, glyphs_root, loader, workers):
+        """Live episodes go on in the same way."""
+
+        def stream():
+            return EpisodeStream(live("glyphs", root=glyphs_root, k_query=1))
+
+        running = loader(stream(), workers)
+        state = running.state_dict()
+        for batch in running:
+            assert order_of(itertools.islice(loader(stream(), workers, state), 4)) == [
+                [batch.index.item() + i] for i in range(4)
+            ]
+            state = running.state_dict()
+            if batch.index == 4:
+                break
+
+    @pytest.mark.parametrize(("workers", "options"), [(0, {}), (2, {"persistent_workers": True})])
+    def test_a_resumed_epoch_broken_off_is_not_taken_up_again(self, folder, loader, workers, options):
+        """A loaded state counts for one pass: after a break the next one is the next whole epoch."""
+        alone, stream = (EpisodeStream(folder, None, BATCH) for _ in range(2))
+        expected = [order_of(alone) for _ in range(2)]
+        running = loader(stream, workers, **options)
+        next(iter(running))
+        resumed = loader(EpisodeStream(folder, None, BATCH), workers, running.state_dict(), **options)
+        assert order_of(itertools.islice(resumed, 1)) == expected[0][1:2]
+        assert order_of(resumed) == expected[1]
+
+    def test_spawned_workers(self, folder, loader):
+        """What forked workers saved, spawned ones take up."""
+        expected = order_of(EpisodeStream(folder, None, BATCH))
+        running = loader(EpisodeStream(folder, None, BATCH), 2)
+        assert order_of(itertools.islice(running, 1)) == expected[:1]
+        resumed = loader(EpisodeStream(folder, None, BATCH), 2, running.state_dict(), multiprocessing_context="spawn")
+        assert order_of(resumed) == expected[1:]
+
+    def test_what_does_not_fit(self, folder, loader):
+        """The state of another stream, or of another number of workers, is refused with the reason."""
+        running = loader(EpisodeStream(folder, None, BATCH), 0)
+        with pytest.raises(RequestError, match=r"batch_size: 4 saved, 5 here"):
+            iter(loader(EpisodeStream(folder, None, 5), 0, running.state_dict()))
+        passing = iter(EpisodeStream(folder, None, BATCH))
+        share = passing.state_dict() | {"worker": 1, "workers": 2}
+        with pytest.raises(RequestError, match=r"worker 1 of 2, and this is worker 0 of 1\. Give .* num_workers=2"):
+            passing.load_state_dict(share)
+
 
 class TestDamage:
     def test_a_missing_shard(self, own):
@@ -576,10 +770,78 @@ class TestDamage:
         with pytest.raises(DamagedError, match=r"train-00000\.tar \(episodes 0 to 4\) is damaged: sha256 [0-9a-f]{64}"):
             next(iter(stream.to(device) if device else stream))
 
+    @pytest.mark.parametrize("device", [None, "cpu"])
+    def test_shards_exchanged_between_splits(self, own, device):
+        """Shards of the same length in each other's place are an error that names the shard, and not another split."""
+        (own / "train-00000.tar").rename(own / "aside")
+        (own / "val-00000.tar").rename(own / "train-00000.tar")
+        (own / "aside").rename(own / "val-00000.tar")
+        for split in ("train", "val"):
+            stream = EpisodeStream(own, split, shuffle=False)
+            with pytest.raises(DamagedError, match=rf"{split}-00000\.tar holds other episodes than archive\.json says"):
+                next(iter(stream.to(device) if device else stream))
+        with pytest.raises(DamagedError, match=r"train-00000\.tar holds other episodes"):
+            next(iter(EpisodeStream(own, batch_size=BATCH, remix=True)))
+
     def test_no_archive(self, tmp_path):
         """A folder that is no archive is refused with the command that makes one."""
         with pytest.raises(RequestError, match=r"is not an archive.*mamldata build"):
             EpisodeStream(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
+    """An archive of many shards; not to be written to."""
+    out = tmp_path_factory.mktemp("many") / "archive"
+    build(glyphs_manifest, glyphs_bank, out, BuildRequest(2, 1, 1, {"train": 200}, episodes_per_shard=1))
+    return out
+
+
+@pytest.fixture
+def few_descriptors():
+    """The process may have fewer files open than ``many`` has shards; gives how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free + 64, hard))
+    yield 2 * free + 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class TestManyShards:
+    @pytest.mark.parametrize("remix", [False, True])
+    def test_more_shards_than_open_files(self, many, few_descriptors, remix):
+        """They are read in any order, and descriptors stay free for others; where there are enough, all stay mapped."""
+        stream = EpisodeStream(many, batch_size=BATCH, seed=3, remix=remix)
+        found = [kept(stream) for _ in range(2)]
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+        for descriptor in others:
+            os.close(descriptor)
+        source = getattr(stream.source, "source", stream.source)
+        assert 1 < len(source._open) < 200
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (few_descriptors + 1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
+        roomy = EpisodeStream(many, batch_size=BATCH, seed=3, remix=remix)
+        assert all(same(epoch, kept(roomy)) for epoch in found)
+        assert len(getattr(roomy.source, "source", roomy.source)._open) == 200
+
+    @pytest.mark.usefixtures("few_descriptors")
+    def test_what_was_handed_out_stays(self, many):
+        """A map that has made room for others is good for as long as someone refers to it."""
+        source = ArchiveSource(many)
+        mapped = source._open_shard(7)
+        for number in range(200):
+            source._open.get(number) or source._open_shard(number)
+        assert source._open.get(7) is not mapped
+        assert bytes(mapped) == (many / "train-00007.tar").read_bytes()
+
+    @pytest.mark.usefixtures("few_descriptors")
+    def test_sources_have_room_beside_each_other(self, many):
+        """However many are read from in turn: what one has open leaves others some."""
+        streams = [EpisodeStream(many, shuffle=False) for _ in range(4)]
+        for batches in zip(*streams, strict=True):
+            assert len({batch.query_x.numpy().tobytes() for batch in batches}) == 1
 
 
 class TestRequests:

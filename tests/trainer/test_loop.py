@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from synthetic import Synthetic, SyntheticStream
 
 from mamldata.batch import EpisodeBatch
-from mamldata.errors import DamagedError, MamldataError, RequestError
+from mamldata.errors import DamagedError, DivergedError, MamldataError, RequestError
 from trainer.evaluation import evaluate
+from trainer.learner import Learner
 from trainer.loop import train
+from trainer.maml.engines import Outcome
 from trainer.protocol import endless
 from trainer.runs.checkpoint import load_checkpoint
 from trainer.runs.folder import alone_in
@@ -96,11 +99,12 @@ def test_report_lines_say_it_all(tmp_path: Path) -> None:
     """Progress shows loss, accuracy before and after adaptation, speed and waiting; validation its conditions."""
     lines: list[str] = []
     train(replace(SETTINGS, steps=2, bn="support"), Synthetic(), tmp_path, report=lines.append)
-    assert len(lines) == 2
+    threads, progress, validation = lines
+    assert threads.startswith("Computing with 1 thread (")
     for part in ("step 2/2  loss ", "accuracy ", " → ", " ms/step  ", " images/s  data wait "):
-        assert part in lines[0]
-    assert lines[1].startswith("step 2  val ")
-    assert lines[1].endswith("4 episodes): synthetic, split scheme made-up, val, 5-way 1-shot, 3 inner steps, "
+        assert part in progress
+    assert validation.startswith("step 2  val ")
+    assert validation.endswith("4 episodes): synthetic, split scheme made-up, val, 5-way 1-shot, 3 inner steps, "
                              "batch norm support, fp32, single model")  # fmt: skip
 
 
@@ -263,6 +267,43 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
             return batch._replace(query_x=batch.query_x * float("nan")) if 8 in indices and split == "train" else batch
 
     with pytest.raises(MamldataError, match=r"The training loss at step 5 is nan: training has diverged. Lower"):
+        train(SETTINGS, Poisoned(), tmp_path)
+    assert [path.name.split("_")[1] for path in tmp_path.glob("*.pt")] == ["step3"]
+
+
+@pytest.mark.parametrize("clip", [None, 10.0])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clip: float | None
+) -> None:
+    """Whatever the loss is, also if clipping would hide it; neither weights nor a line of the log are kept of it."""
+
+    def poisoned(learner: Learner, batch: EpisodeBatch, step: int, *rest: Any, **options: Any) -> Outcome:
+        outcome = gradient(learner, batch, step, *rest, **options)
+        if step == 3:
+            outcome.gradient.weights["head_bias"][0] = float("inf")
+        return outcome
+
+    gradient = Learner.gradient
+    monkeypatch.setattr(Learner, "gradient", poisoned)
+    settings = replace(SETTINGS, meta_clip_value=clip)
+    with pytest.raises(DivergedError, match=r"The meta-gradient at step 4 is not finite: training has diverged. Lower"):
+        train(settings, Synthetic(), tmp_path)
+    assert [path.name.split("_")[1] for path in tmp_path.glob("*.pt")] == ["step3"]
+    assert max(row["step"] for row in rows(tmp_path)) == 3
+
+
+def test_a_signal_saves_nothing_that_has_diverged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A checkpoint between two lines of the log is preceded by a look at the gradients, also on a GPU."""
+
+    class Poisoned(Synthetic):
+        def batch(self, split: str, indices: list[int]) -> EpisodeBatch:
+            batch = super().batch(split, indices)
+            if 8 in indices and split == "train":
+                signal.raise_signal(signal.SIGTERM)
+                return batch._replace(query_x=batch.query_x * float("nan"))
+            return batch
+
+    with pytest.raises(DivergedError, match="The training loss at step 5 is nan"):
         train(SETTINGS, Poisoned(), tmp_path)
     assert [path.name.split("_")[1] for path in tmp_path.glob("*.pt")] == ["step3"]
 

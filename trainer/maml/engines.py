@@ -67,9 +67,7 @@ def loop(
         return _gradient(goal, parameters), measured
 
     tasks = list(episodes(batch))
-    # With one or two inner steps most of the work is the query set's, which two threads divide as well between them.
-    divide = method.inner.steps <= 2 and torch.get_num_threads() <= 2
-    return _mean(each_task(one, network, tasks, batch.support_x.device, divide=divide), parameters, len(tasks))
+    return _mean(each_task(one, network, tasks, batch.support_x.device), parameters, len(tasks))
 
 
 Gradient = tuple[Tensor, ...]

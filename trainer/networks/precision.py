@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import ExitStack, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from mamldata.errors import RequestError
 
@@ -55,6 +57,26 @@ def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> 
     if precision_of(network) != "bf16":
         result = functional_call(network, parameters, inputs)
         return result
-    with torch.autocast(next(iter(parameters.values())).device.type, dtype=torch.bfloat16):
+    device = next(iter(parameters.values())).device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
+        if device == "cpu":
+            stack.enter_context(_NarrowInFloat32())
         result = functional_call(network, parameters, inputs)
     return result.float()
+
+
+class _NarrowInFloat32(TorchFunctionMode):
+    """Convolutions of images that are one pixel wide or high are computed in float32, and so are their gradients.
+
+    On a CPU with bfloat16 instructions, oneDNN's gradient of the weights reads memory that nothing has written if the
+    image is narrower than the stride and padded (torch 2.15, oneDNN 3.13): it comes out as NaN, or as a wrong number.
+    The networks' strides are 1 and 2. Such images are a small part of the work.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrow = func is torch.conv2d and 1 in args[0].shape[-2:]
+        if narrow:
+            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
+        with torch.autocast("cpu", enabled=False) if narrow else nullcontext():
+            return func(*args, **(kwargs or {}))

@@ -20,6 +20,7 @@ from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
 from trainer.runs.folder import COMPARISON, RunResult, refuse_others
 from trainer.settings import TrainSettings
+from trainer.system.threads import limited_threads
 
 RESULT, TABLE = COMPARISON, "compare.md"
 _FORMAT = "mamldata-compare/1"
@@ -113,7 +114,8 @@ def compare(
         data.eval(what, count, 1, torch.device("cpu"), normalise=normalise, rank=0, ranks=1)
     make_folder(out)
     report(f"Measuring an outer step of {', '.join(plans)}, in turn.")
-    costs = measure_costs(plans, data)
+    with limited_threads():
+        costs = measure_costs(plans, data)
     minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
     report(f"Training will take about {minutes:.0f} min, and evaluation some more.")
     runs, evaluations = {}, {}

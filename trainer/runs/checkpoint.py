@@ -9,16 +9,17 @@ import io
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
-from mamldata.files import write_atomic
+from mamldata.files import open_regular, write_atomic
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.networks.networks import build_network
 from trainer.settings import TrainSettings, pick_device, saved_settings
@@ -145,12 +146,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise RequestError(f"There is no checkpoint {path}.")
-    data = path.read_bytes()
-    _check_container(path, data)
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
+    with open_regular(path) as stream:
+        _check_container(path, stream)
+        stream.seek(0)
+        try:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
     known = {field.name for field in fields(Checkpoint)}
     if isinstance(content, dict):
         content.setdefault("window", {})  # which the first ones did not have
@@ -164,12 +166,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def _check_container(path: Path, data: bytes) -> None:
-    """A checkpoint is a zip; torch reads its members without looking at their CRC-32."""
-    if not data.startswith(b"PK"):
+def _check_container(path: Path, stream: IO[bytes]) -> None:
+    """A checkpoint is a zip; torch reads its members without looking at their CRC-32, and unpacks compressed ones."""
+    if stream.read(2) != b"PK":
         raise RequestError(f"{path} is not a checkpoint of this trainer: it is no zip container.")
     try:
-        with reading_container(path), zipfile.ZipFile(io.BytesIO(data)) as container:
+        with reading_container(path), zipfile.ZipFile(stream) as container:
+            _require_stored(path, container.infolist())
             bad = container.testzip()
     except DamagedError as error:
         raise DamagedError(f"{error} {_REMEDY}") from error
@@ -177,6 +180,25 @@ def _check_container(path: Path, data: bytes) -> None:
         raise DamagedError(f"{path}: a damaged container ({bad} is not what was written). {_REMEDY}")
 
 
+def _require_stored(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Check that a checkpoint takes no more memory than its file is long, and a pickle that is small.
+
+    Raises:
+        RequestError: a member is compressed or too large, which ``torch.save`` makes none.
+    """
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            why = f"its member {member.filename!r} is compressed"
+        elif member.filename.endswith("data.pkl") and member.file_size > _MOST_PICKLE:
+            why = f"its member {member.filename!r} has {member.file_size:,} bytes, more than {_MOST_PICKLE:,}"
+        else:
+            continue
+        raise RequestError(f"{path} is not a checkpoint of this trainer: {why}.")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise RequestError(f"{path} is not a checkpoint of this trainer: its members are longer than the file.")
+
+
+_MOST_PICKLE = 1 << 22  # bytes; it describes 20,000 tensors, and each byte of it may take 64 of memory
 _REMEDY = "Remove it: a run that is resumed goes on from the checkpoint before it."
 
 

@@ -15,8 +15,9 @@ import torch
 
 import mamldata
 from mamldata.archive import INDEX
+from mamldata.digest import parse_json
 from mamldata.errors import DamagedError, RequestError
-from mamldata.files import locked, make_folder, write_atomic
+from mamldata.files import MOST_NOTE, locked, make_folder, read_whole, write_atomic
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
 from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
@@ -149,7 +150,7 @@ def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
     try:
-        saved = json.loads(config.read_text(encoding="utf-8"))
+        saved = parse_json(read_whole(config, MOST_NOTE))
         # Read as settings, for one that did not exist then has its default.
         there = saved_settings(saved["settings"], config).resolved()
         pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, _INCIDENTAL)]

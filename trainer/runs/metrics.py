@@ -18,6 +18,10 @@ from mamldata.files import write_atomic, writing
 from trainer.maml.engines import Outcome
 
 NAME = "metrics.jsonl"
+_ADVICE = (
+    "training has diverged. Lower inner_lr or meta_lr, or take fewer inner steps, and start again in another run "
+    "folder. The last checkpoint is from before."
+)
 
 
 def append(run_dir: Path, row: dict[str, Any]) -> None:
@@ -68,6 +72,7 @@ class Window:
 
     def __init__(self, step: int, state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self._losses: list[Tensor] = list(state["losses"]) if state else []
+        self._unseen = [loss.isfinite() for loss in self._losses]  # of the last steps, whether all was finite
         self._accuracies: list[Tensor] = list(state["accuracies"]) if state else []
         self.step = step - len(self._losses)
         self._before = len(self._losses)  # steps of another process, whose time is not known
@@ -76,7 +81,12 @@ class Window:
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The losses ``[steps]`` and accuracies ``[steps, 1]`` so far, on the CPU; empty if there are none."""
+        """The losses ``[steps]`` and accuracies ``[steps, 1]`` so far, on the CPU; empty if there are none.
+
+        Raises:
+            DivergedError: see ``require_finite``.
+        """
+        self.require_finite()
         if not self._losses:
             return {}
         last = torch.stack([by_step[-1:] for by_step in self._accuracies])
@@ -92,20 +102,36 @@ class Window:
             share: how large that part is.
         """
         self._losses.append(outcome.loss)
+        found = [values.isfinite().all() for values in (outcome.loss, *outcome.gradient.tensors())]
+        self._unseen.append(torch.stack(found).all())
         self._accuracies.append(outcome.score)
         self._images += round((batch.support_y.numel() + batch.query_y.numel()) / share)
         self._waited += waited
+
+    def require_finite(self) -> None:
+        """Make sure that no step so far has diverged; the CPU waits for the device here.
+
+        Raises:
+            DivergedError: a loss or a gradient was not finite; the message names the first such step.
+        """
+        first = len(self._losses) - len(self._unseen)
+        finite = torch.stack(self._unseen).tolist() if self._unseen else []
+        if not all(finite):
+            place = first + finite.index(False)
+            step = self.step + place + 1
+            require_finite(self._losses[place].item(), f"The training loss at step {step}")
+            raise DivergedError(f"The meta-gradient at step {step} is not finite: {_ADVICE}")
+        self._unseen.clear()
 
     def sum_up(self) -> dict[str, Any]:
         """Means over the window, and the last step's accuracy before and after each inner step.
 
         Raises:
-            DivergedError: a loss was not finite; the message names the first such step.
+            DivergedError: see ``require_finite``.
         """
-        losses = torch.stack(self._losses).tolist()  # the CPU waits for the device here
+        self.require_finite()
+        losses = torch.stack(self._losses).tolist()
         seconds = time.perf_counter() - self._started
-        for step, loss in enumerate(losses, self.step + 1):
-            require_finite(loss, f"The training loss at step {step}")
         steps = len(losses)
         return {
             "step": self.step + steps,
@@ -125,7 +151,4 @@ def require_finite(loss: float, what: str) -> None:
         DivergedError: ``loss`` is infinite or not a number.
     """
     if not -float("inf") < loss < float("inf"):
-        raise DivergedError(
-            f"{what} is {loss}: training has diverged. Lower inner_lr or meta_lr, or take fewer inner steps, and "
-            "start again in another run folder. The last checkpoint is from before."
-        )
+        raise DivergedError(f"{what} is {loss}: {_ADVICE}")

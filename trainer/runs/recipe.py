@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.errors import ManifestError, RequestError, did_you_mean
+from mamldata.files import MOST_NOTE, read_whole
 from mamldata.tables import Table, read_toml, toml_names
 
 _TEXTS = ("title", "dataset", "source", "published")
@@ -65,7 +66,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = Path(name_or_path)
         if not path.is_file():
             raise RequestError(f"There is no recipe file {path}.")
-        return _parse(path.stem, path.read_bytes(), str(path))
+        return _parse(path.stem, read_whole(path, MOST_NOTE), str(path))
     if name_or_path not in (names := recipe_names()):
         raise RequestError(
             f"There is no recipe {name_or_path!r}.{did_you_mean(name_or_path, names)} There are {', '.join(names)}; "

@@ -1,18 +1,62 @@
-"""Work on the tasks of a meta-batch in as many threads as torch may use, in their order."""
+"""How many threads torch works with on a CPU, and how the tasks of a meta-batch are shared out among them."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from mamldata.parallel import default_workers
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Threads:
+    """A choice, with its reason in words."""
+
+    count: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.count} thread{'' if self.count == 1 else 's'} ({self.reason})"
+
+
+def choose_threads() -> Threads:
+    """What torch has been given, by ``OMP_NUM_THREADS`` or by the program, which is never raised.
+
+    Where ``OMP_NUM_THREADS`` is not set, it is lowered to the processors that this process may use: torch counts those
+    of the machine, also in a container that gets the time of two.
+    """
+    count, usable = torch.get_num_threads(), default_workers()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return Threads(count, f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}")
+    if usable < count:
+        return Threads(usable, "as many as this process may use processors")
+    return Threads(count, "torch's own number")
+
+
+@contextmanager
+def limited_threads() -> Iterator[Threads]:
+    """Let torch work with ``choose_threads()`` in this block."""
+    before, threads = torch.get_num_threads(), choose_threads()
+    if threads.count == before:
+        yield threads
+        return
+    torch.set_num_threads(threads.count)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def each_task(
@@ -20,24 +64,22 @@ def each_task(
     network: nn.Module,
     tasks: Sequence[Item],
     device: torch.device,
-    *,
-    divide: bool = False,
 ) -> Iterator[Result]:
     """``work(network, task)`` of each task, in order.
 
     On a CPU with several threads each task has one of them to itself, where torch would divide each single operation
-    among all: those of one episode are too small for that. A result does not depend on how many tasks are under way,
-    and memory holds the graphs of as many. Elsewhere it is a plain loop.
+    among all. The operations of one episode are too small for that, and where other programs use the processors, too,
+    the threads that share an operation spend their time waiting for the one that does not run. A result does not
+    depend on how many tasks are under way, and memory holds the graphs of as many. Elsewhere it is a plain loop.
 
     Args:
         work: a pure function; it may put other parameters into the network for a while (``functional_call``).
         network: shared by all tasks; a thread has a copy of its own, with the same parameters.
         tasks: of a meta-batch.
         device: of the tasks.
-        divide: let torch divide single operations nevertheless, one task after the other.
     """
     threads = torch.get_num_threads()
-    crew = min(threads, len(tasks)) if device.type == "cpu" and not divide else 1
+    crew = min(threads, len(tasks)) if device.type == "cpu" else 1
     if crew == 1:
         yield from (work(network, task) for task in tasks)
         return
@@ -53,6 +95,7 @@ def each_task(
             copies.put(own)
 
     try:
+        torch.set_num_threads(1)  # the caller works on the results meanwhile
         with ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,)) as pool:
             yield from pool.map(one, tasks)
     finally:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from problems import batch, loop, query_logits, run
 from synthetic import Synthetic
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
@@ -84,6 +88,48 @@ def test_bf16_is_near_to_fp32(order, bn, engine) -> None:
         found.append(torch.cat([outcome.gradient.weights[name].flatten() for name in ("head", "head_bias")]))
     assert not torch.equal(*found)
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.8
+
+
+CONVOLUTIONS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}  # place of x
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions of images, and their gradients, by dtype and by whether an image is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[torch.dtype, bool]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in CONVOLUTIONS:
+            image, transposed = args[CONVOLUTIONS[func]], args[CONVOLUTIONS[func] + 6]
+            if not transposed:  # else it is a gradient that is enlarged to an image
+                self.seen[image.dtype, 1 in image.shape[-2:]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+RESNET = pytest.param(
+    "resnet18",
+    (8, 33),
+    marks=pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision"),
+)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("name", "sizes"), [("conv4", (8, 9, 13, 16, 17, 28)), RESNET])
+def test_no_narrow_image_is_convolved_in_bfloat16(name, sizes, order, engine) -> None:
+    """Where oneDNN reads memory that nobody wrote, on some processors, float32 takes its place: on any processor."""
+    inner, seen = InnerLoop(1, 0.05, order, "transductive"), []
+    for size in sizes:
+        network = build_network(name, 1, size, 2, seed=0, **({"filters": 2} if name == "conv4" else {}))
+        set_precision(network, "bf16")
+        at, episodes = meta_parameters(network, inner), Synthetic(size=size, n_way=2, k_query=1).batch("train", [0])
+        with Convolutions() as watched:
+            run(engine, network, at, episodes, inner)
+        seen.append(watched.seen)
+        assert watched.seen[torch.bfloat16, False] > watched.seen[torch.bfloat16, True] == 0
+    assert seen[0][torch.float32, True] > seen[-1][torch.float32, True] == 0
 
 
 def test_bf16_computes_in_bfloat16() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import tracemalloc
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -183,6 +184,42 @@ def test_a_plain_zip_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as container:
         container.writestr("a.txt", "hello")
     with pytest.raises(RequestError, match="is not a checkpoint of this trainer"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressed_members_are_refused(method: int, tmp_path: Path) -> None:
+    """torch.save stores them; what is compressed might take any amount of memory, and nothing of it is unpacked."""
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", method) as container:
+        container.writestr("archive/data.pkl", bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            RequestError, match=r"not a checkpoint of this trainer: .* 'archive/data\.pkl' is compressed"
+        ):
+            load_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pickle_that_is_longer_than_its_tensors_need(tmp_path: Path) -> None:
+    """A list of one byte takes 64 of memory: megabytes of them are refused by their length."""
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w") as container:
+        container.writestr("archive/data.pkl", b"\x80\x02" + b"]" * (5 << 20) + b".")
+    with pytest.raises(RequestError, match=r"'archive/data\.pkl' has 5,242,883 bytes, more than 4,194,304"):
+        load_checkpoint(path)
+
+
+def test_members_that_share_their_bytes(tmp_path: Path) -> None:
+    """A directory may name the same bytes many times, each of which would be a tensor of its own in memory."""
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w") as container:
+        container.writestr("archive/data/0", bytes(1 << 20))
+        container.filelist += container.filelist * 9
+    with pytest.raises(MamldataError, match=r"its members are longer than the file|[Oo]verlap"):
         load_checkpoint(path)
 
 

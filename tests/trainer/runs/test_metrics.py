@@ -77,6 +77,21 @@ def test_window_names_the_step_that_diverged() -> None:
         window.sum_up()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_window_names_the_step_whose_gradient_diverged(bad: float) -> None:
+    """When it is asked, summed up or saved; a look at it in between changes nothing."""
+    batch = Synthetic().batch("train", [0])
+    for ask in (Window.require_finite, Window.sum_up, Window.state_dict):
+        window = Window(step=10)
+        for step, slope in enumerate((1.0, 2.0, bad, bad)):
+            slopes = MetaParameters({"a": torch.ones(2, 3)}, {"a": torch.tensor([1.0, slope])})
+            window.add(batch, Outcome(slopes, torch.tensor(1.0), torch.tensor([0.5])), waited=0.0)
+            if step < 2:
+                window.require_finite()
+        with pytest.raises(MamldataError, match=r"The meta-gradient at step 13 is not finite: training has diverged"):
+            ask(window)
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused(loss: float) -> None:
     """Infinities and not-a-number stop a run; numbers do not."""

@@ -166,9 +166,7 @@ class _Run:
                 logging = (step + 1) % settings.log_every == 0 or validating
                 share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
                 outcome = learner.gradient(batch, step, share, world, every_step=logging)
-                recorder.window.add(
-                    batch, outcome, waited, share
-                )  # before clipping, which can hide an infinite gradient
+                recorder.window.add(batch, outcome, waited, share)  # before a clip can hide an infinite gradient
                 learner.descend(outcome, step)
                 step += 1
                 del batch  # its memory can be used again while the next one is read

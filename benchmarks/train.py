@@ -23,8 +23,8 @@ from common import arguments, in_turn, ratio, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
 from mamldata.parallel import default_workers
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop
 from trainer.allocator import keep_large_buffers
 from trainer.engines import pick_engine

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import Episode, InnerLoop, adapt, episodes, meta_parameters, query_logits
 from trainer.engines import vmap
 from trainer.evaluate import measure_together

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import Parameters, accuracy
 from trainer.distributed import ALONE, World, sum_over_ranks
 from trainer.engines import Outcome

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import (
     Episode,
     InnerLoop,

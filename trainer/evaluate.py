@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from mamldata.normalisation import Normalisation
+from mamldata.sampling.normalization import Normalisation
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import (
     Episode,
     InnerLoop,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import Parameters, beside_network, meta_parameters
 from trainer.baselines import joint, joint_parameters
 from trainer.checkpoint import all_weights, load_weights

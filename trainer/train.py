@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer import metrics
 from trainer.adapt import require_shots
 from trainer.allocator import keep_large_buffers

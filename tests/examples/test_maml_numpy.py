@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop
 from trainer.algorithms import ORDERS
 from trainer.engines import loop

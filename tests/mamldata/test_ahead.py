@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from mamldata.ahead import Ahead
+from mamldata.sources.prefetch import Ahead
 
 
 def fails() -> str:

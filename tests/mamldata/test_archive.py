@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mamldata.archive as archive_module
-from mamldata.archive import (
+import mamldata.archive.index as archive_module
+from mamldata.archive.build import build
+from mamldata.archive.index import (
     BLOCK,
     END,
     INDEX,
@@ -34,11 +35,10 @@ from mamldata.archive import (
     read_archive,
     shard_sizes,
 )
-from mamldata.build import build
-from mamldata.digest import canonical_json
-from mamldata.episodes import EpisodeSampler
+from mamldata.archive.plan import BuildRequest
 from mamldata.errors import DamagedError, RequestError
-from mamldata.plan import BuildRequest
+from mamldata.io.digest import canonical_json
+from mamldata.sampling.sampler import EpisodeSampler
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=2, k_query=3, episodes={"train": 7, "val": 2, "test": 3}, seed=5, episodes_per_shard=4
@@ -626,7 +626,7 @@ class TestOpenShard:
         before, checked = path.stat(), {}
         open_shard(path, shard, archive.layout, checked=checked)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mamldata.archive._first_broken_episode", lambda *_: pytest.fail("checked again"))
+            patch.setattr("mamldata.archive.index._first_broken_episode", lambda *_: pytest.fail("checked again"))
             assert open_shard(path, shard, archive.layout, checked=checked).tobytes() == path.read_bytes()
         time.sleep(0.02)  # the file system's clock is coarse
         with path.open("r+b") as stream:

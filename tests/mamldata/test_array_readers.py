@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata.bank import make_bank
-from mamldata.containers import list_members
-from mamldata.csv_splits import Row
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import ImageForm, Manifest
 from mamldata.errors import DamagedError, FetchError
-from mamldata.fetch import fetch
-from mamldata.forms import Found, list_images
-from mamldata.load import load_manifest
-from mamldata.manifest import ImageForm, Manifest
-from mamldata.readers import load_member
-from mamldata.splits import divide
+from mamldata.fetching.act import fetch
+from mamldata.fetching.layouts import Found, list_images
+from mamldata.io.containers import list_members
+from mamldata.readers.csv_splits import Row
+from mamldata.readers.index import load_member
+from mamldata.sampling.splits import divide
 
 COARSE = 20
 

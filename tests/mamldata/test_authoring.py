@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata.authoring import write_manifest
-from mamldata.bank import make_bank
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
 from mamldata.errors import DatasetError, FetchError, RequestError
-from mamldata.fetch import fetch
-from mamldata.load import load_manifest
-from mamldata.plan import BuildRequest
-from mamldata.splits import divide
+from mamldata.fetching.act import fetch
+from mamldata.fetching.author import write_manifest
+from mamldata.sampling.splits import divide
 
 CLASSES = {"train": ["ant", "bee"], "val": ["cow"], "test": ["dog"]}
 

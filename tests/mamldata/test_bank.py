@@ -25,14 +25,14 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from mamldata import bank
-from mamldata.bank import Bank, check_bank, make_bank, open_bank
+from mamldata.bank import make as bank
+from mamldata.bank.make import Bank, check_bank, make_bank, open_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DamagedError, DataMissingError, RequestError, WriteError
-from mamldata.fetch import fetch
-from mamldata.files import temporary, write_atomic
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.root import DatasetFolder
+from mamldata.fetching.act import fetch
+from mamldata.io.atomic import temporary, write_atomic
 
 Make = Callable[..., Any]
 
@@ -266,8 +266,8 @@ def test_a_finished_bank_waits_for_nobody(make_dataset: Make) -> None:
 OPEN = """\
 import sys
 from pathlib import Path
-from mamldata.bank import make_bank
-from mamldata.load import load_manifest
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
 manifest = load_manifest(sys.argv[1])
 print("ready", flush=True)
 for root in sys.stdin:
@@ -305,9 +305,9 @@ def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
 READ = """\
 import sys
 from pathlib import Path
-from mamldata.bank import make_bank
+from mamldata.bank.make import make_bank
 from mamldata.errors import WriteError
-from mamldata.load import load_manifest
+from mamldata.datasets.load import load_manifest
 for target in sys.argv[2:]:
     manifest = load_manifest(target)
     bank = make_bank(manifest, Path(sys.argv[1]))
@@ -345,9 +345,9 @@ def test_a_root_of_others(make_dataset: Make, tmp_path: Path, run_read_only: Cal
 PRIVATE = """\
 import sys
 from pathlib import Path
-from mamldata.bank import check_bank, make_bank
+from mamldata.bank.make import check_bank, make_bank
 from mamldata.errors import DataMissingError
-from mamldata.load import load_manifest
+from mamldata.datasets.load import load_manifest
 for name in ("tiny-8.json", "tiny-8.npy"):
     path = Path(sys.argv[1]) / "tiny" / name
     path.chmod(0)
@@ -402,8 +402,8 @@ def test_another_digest_than_the_known_one_is_refused(make_dataset: Make) -> Non
 KILLED = """\
 import contextlib, os, signal, sys
 from pathlib import Path
-from mamldata import bank
-from mamldata.load import load_manifest
+from mamldata.bank import make as bank
+from mamldata.datasets.load import load_manifest
 manifest, root, moment = sys.argv[1:]
 bank._TASK_IMAGES = 4
 
@@ -619,9 +619,9 @@ def test_the_lock_cannot_be_made(make_dataset: Make) -> None:
 FULL = """\
 import resource, sys
 from pathlib import Path
-from mamldata.bank import make_bank
+from mamldata.bank.make import make_bank
 from mamldata.errors import WriteError
-from mamldata.load import load_manifest
+from mamldata.datasets.load import load_manifest
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
     make_bank(load_manifest(sys.argv[1]), Path(sys.argv[2]))

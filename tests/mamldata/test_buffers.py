@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mamldata.buffers import BufferPool
+from mamldata.streaming.buffers import BufferPool
 
 SHAPE = (2, 3, 5, 7, 1)
 

@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import mamldata.build as build_module
-from mamldata import shards, store
-from mamldata.archive import INDEX, INDEX_SUM, Archive, open_shard, read_archive
-from mamldata.bank import make_bank
-from mamldata.build import Portion, PortionBuilt, build, build_portion
+import mamldata.archive.build as build_module
+from mamldata.archive import store
+from mamldata.archive import write as shards
+from mamldata.archive.build import Portion, PortionBuilt, build, build_portion
+from mamldata.archive.index import INDEX, INDEX_SUM, Archive, open_shard, read_archive
+from mamldata.archive.plan import BuildRequest, plan_archive
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
-from mamldata.load import load_manifest
-from mamldata.plan import BuildRequest, plan_archive
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
@@ -37,11 +38,11 @@ GOLDEN_OMNIGLOT = "cbb69d91eb09ee4468739e2bdc8ee8009fbb41ad7d9b55852889954ef824b
 SCRIPT = """
 import sys
 from pathlib import Path
-from mamldata.bank import make_bank
-from mamldata.plan import BuildRequest
-from mamldata.build import Portion, build, build_portion
+from mamldata.bank.make import make_bank
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.build import Portion, build, build_portion
 from mamldata.errors import MamldataError
-from mamldata.load import load_manifest
+from mamldata.datasets.load import load_manifest
 
 def request(train=7):
     return BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": train, "val": 2, "test": 3}, seed=3,
@@ -366,10 +367,10 @@ def _group(process: Path) -> int | None:
 PORTION = """
 import sys
 from pathlib import Path
-from mamldata.bank import make_bank
-from mamldata.plan import BuildRequest
-from mamldata.build import Portion, build_portion
-from mamldata.load import load_manifest
+from mamldata.bank.make import make_bank
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.build import Portion, build_portion
+from mamldata.datasets.load import load_manifest
 root, out, number, of = sys.argv[1:]
 request = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3,
                        episodes_per_shard=3)

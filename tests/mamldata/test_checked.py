@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from mamldata import checked
-from mamldata.bank import Bank, check_bank, make_bank
-from mamldata.build import build
-from mamldata.checked import hash_and_note, is_noted
-from mamldata.digest import sha256_file
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank import checked
+from mamldata.bank.checked import hash_and_note, is_noted
+from mamldata.bank.make import Bank, check_bank, make_bank
 from mamldata.errors import DamagedError
-from mamldata.plan import BuildRequest
-from mamldata.sources import LiveSource, live
+from mamldata.io.digest import sha256_file
+from mamldata.sources.stored import LiveSource, live
 
 Make = Callable[..., Any]
 

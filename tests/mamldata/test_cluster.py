@@ -16,12 +16,12 @@ import pytest
 
 pytest.importorskip("distributed", reason="the package distributed is not installed; the test group has it")
 
-from mamldata.archive import INDEX
-from mamldata.build import build
-from mamldata.cluster import dask_executor
+from mamldata.archive.build import build
+from mamldata.archive.dask import dask_executor
+from mamldata.archive.index import INDEX
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.store import BUILD
 from mamldata.errors import DataMissingError, MamldataError, RequestError
-from mamldata.plan import BuildRequest
-from mamldata.store import BUILD
 
 REQUEST = BuildRequest(n_way=3, k_query=2, episodes={"train": 360, "val": 2}, seed=3, episodes_per_shard=3)
 

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata.bank import make_bank
+from mamldata.archive.verify import verify_dataset
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
 from mamldata.errors import FetchError, WriteError
-from mamldata.fetch import Fetched, fetch, plan
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.verify import verify_dataset
+from mamldata.fetching.act import Fetched, fetch, plan
 
 CLASSES = {"train": ["n00000001", "n00000002"], "val": ["n00000003"], "test": ["n00000004"]}
 PER_CLASS = 12  # of "ImageNet"; the dataset takes some of them
@@ -587,8 +587,8 @@ def test_a_truncated_tar_of_tars(world: World, tmp_path: Path):
 def test_too_little_space(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Said before an hour is spent."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("mamldata.files.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("mamldata.fetch.require_space", lambda *_: None)
+    monkeypatch.setattr("mamldata.io.atomic.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("mamldata.fetching.act.require_space", lambda *_: None)
     with pytest.raises(WriteError, match=r"images\.tar needs [\d,]+ more bytes in .*, where 1,000 are free"):
         world.fetch(tmp_path / "root", names_in_folder(world))
 
@@ -596,8 +596,8 @@ def test_too_little_space(world: World, tmp_path: Path, monkeypatch: pytest.Monk
 KILLED = """\
 import os, signal, sys
 from pathlib import Path
-from mamldata import collect, fetch
-from mamldata.load import load_manifest
+from mamldata.fetching import collect, act as fetch
+from mamldata.datasets.load import load_manifest
 manifest, root, moment, *places = sys.argv[1:]
 
 def die(*_, **__):

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata import bank as banks
-from mamldata import csv_splits
-from mamldata.bank import Bank, make_bank
-from mamldata.csv_splits import read_rows
-from mamldata.digest import sha256_file
+from mamldata.bank import make as banks
+from mamldata.bank.make import Bank, make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import ImageRecipe, Manifest, SourceFile
+from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DatasetError, Fault
-from mamldata.fetch import fetch
-from mamldata.load import load_manifest
-from mamldata.manifest import ImageRecipe, Manifest, SourceFile
-from mamldata.readers import ReaderRecipe, index_images
-from mamldata.root import DatasetFolder
-from mamldata.sources import live
-from mamldata.splits import SplitScheme, divide
+from mamldata.fetching.act import fetch
+from mamldata.io.digest import sha256_file
+from mamldata.readers import csv_splits
+from mamldata.readers.csv_splits import read_rows
+from mamldata.readers.index import ReaderRecipe, index_images
+from mamldata.sampling.splits import SplitScheme, divide
+from mamldata.sources.stored import live
 
 CLASSES = {"train": {"cat": 3, "dog": 5}, "val": {"emu": 2}, "test": {"ape": 4, "bee": 3}}
 CSV = ReaderRecipe("csv-splits")
@@ -161,7 +161,7 @@ def test_episodes_of_unequal_classes(beasts: Made, tmp_path: Path, monkeypatch: 
     """Three and five images: every row stays in its class."""
     bank = beasts.bank()
     manifest = beasts.manifest()
-    monkeypatch.setattr("mamldata.sources.load_manifest", lambda _: manifest)
+    monkeypatch.setattr("mamldata.sources.stored.load_manifest", lambda _: manifest)
     source = live("beasts.toml", "train", n_way=2, k_shot=1, k_query=2, root=beasts.root)
     drawn = source.sampler.sample(0, 200)
     for way in drawn.reshape(-1, 4):

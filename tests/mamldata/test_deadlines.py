@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from mamldata.download import Network, Part, SourceError, open_session, transfer
+from mamldata.fetching.http import Network, Part, SourceError, open_session, transfer
 
 DATA = hashlib.shake_256(b"deadlines").digest(5000)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n"

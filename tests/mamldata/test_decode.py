@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata import decode
-from mamldata.decode import decode_image
+from mamldata.bank import decode
+from mamldata.bank.decode import decode_image
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -166,7 +166,7 @@ def test_bands_make_no_difference(mode: str, rows: int, channels: int, monkeypat
 
 _PEAK = """
 import sys
-from mamldata.decode import decode_image
+from mamldata.bank.decode import decode_image
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
 data = open(sys.argv[1], "rb").read()

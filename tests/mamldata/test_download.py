@@ -13,16 +13,8 @@ import pytest
 import requests
 
 import mamldata
-from mamldata.download import (
-    Network,
-    Part,
-    SourceError,
-    UnusableRangeError,
-    _retry_after,
-    open_session,
-    transfer,
-)
 from mamldata.errors import RequestError
+from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeError, _retry_after, open_session, transfer
 
 Wire = Any  # the class in conftest.py
 

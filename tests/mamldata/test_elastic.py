@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
-from mamldata.build import build
-from mamldata.plan import BuildRequest
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
 
 EPISODES, BATCH, EPOCHS = 26, 8, 3
 PER_EPOCH = EPISODES // BATCH

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamldata import episodes
-from mamldata.bank import Bank
-from mamldata.episodes import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
+from mamldata.bank.make import Bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.splits import divide
+from mamldata.sampling import sampler as episodes
+from mamldata.sampling.sampler import ClassTable, EpisodeSampler, EpisodeSpec, class_table, gather
+from mamldata.sampling.splits import divide
 
 SPEC = EpisodeSpec(
     bank_sha256="ab" * 32,
@@ -169,7 +169,7 @@ def test_another_environment_draws_the_same(tmp_path: Path) -> None:
     """Hash seed, locale and a used global generator change nothing."""
     script = (
         "import random, sys; import numpy as np; np.random.seed(7); random.seed(7)\n"
-        "from mamldata.episodes import EpisodeSampler, EpisodeSpec, class_table\n"
+        "from mamldata.sampling.sampler import EpisodeSampler, EpisodeSpec, class_table\n"
         "spec = EpisodeSpec('ab' * 32, 'own', 'train', 5, 1, 3, 1, 0)\n"
         "classes = class_table([str(i) for i in range(9)], range(0, 100, 11), range(9), 1)\n"
         "print(EpisodeSampler(spec, classes).sample(3, 2).tolist())"

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 
-from mamldata.digest import content_sha256
-from mamldata.download import Network
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest, SourceFile
+from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import FetchError, RequestError, WriteError
-from mamldata.fetch import Fetched, fetch, plan
-from mamldata.files import temporary
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest, SourceFile
-from mamldata.raw_check import check_raw
-from mamldata.receipts import Receipt, write_receipt
-from mamldata.root import DatasetFolder
+from mamldata.fetching.act import Fetched, fetch, plan
+from mamldata.fetching.http import Network
+from mamldata.fetching.receipts import Receipt, write_receipt
+from mamldata.fetching.verify import check_raw
+from mamldata.io.atomic import temporary
+from mamldata.io.digest import content_sha256
 
 DATA = hashlib.shake_256(b"the file").digest(300_000)
 QUICK = Network(
@@ -620,7 +620,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_fetch import QUICK, manifest_of, source
-from mamldata.fetch import fetch
+from mamldata.fetching.act import fetch
 print("ready", flush=True)
 for result in fetch(manifest_of(source({url!r})), Path({root!r}), network=QUICK, notify=lambda text: print(text)):
     print(result.how, flush=True)

@@ -15,16 +15,16 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from mamldata.bank import make_bank
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.verify import verify_dataset
+from mamldata.bank.make import make_bank
+from mamldata.datasets.image_folder import dataset_name, folder_manifest, seeded_counts
+from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
-from mamldata.folder import dataset_name, folder_manifest, seeded_counts
-from mamldata.load import load_manifest
-from mamldata.plan import BuildRequest
 from mamldata.progress import silent
-from mamldata.sources import live
-from mamldata.splits import divide
-from mamldata.verify import verify_dataset
+from mamldata.sampling.splits import divide
+from mamldata.sources.stored import live
 
 SIZES = {f"kind {letter}": 3 + number for number, letter in enumerate("abcdefghij")}
 

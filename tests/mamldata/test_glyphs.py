@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamldata import glyphs
-from mamldata.manifest import Manifest
-from mamldata.root import DatasetFolder
+from mamldata.datasets import glyphs
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.paths import DatasetFolder
 
-DRAW = "import sys, pathlib; from mamldata import glyphs; glyphs.write_archive(pathlib.Path(sys.argv[1]))"
+DRAW = "import sys, pathlib; from mamldata.datasets import glyphs; glyphs.write_archive(pathlib.Path(sys.argv[1]))"
 
 
 def test_bytes_are_those_of_the_manifest(glyphs_root: Path, glyphs_manifest: Manifest) -> None:

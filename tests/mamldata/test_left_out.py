@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata import bank as banks
-from mamldata.authoring import write_manifest
-from mamldata.bank import Bank, files_left_out, make_bank
-from mamldata.build import build
-from mamldata.catalogue import files_left_out as left_out_of_archive
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank import make as banks
+from mamldata.bank.inventory import files_left_out as left_out_of_archive
+from mamldata.bank.make import Bank, files_left_out, make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
 from mamldata.errors import DamagedError, DatasetError, RequestError
-from mamldata.fetch import fetch
-from mamldata.left_out import LeftOut
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.plan import BuildRequest
-from mamldata.readers import ReaderRecipe, index_images
+from mamldata.fetching.act import fetch
+from mamldata.fetching.author import write_manifest
+from mamldata.readers.index import ReaderRecipe, index_images
+from mamldata.readers.left_out import LeftOut
 
 STRAY = (
     "README.txt",

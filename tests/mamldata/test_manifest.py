@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.toml import builtin_names, parse_manifest
 from mamldata.errors import ManifestError, RequestError
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.manifest_toml import builtin_names, parse_manifest
 
 MIRRORS = (
     "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/",

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from mamldata.digest import content_sha256
-from mamldata.download import Network, Part
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest, SourceFile
+from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import FetchError, RequestError, WriteError
-from mamldata.fetch import Fetched, fetch, plan
-from mamldata.files import temporary
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest, SourceFile
-from mamldata.raw_check import check_raw
-from mamldata.receipts import Receipt, write_receipt
-from mamldata.root import DatasetFolder
+from mamldata.fetching.act import Fetched, fetch, plan
+from mamldata.fetching.http import Network, Part
+from mamldata.fetching.receipts import Receipt, write_receipt
+from mamldata.fetching.verify import check_raw
+from mamldata.io.atomic import temporary
+from mamldata.io.digest import content_sha256
 
 Wire = Any  # the class in conftest.py
 Answer = Callable[..., bytes]
@@ -127,7 +127,7 @@ class TestRounds:
         def refuse(source: str) -> None:
             raise FileNotFoundError(source)
 
-        monkeypatch.setattr("mamldata.mirrors.open_source", refuse)
+        monkeypatch.setattr("mamldata.fetching.mirrors.open_source", refuse)
         told: list[str] = []
         places = ["http://me:secret@127.0.0.1:port", "simplecache::http://me:secret@host/a"]
         with pytest.raises(FetchError) as raised:
@@ -207,7 +207,7 @@ class TestParts:
                     raise RuntimeError("the share went away")
                 return super().read(1000)
 
-        monkeypatch.setattr("mamldata.mirrors.open_source", lambda _: Breaking(DATA))
+        monkeypatch.setattr("mamldata.fetching.mirrors.open_source", lambda _: Breaking(DATA))
         begun(tmp_path, DATA[:10]).note(wire.url, '"1"')
         wire.answers = [rest(answer, DATA, 1000)]
         told: list[str] = []
@@ -394,7 +394,7 @@ def test_killed_at_any_moment(way: str, wire: Wire, answer: Answer, tmp_path: Pa
     wire.answers = [answer(DATA, Content_Length=len(DATA), ETag='"1"')]
     (tmp_path / "place").mkdir()
     (tmp_path / "place" / "file.bin").write_bytes(DATA)
-    monkeypatch.setattr("mamldata.glyphs.write_archive", lambda path: path.write_bytes(DATA))
+    monkeypatch.setattr("mamldata.datasets.glyphs.write_archive", lambda path: path.write_bytes(DATA))
     file = replace(entry(wire.url), generator="glyphs" if way == "generate" else None)
     sources = [str(tmp_path / "place")] if way == "copy" else []
     for moment in range(100):

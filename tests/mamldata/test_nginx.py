@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mamldata.archive import read_archive
-from mamldata.build import build
-from mamldata.download import Network
-from mamldata.plan import BuildRequest
-from mamldata.remote import RemoteSource
-from mamldata.sources import ArchiveSource
-from mamldata.verify import verify_archive
+from mamldata.archive.build import build
+from mamldata.archive.index import read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.verify import verify_archive
+from mamldata.fetching.http import Network
+from mamldata.sources.remote import RemoteSource
+from mamldata.sources.stored import ArchiveSource
 
 pytestmark = pytest.mark.skipif(
     shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None, reason="nginx is not installed"

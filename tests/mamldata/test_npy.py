@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mamldata.npy import npy_bytes, npy_header
+from mamldata.io.npy import npy_bytes, npy_header
 
 SHAPES = st.lists(st.integers(0, 6), max_size=5).map(tuple)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mamldata.errors import RequestError
-from mamldata.order import Order, permutation, shard_runs
+from mamldata.sampling.order import Order, permutation, shard_runs
 
 SEEDS = st.integers(0, 2**70)
 EPOCHS = st.integers(0, 2**40)

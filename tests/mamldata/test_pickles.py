@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mamldata import pickles
 from mamldata.errors import DamagedError
-from mamldata.pickles import Span, StoredArray, load_values
+from mamldata.io import pickles
+from mamldata.io.pickles import Span, StoredArray, load_values
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 ARRAY = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ import pytest
 from fsspec.registry import known_implementations
 
 from mamldata.errors import RequestError
-from mamldata.places import find, is_http, is_local, needs_network, open_source, shown_place, shown_text
+from mamldata.io.urls import find, is_http, is_local, needs_network, open_source, shown_place, shown_text
 
 
 @pytest.fixture

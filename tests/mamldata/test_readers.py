@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError
-from mamldata.load import load_manifest
-from mamldata.readers import ImageIndex, ReaderRecipe, index_images, read_images
+from mamldata.readers.index import ImageIndex, ReaderRecipe, index_images, read_images
 
 DEPTH_1, DEPTH_2 = ReaderRecipe("class-folders", 1), ReaderRecipe("class-folders", 2)
 

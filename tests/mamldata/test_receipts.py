@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from mamldata.digest import content_sha256
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest, SourceFile
-from mamldata.raw_check import check_raw
-from mamldata.receipts import (
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest, SourceFile
+from mamldata.datasets.paths import DatasetFolder
+from mamldata.fetching.receipts import (
     Match,
     Receipt,
     is_verified,
@@ -28,7 +27,8 @@ from mamldata.receipts import (
     verify_file,
     write_receipt,
 )
-from mamldata.root import DatasetFolder
+from mamldata.fetching.verify import check_raw
+from mamldata.io.digest import content_sha256
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": b"two" * 50}
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
-from mamldata.archive import read_archive
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.index import read_archive
+from mamldata.archive.plan import BuildRequest
 from mamldata.errors import DamagedError, RequestError
-from mamldata.order import Order, permutation, share
-from mamldata.plan import BuildRequest
-from mamldata.remix import RemixedSource, remix
-from mamldata.sources import ArchiveSource
+from mamldata.sampling.order import Order, permutation, share
+from mamldata.sources.remixed import RemixedSource, remix
+from mamldata.sources.stored import ArchiveSource
 
 EPISODES, N_WAY, K_SHOT, K_QUERY, BATCH = 23, 3, 2, 4, 8
 PER_EPOCH = EPISODES // BATCH

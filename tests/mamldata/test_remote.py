@@ -28,17 +28,17 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream
-from mamldata.archive import INDEX, INDEX_SUM, index_sum, read_archive
-from mamldata.build import build
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
-from mamldata.download import Network
+from mamldata.archive.build import build
+from mamldata.archive.index import INDEX, INDEX_SUM, index_sum, read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.verify import verify_archive
 from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
-from mamldata.files import locked
-from mamldata.order import Order
-from mamldata.plan import BuildRequest
-from mamldata.remote import RemoteSource, ShardCache, read_remote_archive
-from mamldata.sources import ArchiveSource
-from mamldata.verify import verify_archive
+from mamldata.fetching.http import Network
+from mamldata.io.atomic import locked
+from mamldata.io.digest import canonical_json, sha256_bytes, sha256_file
+from mamldata.sampling.order import Order
+from mamldata.sources.remote import RemoteSource, ShardCache, read_remote_archive
+from mamldata.sources.stored import ArchiveSource
 
 REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 23, "val": 7}, seed=9, episodes_per_shard=5)
 BATCH = 4
@@ -319,7 +319,7 @@ class TestFaults:
         """Whoever waits learns what for."""
         server.faults = [busy]
         kept(EpisodeStream(remote(server), shuffle=False))
-        (told,) = [record.getMessage() for record in caplog.records if record.name == "mamldata.remote"]
+        (told,) = [record.getMessage() for record in caplog.records if record.name == "mamldata.sources.remote"]
         address = rf"{re.escape(server.url)}/train-0000\d\.tar"  # of those under way, the one that met it
         assert re.fullmatch(rf"{address}: HTTP 503 Service Unavailable; trying again in 0 s", told)
 
@@ -778,7 +778,9 @@ class TestCache:
     def test_a_shard_is_hashed_once(self, server, tmp_path, monkeypatch):
         """It is hashed as it comes, and again only where no record of this user says that this file was hashed."""
         hashed = []
-        monkeypatch.setattr("mamldata.remote.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+        monkeypatch.setattr(
+            "mamldata.sources.remote.sha256_file", lambda path: hashed.append(path) or sha256_file(path)
+        )
 
         def hashes() -> int:
             hashed.clear()
@@ -796,7 +798,7 @@ class TestCache:
     def test_no_room_on_the_disk(self, server, tmp_path):
         """A full disk is an error that names the place."""
         code = (
-            "import resource, signal, sys; from mamldata.remote import RemoteSource\n"
+            "import resource, signal, sys; from mamldata.sources.remote import RemoteSource\n"
             "source = RemoteSource(sys.argv[1], cache_dir=sys.argv[2])\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
@@ -847,7 +849,7 @@ class TestCache:
 
         server.faults = [hangs]
         code = (
-            "import sys; from mamldata.remote import RemoteSource\n"
+            "import sys; from mamldata.sources.remote import RemoteSource\n"
             "RemoteSource(sys.argv[1], cache_dir=sys.argv[2])._open_shard(0)\n"
         )
         process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)])

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mamldata import shards
-from mamldata.archive import Archive
-from mamldata.build import Portion, build, build_portion
-from mamldata.digest import sha256_bytes
+from mamldata.archive import write as shards
+from mamldata.archive.build import Portion, build, build_portion
+from mamldata.archive.index import Archive
+from mamldata.archive.plan import BuildRequest, plan_archive
+from mamldata.archive.store import BUILD, FolderStore
+from mamldata.archive.write import ShardTask, make_shard
 from mamldata.errors import DataMissingError, MamldataError, WriteError
-from mamldata.plan import BuildRequest, plan_archive
-from mamldata.shards import ShardTask, make_shard
-from mamldata.store import BUILD, FolderStore
+from mamldata.io.digest import sha256_bytes
 
 REQUEST = BuildRequest(n_way=3, k_query=2, episodes={"train": 7, "val": 2}, seed=3, episodes_per_shard=3)
 WORKER = f"The worker on {socket.gethostname()} "

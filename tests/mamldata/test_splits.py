@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamldata.datasets.load import load_manifest
 from mamldata.errors import RequestError
-from mamldata.load import load_manifest
-from mamldata.splits import SplitScheme, divide
+from mamldata.sampling.splits import SplitScheme, divide
 
 HELD_OUT = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
 GOLDEN = {

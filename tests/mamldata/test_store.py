@@ -14,15 +14,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from mamldata import shards
-from mamldata.archive import INDEX, INDEX_SUM, read_archive
-from mamldata.build import Portion, build, build_portion
+from mamldata.archive import write as shards
+from mamldata.archive.build import Portion, build, build_portion
+from mamldata.archive.index import INDEX, INDEX_SUM, read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.store import BUILD, AddressStore, FolderStore, Store, store_at
+from mamldata.archive.verify import verify_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
-from mamldata.plan import BuildRequest
-from mamldata.remote import read_remote_archive
-from mamldata.store import BUILD, AddressStore, FolderStore, Store, store_at
-from mamldata.stream import EpisodeStream
-from mamldata.verify import verify_archive
+from mamldata.sources.remote import read_remote_archive
+from mamldata.streaming.stream import EpisodeStream
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
@@ -111,7 +111,7 @@ class TestPromises:
     def test_one_of_many_writers_is_first(self, tmp_path):
         """Of processes that begin at once exactly one writes the plan."""
         code = (
-            "import sys, time; from pathlib import Path; from mamldata.store import store_at\n"
+            "import sys, time; from pathlib import Path; from mamldata.archive.store import store_at\n"
             "store = store_at(Path(sys.argv[1])); store.prepare()\n"
             "while time.time() < float(sys.argv[2]): pass\n"
             "store.write_new('.build/plan', sys.argv[3].encode() * 100_000)\n"

@@ -22,13 +22,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
-from mamldata.archive import open_shard, read_archive
-from mamldata.bank import make_bank
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.index import open_shard, read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError, RequestError
-from mamldata.normalisation import Normalisation
-from mamldata.plan import BuildRequest
-from mamldata.sources import ArchiveSource
+from mamldata.sampling.normalization import Normalisation
+from mamldata.sources.stored import ArchiveSource
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4
 REQUEST = BuildRequest(
@@ -939,7 +939,7 @@ class TestThread:
 
     def test_a_loop_that_ends_amid_a_long_read(self, folder, monkeypatch):
         """Whoever breaks a loop off does not wait for a silent server; the next pass does, and is right."""
-        monkeypatch.setattr("mamldata.device._PATIENCE", 0.05)
+        monkeypatch.setattr("mamldata.streaming.device._PATIENCE", 0.05)
         source = ArchiveSource(folder)
         reads, may_end, plain_read = [], threading.Event(), source.read
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamldata.archive import BLOCK, END, INDEX, INDEX_SUM, index_sum, read_archive
-from mamldata.build import build
-from mamldata.digest import canonical_json, sha256_bytes, sha256_file
+from mamldata.archive.build import build
+from mamldata.archive.index import BLOCK, END, INDEX, INDEX_SUM, index_sum, read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.archive.verify import verify_archive, verify_dataset
 from mamldata.errors import DataMissingError, RequestError
-from mamldata.plan import BuildRequest
-from mamldata.verify import verify_archive, verify_dataset
+from mamldata.io.digest import canonical_json, sha256_bytes, sha256_file
 
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 5, "val": 2}, seed=3, episodes_per_shard=3, rotations="all"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from synthetic import Synthetic, SyntheticStream
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import DamagedError, StoppedError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.algorithms import ALGORITHMS
 from trainer.distributed import World, joined
 from trainer.evaluate import evaluate_checkpoint

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import Parameters
 from trainer.models import Block, ConvNet, Norm
 

@@ -11,8 +11,8 @@ from problems import batch, direction, directional, dot, small_convnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import (
     RATE,
     STEP_NORM,

@@ -10,7 +10,7 @@ from problems import batch, small_convnet
 from synthetic import Synthetic
 from torch import nn
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop, meta_parameters
 from trainer.algorithms import ORDERS
 from trainer.crew import each_task

@@ -10,7 +10,7 @@ from problems import batch, direction, directional, dot, perceptron, small_convn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import BatchNorm, InnerLoop, Parameters, accuracy, adapt, episodes, query_logits
 from trainer.algorithms import Order
 from trainer.batchnorm import EPSILON

@@ -13,8 +13,8 @@ import torch
 from synthetic import Synthetic
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop
 from trainer.evaluate import evaluate, evaluate_checkpoint
 from trainer.models import Norm, build_network

@@ -14,8 +14,8 @@ from problems import batch
 from synthetic import Synthetic
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop, episodes, meta_parameters, query_logits
 from trainer.algorithms import BN_MODES, ORDERS
 from trainer.checkpoint import load_checkpoint, save_checkpoint

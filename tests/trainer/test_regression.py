@@ -11,7 +11,7 @@ from problems import direction, directional, dot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.adapt import InnerLoop, Parameters, adapt, episodes, meta_parameters
 from trainer.algorithms import ADAPTS, ORDERS, RATES
 from trainer.engines import ENGINES, loop

@@ -429,7 +429,7 @@ def test_the_genuine_split_files(real_data: Path):
 @pytest.mark.real_data
 def test_the_worked_example(real_data: Path, tmp_path: Path):
     """30,000 real photographs, a few of them grey: the golden bank, and splits of 64, 16 and 20 classes of 300."""
-    manifest = load_manifest(str(Path(__file__).parents[2] / "examples" / "tiny-imagenet.toml"))
+    manifest = load_manifest(str(Path(__file__).parents[3] / "examples" / "tiny-imagenet.toml"))
     fetch(manifest, tmp_path, [str(real_data / "tiny-imagenet-fewshot")], offline=True)
     bank = make_bank(manifest, tmp_path, workers=2)
     assert bank.sha256 == "80e12b070d7bc43d85f3f9592a7daaef93c7c97a66740a0148a83aee5b2a732f"

@@ -123,7 +123,7 @@ def test_the_published_divisions(name: str, counts: tuple[int, ...], cifar: Any,
 
 def test_fc100_divides_by_superclass():
     """The comments in the lists name 12, 4 and 4 superclasses of five classes each."""
-    folder = Path(__file__).parents[2] / "manifests" / "fc100"
+    folder = Path(__file__).parents[3] / "manifests" / "fc100"
     text = {split: (folder / f"{split}.txt").read_text().splitlines() for split in ("train", "val", "test")}
     coarse = {split: [line for line in lines if line.startswith("#")] for split, lines in text.items()}
     assert {split: len(names) for split, names in coarse.items()} == {"train": 12, "val": 4, "test": 4}

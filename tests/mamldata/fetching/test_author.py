@@ -260,7 +260,7 @@ def test_what_cannot_be_described(tmp_path: Path):
 @pytest.mark.real_data
 def test_the_worked_example(real_data: Path, tmp_path: Path):
     """The example in the docs has the digests that would be written for the real files."""
-    example = load_manifest(str(Path(__file__).parents[2] / "examples" / "tiny-imagenet.toml"))
+    example = load_manifest(str(Path(__file__).parents[3] / "examples" / "tiny-imagenet.toml"))
     written = write_manifest(real_data / "tiny-imagenet-fewshot", tmp_path / "mine.toml")
     assert [(file.name, file.sha256) for file in example.files] == [(file.name, file.sha256) for file in written.files]
     assert example.reader == written.reader

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import mamldata
-from mamldata.bank.make import Bank, make_bank
+from mamldata.bank.format import Bank
+from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root

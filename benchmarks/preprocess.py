@@ -14,7 +14,8 @@ from mamldata.bank.decode import decode_image
 from mamldata.bank.make import make_bank
 from mamldata.datasets.manifest import ImageRecipe
 from mamldata.parallel import default_workers
-from mamldata.readers.index import ImageRef, index_images, read_images
+from mamldata.readers.image import ImageRef, read_images
+from mamldata.readers.index import index_images
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root
 from mamldata.errors import FetchError
-from mamldata.fetching.act import Action, Fetched, fetch, plan
+from mamldata.fetching.act import Fetched, fetch
+from mamldata.fetching.plan import Action, plan
 from mamldata.io.urls import shown_place
 
 

@@ -10,11 +10,11 @@ import click
 
 from cli.common import json_option, next_command, print_json, root_option, say, size_text
 from mamldata.archive.index import Archive, ArchiveSplit, read_archive
+from mamldata.archive.remote import read_remote_archive
 from mamldata.bank.inventory import files_left_out
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.readers.left_out import LeftOut
-from mamldata.sources.remote import read_remote_archive
 
 
 @click.command(

@@ -22,7 +22,9 @@ from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
 from mamldata.preview import contact_sheet, episode, save, title
 from mamldata.sampling.splits import SPLITS
-from mamldata.sources.stored import Source, live, open_archive
+from mamldata.sources.live import live
+from mamldata.sources.open import open_archive
+from mamldata.sources.source import Source
 
 
 @click.command(

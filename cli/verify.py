@@ -17,11 +17,12 @@ from cli.common import (
     train_command,
 )
 from mamldata.archive.index import read_archive
-from mamldata.archive.verify import verify_archive, verify_dataset
+from mamldata.archive.remote import read_remote_archive
+from mamldata.archive.verify import verify_archive
+from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
-from mamldata.sources.remote import read_remote_archive
 
 
 @click.command(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mamldata.datasets.load import load_manifest
     from mamldata.datasets.manifest import Manifest
     from mamldata.errors import MamldataError
-    from mamldata.sources.stored import EpisodeInfo, live
+    from mamldata.sources.live import live
+    from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
     from mamldata.streaming.stream import EpisodeStream
 
@@ -38,11 +39,11 @@ __all__ = [
 _HOME = {
     "Archive": "archive.index",
     "EpisodeBatch": "streaming.batch",
-    "EpisodeInfo": "sources.stored",
+    "EpisodeInfo": "sources.source",
     "EpisodeStream": "streaming.stream",
     "Manifest": "datasets.manifest",
     "MamldataError": "errors",
-    "live": "sources.stored",
+    "live": "sources.live",
     "load_manifest": "datasets.load",
     "read_archive": "archive.index",
 }

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mamldata.errors import RequestError
 from mamldata.io.atomic import commit, make_folder, temporary, writing
-from mamldata.sources.stored import Source
+from mamldata.sources.source import Source
 
 Images = npt.NDArray[np.uint8]
 

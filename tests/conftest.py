@@ -25,7 +25,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from mamldata.bank.make import Bank, make_bank
+from mamldata.bank.format import Bank
+from mamldata.bank.make import make_bank
 from mamldata.datasets import glyphs
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest

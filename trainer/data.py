@@ -14,7 +14,10 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalisation
-from mamldata.sources.stored import LiveSource, Source, StoredSource, live, open_archive
+from mamldata.sources.live import LiveSource, live
+from mamldata.sources.open import open_archive
+from mamldata.sources.source import Source
+from mamldata.sources.stored import StoredSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream

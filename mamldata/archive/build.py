@@ -13,7 +13,7 @@ from mamldata.archive.index import INDEX, INDEX_SUM, Archive, check_archive, ind
 from mamldata.archive.plan import BuildRequest, plan_archive
 from mamldata.archive.store import BUILD, OURS, Store, store_at
 from mamldata.archive.write import PLAN, ShardMade, ShardTask, make_shard, receipt
-from mamldata.bank.make import Bank
+from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError, WriteError
 from mamldata.io.digest import sha256_bytes

@@ -1,32 +1,24 @@
-"""The archive, format ``mamldata/1``: tar shards that are strided arrays at the same time, and ``archive.json``.
-
-Every episode takes the same number of bytes, so episode i of a shard starts at ``i * stride``: a shard can be read
-as a tar by any tool, or memory-mapped and indexed. ``docs/format.md`` describes it byte by byte.
-"""
+"""``archive.json``, format ``mamldata/1``: what an archive is. ``docs/format.md`` describes it byte by byte."""
 
 from __future__ import annotations
 
-import math
-import mmap
-import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
+from mamldata.archive.layout import MOST_EPISODES, EpisodeLayout
 from mamldata.errors import DamagedError, RequestError
-from mamldata.io.atomic import FileVersion, file_version, read_whole
-from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
-from mamldata.io.npy import npy_header
+from mamldata.io.atomic import read_whole
+from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from mamldata.sampling.normalization import Normalisation
-from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSampler, EpisodeSpec, quarter_turns
+from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.sampling.splits import SPLITS
 
 FORMAT = "mamldata/1"
@@ -34,128 +26,8 @@ INDEX = "archive.json"
 INDEX_SUM = "archive.json.sha256"
 MOST_INDEX_BYTES = 1 << 28  # of archive.json: 10**6 classes with names of 200 characters
 MOST_SUM_BYTES = 1 << 10
-BLOCK = 512  # a tar's unit, in bytes
-END = 2 * BLOCK  # two empty blocks close a tar
-MOST_EPISODES = 10**8  # the member names have eight digits
-
-_MOST_MEMBER = 8**11  # a tar header has eleven octal digits for a member's length
 _MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million, and room for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
-_MOST_POOL = 1 << 24  # numbers that the drawing of an episode shuffles, where shards are compared with it
-REMEDY = "Copy it again, or delete it and build the archive again."
-
-Bytes = npt.NDArray[np.uint8]
-
-_maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of an episode: where its tar header, its npy header and its data stand, from the episode's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    header: int
-    data: int
-    bytes: int
-
-
-class EpisodeLayout:
-    """Where everything stands in an episode; the same for all episodes of an archive.
-
-    Args:
-        n_way, k_shot, k_query: of the episodes.
-        image_shape: ``(H, W, C)``.
-
-    Attributes:
-        support, query, source: the three members.
-        stride: bytes from one episode to the next.
-    """
-
-    def __init__(self, n_way: int, k_shot: int, k_query: int, image_shape: Sequence[int]) -> None:
-        shapes = {
-            "support": ("|u1", (n_way, k_shot, *image_shape)),
-            "query": ("|u1", (n_way, k_query, *image_shape)),
-            "source": ("<i4", (n_way, 1 + k_shot + k_query)),
-        }
-        start = 0
-        members = []
-        for name, (dtype, shape) in shapes.items():
-            data = start + BLOCK + len(npy_header(dtype, shape))
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            if data - start + size >= _MOST_MEMBER:
-                raise RequestError(f"An episode's {name} file would be {size:,} bytes; a tar holds none of 8 GiB.")
-            members.append(Member(name, dtype, shape, start, data, size))
-            start = -(-(data + size) // BLOCK) * BLOCK
-        self.support, self.query, self.source = self.members = tuple(members)
-        self.stride = start
-
-    def shard_bytes(self, episodes: int) -> int:
-        """The length of a shard's file."""
-        return episodes * self.stride + END
-
-    def headers(self, first: int, count: int) -> Bytes:
-        """The tar headers of episodes from ``first`` on: uint8 ``[count, 3, 512]``."""
-        digits = np.array([list(f"{index:08d}".encode()) for index in range(first, first + count)], dtype=np.uint8)
-        headers = np.empty((count, len(self.members), BLOCK), dtype=np.uint8)
-        for position, member in enumerate(self.members):
-            size = member.data - member.header - BLOCK + member.bytes
-            template = np.frombuffer(_tar_header(f"00000000.{member.name}.npy", size), dtype=np.uint8)
-            headers[:, position] = template
-            headers[:, position, :8] = digits
-            # Only the digits of the name differ from the template's, and so its checksum by their sum.
-            checksum = int(template[148:154].tobytes(), 8) + (digits.astype(np.int64) - ord("0")).sum(axis=1)
-            headers[:, position, 148:154] = [list(f"{value:06o}".encode()) for value in checksum.tolist()]
-        return headers
-
-    def frame(self, first: int, count: int) -> Bytes:
-        """Episodes with their headers and no data yet: uint8 ``[count, stride]``."""
-        block = np.zeros((count, self.stride), dtype=np.uint8)
-        headers = self.headers(first, count)
-        for position, member in enumerate(self.members):
-            block[:, member.header : member.header + BLOCK] = headers[:, position]
-            npy = npy_header(member.dtype, member.shape)
-            block[:, member.header + BLOCK : member.data] = np.frombuffer(npy, dtype=np.uint8)
-        return block
-
-    def view(self, block: Bytes, member: Member) -> npt.NDArray[Any]:
-        """One member of every episode of a block: ``[count, *member.shape]``, a view of the same memory.
-
-        Args:
-            block: uint8, contiguous, ``count * stride`` bytes (a tar's two closing blocks may follow).
-            member: one of ``members``.
-        """
-        count = block.size // self.stride
-        strides = (self.stride, *_contiguous_strides(member))
-        return np.ndarray((count, *member.shape), member.dtype, block, member.data, strides)
-
-
-def _contiguous_strides(member: Member) -> tuple[int, ...]:
-    strides = [np.dtype(member.dtype).itemsize]
-    for size in reversed(member.shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    """A ustar header that says nothing of who wrote it or when: mtime 0, uid and gid 0, mode 0644, no owners."""
-    header = bytearray(BLOCK)
-    fields = {
-        0: name.encode("ascii"),
-        100: b"0000644\0",
-        108: b"0000000\0",
-        116: b"0000000\0",
-        124: f"{size:011o}\0".encode(),
-        136: b"00000000000\0",
-        148: b" " * 8,
-        156: b"0",
-        257: b"ustar\x0000",
-    }
-    for offset, value in fields.items():
-        header[offset : offset + len(value)] = value
-    header[148:156] = f"{sum(header):06o}\0 ".encode()
-    return bytes(header)
 
 
 @dataclass(frozen=True)
@@ -469,118 +341,3 @@ def shard_sizes(episodes: int, per_shard: int) -> Iterator[tuple[int, int]]:
     """First episode and number of episodes of each shard."""
     for first in range(0, episodes, per_shard):
         yield first, min(per_shard, episodes - first)
-
-
-def check_size(path: Path, shard: Shard) -> None:
-    """Check that a shard is there and has its length.
-
-    Raises:
-        DamagedError: naming the shard, the length expected and got, and the first episode that is cut off.
-    """
-    try:
-        got = path.stat().st_size
-    except FileNotFoundError:
-        raise DamagedError(
-            f"The shard {path} is missing (episodes {_range(shard)}). Copy it again, or build the archive again."
-        ) from None
-    if got != shard.bytes:
-        raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}"
-        )
-
-
-def open_shard(
-    path: Path,
-    shard: Shard,
-    layout: EpisodeLayout,
-    *,
-    verify: bool = False,
-    sampler: EpisodeSampler | None = None,
-    checked: MutableMapping[Path, FileVersion] | None = None,
-    remedy: str = REMEDY,
-) -> Bytes:
-    """Memory-map a shard after checking its length and every header in it.
-
-    The map keeps one file descriptor until nothing refers to it.
-
-    Args:
-        path: the shard's file.
-        shard: what ``archive.json`` says of it.
-        layout: the archive's.
-        verify: hash the whole file too, so that flipped pixels are noticed.
-        sampler: of the shard's split; the first and the last episode must then be those that it draws, so that a
-            shard of another split, which can have the same length and headers, is noticed.
-        checked: which version of each file has passed these checks; that one is mapped without them.
-        remedy: the last sentence of errors.
-
-    Returns:
-        uint8 ``[bytes]``, read-only.
-
-    Raises:
-        DamagedError: naming the shard, and the episode where one can be named.
-    """
-    check_size(path, shard)
-    with path.open("rb") as stream:
-        version = file_version(os.fstat(stream.fileno()))
-        map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
-    _maps.add(map_)
-    mapped = np.frombuffer(map_, dtype=np.uint8)
-    if checked is not None and checked.get(path) == version:
-        return mapped
-    if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
-        raise DamagedError(f"The shard {path} is damaged: episode {broken} does not start as it should. {remedy}")
-    if verify and (got := sha256_file(path)) != shard.sha256:
-        raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
-        )
-    if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
-        raise DamagedError(
-            f"The shard {path} holds other episodes than {INDEX} says: episode {other} in it is not the one that the "
-            f"settings there give. It may be the shard of another split or archive. {remedy}"
-        )
-    if checked is not None:
-        checked[path] = version
-    return mapped
-
-
-def open_maps() -> int:
-    """How many shards this process has mapped; each map keeps a file descriptor."""
-    return len(_maps)
-
-
-def _range(shard: Shard) -> str:
-    return f"{shard.first_episode} to {shard.first_episode + shard.episodes - 1}"
-
-
-def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) -> int | None:
-    """The index of the first episode whose tar or npy headers are not the expected ones, if there is one."""
-    for start, count in shard_sizes(shard.episodes, 1024):
-        first = shard.first_episode + start
-        block = mapped[start * layout.stride : (start + count) * layout.stride].reshape(count, layout.stride)
-        headers = layout.headers(first, count)
-        good = np.ones(count, dtype=bool)
-        for position, member in enumerate(layout.members):
-            npy = np.frombuffer(npy_header(member.dtype, member.shape), dtype=np.uint8)
-            expected = np.concatenate([headers[:, position], np.broadcast_to(npy, (count, len(npy)))], axis=1)
-            good &= (block[:, member.header : member.data] == expected).all(axis=1)
-        if not good.all():
-            return first + int(np.argmin(good))
-    if mapped[-END:].any():
-        return shard.first_episode + shard.episodes - 1
-    return None
-
-
-def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
-    """The index of the first or last episode of a shard if it is not the one that is drawn for its index.
-
-    None also for classes of so many images that drawing one episode takes more than 64 MiB: a forged ``archive.json``
-    can claim that.
-    """
-    if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
-        return None
-    stored = layout.view(mapped, layout.source)
-    for place in (0, shard.episodes - 1):
-        index = shard.first_episode + place
-        if not np.array_equal(stored[place], sampler.sample(index, 1)[0]):
-            return index
-    return None

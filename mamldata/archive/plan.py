@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mamldata.archive.index import MOST_EPISODES, Archive, ArchiveSplit, EpisodeLayout, Shard, shard_file, shard_sizes
-from mamldata.bank.make import Bank
+from mamldata.archive.index import Archive, ArchiveSplit, Shard, shard_file, shard_sizes
+from mamldata.archive.layout import MOST_EPISODES, EpisodeLayout
+from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError
 from mamldata.sampling.sampler import ROTATIONS, EpisodeSampler, class_table, quarter_turns

@@ -1,4 +1,4 @@
-"""Verify: hash everything again and check that it fits together. Problems are returned, all of them, not raised."""
+"""Hash an archive again and check that it fits together. All problems are returned, not raised."""
 
 from __future__ import annotations
 
@@ -10,64 +10,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mamldata.archive.index import INDEX, INDEX_SUM, Archive, Shard, index_sum, open_shard, read_archive, shard_sizes
-from mamldata.bank.folder_digest import folder_sha256
-from mamldata.bank.make import check_bank, read_description
-from mamldata.datasets.manifest import Manifest
-from mamldata.datasets.paths import DatasetFolder
-from mamldata.errors import DamagedError, DataMissingError, FetchError, RequestError
-from mamldata.fetching.verify import check_raw
+from mamldata.archive.index import INDEX, INDEX_SUM, Archive, Shard, index_sum, read_archive, shard_sizes
+from mamldata.archive.remote import ShardCache, read_remote_archive
+from mamldata.archive.shard import open_shard
+from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.io.urls import is_remote, join, shown_place
 from mamldata.progress import Progress, silent
 from mamldata.sampling.sampler import EpisodeSampler
-from mamldata.sources.remote import ShardCache, read_remote_archive
-
-
-def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) -> list[str]:
-    """Hash a dataset's raw files and all its banks again.
-
-    Returns:
-        One line for each problem: which file, expected and got, the remedy. Empty if all is well.
-
-    Raises:
-        DataMissingError: nothing of the dataset is there.
-    """
-    folder = manifest.home(root)
-    if manifest.folder is not None:
-        return _verify_folder(manifest, folder, progress)
-    banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
-    arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
-    if not banks and not folder.raw.is_dir():
-        raise DataMissingError(
-            f"There is nothing of {manifest.name} in {root}. Run: mamldata fetch {manifest.reference}"
-        )
-    problems = check_raw(manifest, root, progress)
-    for description in banks:
-        problems += check_bank(description, progress)
-    for path in arrays:
-        if path.with_suffix(".json") not in banks:
-            problems.append(f"{path} has no description {path.stem}.json. Delete it: the next build makes it anew.")
-    return problems
-
-
-def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> list[str]:
-    """Of a user's own folder nothing is known but what its banks were made of."""
-    assert manifest.folder is not None
-    banks = sorted(folder.path.glob(f"{folder.name}-*.json"))
-    if not banks:
-        raise DataMissingError(
-            f"There is no bank of {manifest.folder} yet. Run: mamldata build {manifest.reference} --out ARCHIVE"
-        )
-    digest = folder_sha256(manifest.folder, None, progress)
-    problems = []
-    for description in banks:
-        found = check_bank(description, progress)
-        if not found and read_description(description)["sources"][0]["sha256"] != digest:
-            array = description.with_suffix(".npy").name
-            change = "an image in it was changed, added or removed. The next build makes the bank anew."
-            found = [f"{manifest.folder} is not what {array} was made of: {change}"]
-        problems += found
-    return problems
 
 
 def verify_archive(folder: Path | str, progress: Progress = silent, *, digest: str | None = None) -> list[str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mamldata.archive.index import END, INDEX, Archive, EpisodeLayout, Shard, parse_archive, parse_plan, shard_sizes
+from mamldata.archive.index import INDEX, Archive, Shard, parse_archive, parse_plan, shard_sizes
+from mamldata.archive.layout import END, EpisodeLayout
 from mamldata.archive.store import BUILD, Store
-from mamldata.bank.make import Images, open_images
+from mamldata.bank.format import Images, open_images
 from mamldata.errors import DataMissingError, MamldataError, WriteError
 from mamldata.io.digest import sha256_bytes
 from mamldata.sampling.sampler import EpisodeSampler, gather

@@ -1,4 +1,4 @@
-"""An image file as pixels of one size. What comes out here is what banks hold: see ``mamldata.bank.make.FORMAT``."""
+"""An image file as pixels of one size. What comes out here is what banks hold: see ``mamldata.bank.format.FORMAT``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from mamldata.io.atomic import MOST_NOTE, NOT_REGULAR, locked, make_folder, read
 from mamldata.io.containers import MOST_IMAGE_BYTES, list_members
 from mamldata.io.digest import canonical_json, digest_of_contents, parse_json, sha256_bytes, sha256_file
 from mamldata.progress import Progress, silent
-from mamldata.readers.index import is_image
+from mamldata.readers.image import is_image
 
 
 def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) -> str:

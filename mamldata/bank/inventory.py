@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.archive.index import Archive
-from mamldata.bank.make import noted_left_out, read_description
+from mamldata.bank.format import noted_left_out, read_description
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.datasets.toml import builtin_names

@@ -10,7 +10,7 @@ from mamldata.datasets.manifest import ImageRecipe, Manifest
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError
 from mamldata.io.containers import Member, list_members
-from mamldata.readers.index import ReaderRecipe, as_text, is_image, why_not
+from mamldata.readers.image import ReaderRecipe, as_text, is_image, why_not
 from mamldata.readers.left_out import Tally
 from mamldata.sampling.splits import SPLITS, SplitScheme
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.io.digest import sha256_bytes
-from mamldata.readers.index import ReaderRecipe
+from mamldata.readers.image import ReaderRecipe
 from mamldata.sampling.splits import SplitScheme
 
 COLLECTED = "images.tar"  # what an ImageCollection becomes under raw/

@@ -14,7 +14,8 @@ from mamldata.datasets.manifest import COLLECTED, PIN, ImageCollection, ImageFor
 from mamldata.errors import ManifestError
 from mamldata.io.atomic import MOST_TEXT, read_whole
 from mamldata.io.toml import Table, read_toml, toml_names
-from mamldata.readers.index import DAMAGED, READERS, ReaderRecipe
+from mamldata.readers.image import DAMAGED, ReaderRecipe
+from mamldata.readers.index import READERS
 from mamldata.sampling.sampler import ROTATIONS
 from mamldata.sampling.splits import SPLITS, SplitScheme
 
@@ -190,7 +191,7 @@ def _file_names(table: Table, split: str) -> tuple[str, ...]:
 
 def _reader(table: Table) -> ReaderRecipe:
     kind = table.choice("type", READERS)
-    known = READERS.get(kind, ())
+    known = READERS[kind].options if kind in READERS else ()
     options: dict[str, Any] = {}
     if "depth" in known and "depth" in table.values:
         options["depth"] = table.whole("depth", 0, 8)

@@ -20,7 +20,7 @@ from mamldata.io.atomic import make_folder, write_atomic
 from mamldata.io.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
 from mamldata.io.digest import content_sha256, sha256_file
 from mamldata.progress import Progress, silent
-from mamldata.readers.index import is_image
+from mamldata.readers.image import is_image
 from mamldata.sampling.splits import SPLITS
 
 _TABLES = tuple(f"{split}.csv" for split in SPLITS)

@@ -22,8 +22,8 @@ from mamldata.io.atomic import require_space, temporary, writing
 from mamldata.io.containers import MOST_IMAGE_BYTES, list_members, read_members
 from mamldata.io.digest import digest_of_contents, sha256_bytes
 from mamldata.progress import Progress, silent
-from mamldata.readers.csv_splits import Row, check_classes, read_rows
-from mamldata.readers.index import as_text
+from mamldata.readers.image import as_text
+from mamldata.readers.split_files import Row, check_classes, read_rows
 from mamldata.sampling.splits import SPLITS
 
 

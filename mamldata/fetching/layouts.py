@@ -25,8 +25,8 @@ from mamldata.io.containers import (
     tar_members,
 )
 from mamldata.io.pickles import StoredArray, load_values
-from mamldata.readers.csv_splits import Row
-from mamldata.readers.index import is_image
+from mamldata.readers.image import is_image
+from mamldata.readers.split_files import Row
 
 # Where the folders of ImageNet's classes lie below what people call their ImageNet.
 _CLASS_ROOTS = ("", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")

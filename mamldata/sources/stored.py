@@ -1,103 +1,29 @@
-"""Where a stream's episodes come from: an archive on disk, or drawn live from a bank. One interface for all."""
+"""The episodes of an archive, copied out of memory maps of its shards."""
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
-from mamldata.archive.index import INDEX, REMEDY, Archive, Bytes, Shard, check_size, open_maps, open_shard, read_archive
-from mamldata.archive.plan import BuildRequest, plan_archive
-from mamldata.bank.make import make_bank
-from mamldata.datasets.load import load_manifest
-from mamldata.datasets.paths import data_root
+from mamldata.archive.index import INDEX, Archive, Shard, read_archive
+from mamldata.archive.layout import Bytes
+from mamldata.archive.shard import REMEDY, check_size, open_maps, open_shard
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import FileVersion
-from mamldata.io.urls import is_remote
-from mamldata.sampling.normalization import Normalisation
 from mamldata.sampling.order import Indices
-from mamldata.sampling.sampler import ClassTable, EpisodeSampler, gather
-
-Images = npt.NDArray[np.uint8]
-Classes = npt.NDArray[np.int32]
+from mamldata.sampling.sampler import ClassTable, EpisodeSampler
+from mamldata.sources.source import Classes, EpisodeInfo, Images, at_most, draw, episode_info
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
-
-
-@dataclass(frozen=True)
-class EpisodeInfo:
-    """What a source's episodes are; printed beside results, saved with runs, and compared on resume.
-
-    Attributes:
-        dataset, split_scheme, split, n_way, k_shot, k_query: in the field's terms.
-        rotations: ``all``, ``train`` or ``none``.
-        image_shape: ``(H, W, C)``.
-        bank_sha256: the digest of the images.
-        episode_seed: the seed that the episodes were drawn with.
-        archive_sha256: the digest of the archive, None for live episodes.
-        normalisation: mean and deviation of the train split, for images in [0, 1].
-    """
-
-    dataset: str
-    split_scheme: str
-    split: str
-    n_way: int
-    k_shot: int
-    k_query: int
-    rotations: str
-    image_shape: tuple[int, int, int]
-    bank_sha256: str
-    episode_seed: int
-    archive_sha256: str | None
-    normalisation: Normalisation
-
-
-class Source(Protocol):
-    """Anything that gives episodes by their index."""
-
-    @property
-    def info(self) -> EpisodeInfo:
-        """What the episodes are."""
-        ...
-
-    @property
-    def episodes(self) -> int | None:
-        """How many there are; None if they never end."""
-        ...
-
-    def read(self, index: Indices, support: Images, query: Images) -> None:
-        """Copy episodes into the caller's memory.
-
-        Args:
-            index: int64 ``[B]``.
-            support: its beginning is filled with ``[B, n_way, k_shot, H, W, C]``; uint8, of one dimension.
-            query: its beginning is filled with ``[B, n_way, k_query, H, W, C]``; uint8, of one dimension.
-        """
-        ...
-
-    def class_labels(self, index: int) -> list[str]:
-        """The names of an episode's classes, one for each way."""
-        ...
-
-    @property
-    def table(self) -> ClassTable:
-        """The split's classes."""
-        ...
-
-    def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
-        ...
 
 
 class StoredSource(ABC):
@@ -128,7 +54,7 @@ class StoredSource(ABC):
         self.verify = verify
         self._split = self.archive.split(split)
         self._info = episode_info(archive, split, archive.digest)
-        self._episodes = _at_most(episodes, self._split.episodes)
+        self._episodes = at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
         self._checked: dict[Path, FileVersion] = {}
@@ -204,6 +130,16 @@ class StoredSource(ABC):
             to_query[q : q + query_bytes] = episodes[start : start + query_bytes]
             q += query_bytes
 
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """See ``Source.fetched_shards``."""
+        return self.shard_episodes if self.window else ()
+
+    @property
+    def way_source(self) -> Self:
+        """Itself: stored episodes can be taken apart."""
+        return self
+
     def read_ways(self, ways: Indices, support: Images, query: Images) -> None:
         """Copy single ways out of the maps, as ``read`` copies episodes.
 
@@ -255,7 +191,7 @@ class StoredSource(ABC):
 
         Drawn again, which gives what is stored and reads no shard: whoever asks need not be the thread that reads.
         """
-        return _draw(self._sampler, index)[..., 0].astype(np.int64)
+        return draw(self._sampler, index)[..., 0].astype(np.int64)
 
     def view(self, episodes: int | None = None) -> Self:
         """The same split for another reader, such as a stream with a thread of its own.
@@ -271,7 +207,7 @@ class StoredSource(ABC):
         view = copy.copy(self)
         view._open, view._checked = self._open, self._checked  # which __getstate__ has left out
         view._whole = self
-        view._episodes = _at_most(episodes, self._episodes)
+        view._episodes = at_most(episodes, self._episodes)
         return view
 
     @cached_property
@@ -321,188 +257,3 @@ def _most_maps() -> int:
     """How many maps a process keeps: half of the file descriptors or of the maps that it may have."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_MAPS if descriptors == resource.RLIM_INFINITY else min(descriptors // 2, _MOST_MAPS)
-
-
-def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:
-    """What the episodes of a split are, whose archive has this digest; None: live episodes."""
-    return EpisodeInfo(
-        dataset=archive.dataset,
-        split_scheme=archive.split_scheme,
-        split=split,
-        n_way=archive.n_way,
-        k_shot=archive.k_shot,
-        k_query=archive.k_query,
-        rotations=archive.rotations,
-        image_shape=archive.image_shape,
-        bank_sha256=archive.bank_sha256,
-        episode_seed=archive.seed,
-        archive_sha256=digest,
-        normalisation=archive.normalisation,
-    )
-
-
-@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
-class LiveSource:
-    """Episodes drawn from a bank when they are asked for; the same as those that an archive would hold.
-
-    Attributes:
-        info: what the episodes are.
-        images: the bank, uint8 ``[images, H, W, C]``.
-        sampler: draws them.
-        episodes: how many, or None for no end.
-    """
-
-    info: EpisodeInfo
-    bank_path: Path
-    images: Images = field(repr=False)
-    sampler: EpisodeSampler = field(repr=False)
-    episodes: int | None = None
-
-    @property
-    def table(self) -> ClassTable:
-        """The split's classes."""
-        return self.sampler.table
-
-    def read(self, index: Indices, support: Images, query: Images) -> None:
-        """Draw episodes and copy their images out of the bank."""
-        source = _draw(self.sampler, index)
-        info = self.info
-        shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
-        parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
-        gather(self.images, self.table, source, info.k_shot, *parts)
-
-    def class_labels(self, index: int) -> list[str]:
-        """The names of an episode's classes, one for each way."""
-        return [self.table.label(int(way[0])) for way in self.sampler.sample(index, 1)[0]]
-
-    def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
-        return _draw(self.sampler, index)[..., 0].astype(np.int64)
-
-    def view(self, episodes: int | None = None) -> Self:
-        """The same episodes, at most the first so many, see ``ArchiveSource.view``."""
-        return self if episodes is None else replace(self, episodes=_at_most(self.episodes, _some(episodes)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "images": self.images.shape}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        images = state.pop("images")
-        self.__dict__.update(state)
-        start = self.bank_path.stat().st_size - int(np.prod(images))
-        self.__dict__["images"] = np.asarray(np.memmap(self.bank_path, np.uint8, "r", start, images))
-
-
-def _draw(sampler: EpisodeSampler, index: Indices) -> npt.NDArray[np.int32]:
-    """Episodes by their indices, see ``EpisodeSampler.sample``."""
-    breaks = np.flatnonzero(np.diff(index) != 1) + 1
-    runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
-    return np.concatenate([sampler.sample(int(run[0]), len(run)) for run in runs] or [sampler.sample(0, 0)])
-
-
-def _at_most(limit: int | None, episodes: int) -> int:
-    """So many episodes, under a limit if there is one."""
-    return episodes if limit is None else min(_some(limit), episodes)
-
-
-def _some(episodes: int) -> int:
-    if episodes < 1:
-        raise RequestError(f"episodes must be at least 1, not {episodes}.")
-    return episodes
-
-
-def live(
-    dataset: str,
-    split: str = "train",
-    *,
-    n_way: int = 5,
-    k_shot: int = 1,
-    k_query: int = 15,
-    seed: int = 0,
-    episodes: int | None = None,
-    split_scheme: str | None = None,
-    rotations: str | None = None,
-    image_size: int | None = None,
-    root: str | os.PathLike[str] | None = None,
-    workers: int = 1,
-) -> LiveSource:
-    """Episodes without an archive: drawn from a dataset's bank as they are asked for.
-
-    The bank is made first if it is not there; nothing is downloaded.
-
-    Args:
-        dataset: a built-in name, or the path of a manifest.
-        split: ``train``, ``val`` or ``test``.
-        n_way, k_shot, k_query: classes; support and query images per class.
-        seed: of the episodes; an archive built with it holds the very same ones.
-        episodes: how many; None for no end.
-        split_scheme, rotations, image_size: the manifest's own if None.
-        root: the data root; see ``mamldata.datasets.paths.data_root``.
-        workers: processes that decode images, if the bank must be made.
-
-    Raises:
-        RequestError: an unknown name, or episodes that cannot be made.
-        DataMissingError: the raw files are not there; the message names the command.
-        DamagedError: the bank is not what was made, see ``mamldata.bank.make.make_bank``.
-    """
-    request = BuildRequest(n_way, k_shot, k_query, {split: 1}, seed, split_scheme, rotations)
-    if episodes is not None:
-        _some(episodes)
-    manifest = load_manifest(dataset)
-    manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
-    bank = make_bank(manifest, data_root(root), image_size, workers=workers)
-    plan = plan_archive(manifest, bank, request)
-    sampler = EpisodeSampler(plan.spec(split), plan.split(split).classes)
-    return LiveSource(episode_info(plan, split, None), bank.path, bank.open_images(), sampler, episodes)
-
-
-def open_archive(
-    place: str | os.PathLike[str],
-    split: str = "train",
-    *,
-    verify: bool = False,
-    episodes: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    cache_bytes: int | None = None,
-) -> StoredSource:
-    """A split of an archive, from its folder or its address; see ``ArchiveSource`` and ``RemoteSource``.
-
-    Raises:
-        RequestError: not an archive, or it has no such split; or a cache for a folder.
-        FetchError: what is at the address could not be had.
-        DamagedError: the archive is damaged.
-    """
-    if is_remote(place):
-        from mamldata.sources.remote import RemoteSource  # which builds on this module
-
-        options: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
-        return RemoteSource(str(place), split, verify=verify, episodes=episodes, **options)
-    if cache_dir is not None or cache_bytes is not None:
-        raise RequestError("cache_dir and cache_bytes are for archives at an address; a folder is read where it is.")
-    return ArchiveSource(place, split, verify=verify, episodes=episodes)
-
-
-def as_source(
-    source: Source | str | os.PathLike[str],
-    split: str | None,
-    *,
-    verify: bool,
-    cache_dir: str | os.PathLike[str] | None = None,
-    cache_bytes: int | None = None,
-) -> Source:
-    """A source, from itself or from the folder or the address of an archive.
-
-    Raises:
-        RequestError: not an archive; or the split of a source was asked for that it does not give.
-        FetchError: what is at the address could not be had.
-        DamagedError: the archive is damaged.
-    """
-    if isinstance(source, str | os.PathLike):
-        return open_archive(source, split or "train", verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
-    if split is not None and split != source.info.split:
-        raise RequestError(f"The source gives the split {source.info.split!r}, not {split!r}.")
-    if verify:
-        raise RequestError("verify=True is for archives; live episodes have no digest to compare with.")
-    if cache_dir is not None or cache_bytes is not None:
-        raise RequestError("cache_dir and cache_bytes are for the address of an archive, not for a source.")
-    return source

@@ -12,7 +12,7 @@ import torch
 from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalisation
 from mamldata.sampling.order import Indices, Order, shard_runs, share
-from mamldata.sources.stored import Source, StoredSource
+from mamldata.sources.source import Source
 from mamldata.streaming.buffers import BufferPool
 
 
@@ -88,8 +88,7 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.ranks = rank, ranks
-        self._fetched = source if isinstance(source, StoredSource) and source.window else None
-        self._shards = self._fetched.shard_episodes if self._fetched else ()
+        self._shards = source.fetched_shards  # listed once a reader: an archive may have many thousand
         self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -110,8 +109,8 @@ class BatchReader:
 
         At the end of a shuffled epoch the next one's are among them: whoever shuffles comes again.
         """
-        source, per_epoch = self._fetched, self.order.batches_per_epoch
-        if source is None or per_epoch is None:
+        source, per_epoch = self.source, self.order.batches_per_epoch
+        if not self._shards or per_epoch is None:
             return
         epoch, step = divmod(t, per_epoch)
         numbers, ends = shard_runs(self.order, epoch, self._shards)

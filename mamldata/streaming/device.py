@@ -10,16 +10,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from mamldata.errors import RequestError
+from mamldata.sources.source import EpisodeInfo
 from mamldata.streaming.batch import BatchReader, EpisodeBatch, Stored
-
-if TYPE_CHECKING:
-    from mamldata.sources.stored import EpisodeInfo
-    from mamldata.streaming.stream import EpisodeStream
 
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
 
@@ -29,6 +26,35 @@ _NOT_IN_A_LOADER = (
 )
 
 _PATIENCE = 1  # seconds that the end of a loop waits for the read that is under way
+
+
+class Passes(Protocol):
+    """What reading ahead needs of a stream; ``EpisodeStream`` says what each of these does."""
+
+    next_batch: int
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def reader(self, device: torch.device) -> BatchReader:
+        """What reads the meta-batches."""
+        ...
+
+    def start_pass(self) -> range:
+        """The meta-batches of the pass that begins now."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there."""
+        ...
 
 
 class DeviceStream:
@@ -45,7 +71,7 @@ class DeviceStream:
         RequestError: ``device`` is a GPU that is not there.
     """
 
-    def __init__(self, stream: EpisodeStream, device: torch.device, prefetch: int = 2) -> None:
+    def __init__(self, stream: Passes, device: torch.device, prefetch: int = 2) -> None:
         if prefetch < 1:
             raise RequestError(f"prefetch must be at least 1, not {prefetch}.")
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalisation
 from mamldata.sampling.order import Order
+from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
-from mamldata.sources.stored import EpisodeInfo, Source, StoredSource, as_source
+from mamldata.sources.source import EpisodeInfo, Source
 from mamldata.streaming.batch import BatchReader, EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 
@@ -49,7 +50,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             a network was trained with.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
         cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
-        cache_bytes: upper bound on the shards there, see ``mamldata.sources.remote.ShardCache``; None: no bound.
+        cache_bytes: upper bound on the shards there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
 
     Raises:
         RequestError: the source or an argument cannot be.
@@ -96,9 +97,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
         if shuffle is None:
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
-        shards = None
-        if shuffle and isinstance(self.source, StoredSource) and self.source.window:
-            shards = self.source.shard_episodes
+        shards = (self.source.fetched_shards or None) if shuffle else None
         self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.ranks = rank, ranks
         self.dtype = dtype
@@ -348,16 +347,17 @@ def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     Raises:
         RequestError: there is nothing to mix, or the result would not be what was asked for.
     """
-    if not isinstance(source, StoredSource):
+    pool = source.way_source
+    if pool is None:
         raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
     if source.info.split != "train":
         raise RequestError(
             f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
         )
-    if not source.fits:
+    if not pool.fits:
         raise RequestError(
             "remix=True takes ways from all shards at once. Give a cache_dir, with room for all shards of the split."
         )
     if shuffle is not None:
         raise RequestError("remix=True has an order of its own. Leave shuffle out.")
-    return RemixedSource(source, seed)
+    return RemixedSource(pool, seed)

@@ -12,7 +12,7 @@ import pytest
 
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
-from mamldata.bank.make import Bank
+from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 
 PROJECT = Path(__file__).parents[2]

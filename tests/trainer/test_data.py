@@ -25,11 +25,11 @@ from PIL import Image
 from mamldata.archive.build import build
 from mamldata.archive.index import read_archive
 from mamldata.archive.plan import BuildRequest
-from mamldata.bank.make import Bank
+from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.normalization import Normalisation
-from mamldata.sources.stored import open_archive
+from mamldata.sources.open import open_archive
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.stream import EpisodeStream
 from trainer.checkpoint import find_last, load_checkpoint

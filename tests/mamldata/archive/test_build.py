@@ -23,8 +23,9 @@ import mamldata.archive.build as build_module
 from mamldata.archive import store
 from mamldata.archive import write as shards
 from mamldata.archive.build import Portion, PortionBuilt, build, build_portion
-from mamldata.archive.index import INDEX, INDEX_SUM, Archive, open_shard, read_archive
+from mamldata.archive.index import INDEX, INDEX_SUM, Archive, read_archive
 from mamldata.archive.plan import BuildRequest, plan_archive
+from mamldata.archive.shard import open_shard
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError

@@ -22,20 +22,10 @@ from hypothesis import strategies as st
 
 import mamldata.archive.index as archive_module
 from mamldata.archive.build import build
-from mamldata.archive.index import (
-    BLOCK,
-    END,
-    INDEX,
-    INDEX_SUM,
-    Archive,
-    EpisodeLayout,
-    index_sum,
-    open_shard,
-    parse_archive,
-    read_archive,
-    shard_sizes,
-)
+from mamldata.archive.index import INDEX, INDEX_SUM, Archive, index_sum, parse_archive, read_archive, shard_sizes
+from mamldata.archive.layout import BLOCK, END, EpisodeLayout
 from mamldata.archive.plan import BuildRequest
+from mamldata.archive.shard import open_shard
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.digest import canonical_json
 from mamldata.sampling.sampler import EpisodeSampler
@@ -626,7 +616,7 @@ class TestOpenShard:
         before, checked = path.stat(), {}
         open_shard(path, shard, archive.layout, checked=checked)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mamldata.archive.index._first_broken_episode", lambda *_: pytest.fail("checked again"))
+            patch.setattr("mamldata.archive.shard._first_broken_episode", lambda *_: pytest.fail("checked again"))
             assert open_shard(path, shard, archive.layout, checked=checked).tobytes() == path.read_bytes()
         time.sleep(0.02)  # the file system's clock is coarse
         with path.open("r+b") as stream:

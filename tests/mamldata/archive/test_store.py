@@ -18,10 +18,10 @@ from mamldata.archive import write as shards
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.index import INDEX, INDEX_SUM, read_archive
 from mamldata.archive.plan import BuildRequest
+from mamldata.archive.remote import read_remote_archive
 from mamldata.archive.store import BUILD, AddressStore, FolderStore, Store, store_at
 from mamldata.archive.verify import verify_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
-from mamldata.sources.remote import read_remote_archive
 from mamldata.streaming.stream import EpisodeStream
 
 REQUEST = BuildRequest(

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamldata.archive.build import build
-from mamldata.archive.index import BLOCK, END, INDEX, INDEX_SUM, index_sum, read_archive
+from mamldata.archive.index import INDEX, INDEX_SUM, index_sum, read_archive
+from mamldata.archive.layout import BLOCK, END
 from mamldata.archive.plan import BuildRequest
-from mamldata.archive.verify import verify_archive, verify_dataset
+from mamldata.archive.verify import verify_archive
+from mamldata.bank.verify import verify_dataset
 from mamldata.errors import DataMissingError, RequestError
 from mamldata.io.digest import canonical_json, sha256_bytes, sha256_file
 

@@ -26,7 +26,8 @@ from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make as bank
-from mamldata.bank.make import Bank, check_bank, make_bank, open_bank
+from mamldata.bank.format import Bank, check_bank, open_bank
+from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import DatasetFolder
@@ -345,7 +346,8 @@ def test_a_root_of_others(make_dataset: Make, tmp_path: Path, run_read_only: Cal
 PRIVATE = """\
 import sys
 from pathlib import Path
-from mamldata.bank.make import check_bank, make_bank
+from mamldata.bank.format import check_bank
+from mamldata.bank.make import make_bank
 from mamldata.errors import DataMissingError
 from mamldata.datasets.load import load_manifest
 for name in ("tiny-8.json", "tiny-8.npy"):

@@ -15,10 +15,11 @@ from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
 from mamldata.bank import checked
 from mamldata.bank.checked import hash_and_note, is_noted
-from mamldata.bank.make import Bank, check_bank, make_bank
+from mamldata.bank.format import Bank, check_bank
+from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError
 from mamldata.io.digest import sha256_file
-from mamldata.sources.stored import LiveSource, live
+from mamldata.sources.live import LiveSource, live
 
 Make = Callable[..., Any]
 

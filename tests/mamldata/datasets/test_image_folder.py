@@ -17,14 +17,14 @@ from PIL import Image
 
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
-from mamldata.archive.verify import verify_dataset
 from mamldata.bank.make import make_bank
+from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.image_folder import dataset_name, folder_manifest, seeded_counts
 from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
 from mamldata.progress import silent
 from mamldata.sampling.splits import divide
-from mamldata.sources.stored import live
+from mamldata.sources.live import live
 
 SIZES = {f"kind {letter}": 3 + number for number, letter in enumerate("abcdefghij")}
 

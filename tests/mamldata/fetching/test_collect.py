@@ -22,12 +22,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mamldata.archive.verify import verify_dataset
 from mamldata.bank.make import make_bank
+from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import FetchError, WriteError
-from mamldata.fetching.act import Fetched, fetch, plan
+from mamldata.fetching.act import Fetched, fetch
+from mamldata.fetching.plan import plan
 
 CLASSES = {"train": ["n00000001", "n00000002"], "val": ["n00000003"], "test": ["n00000004"]}
 PER_CLASS = 12  # of "ImageNet"; the dataset takes some of them

@@ -20,8 +20,9 @@ from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest, SourceFile
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import FetchError, RequestError, WriteError
-from mamldata.fetching.act import Fetched, fetch, plan
+from mamldata.fetching.act import Fetched, fetch
 from mamldata.fetching.http import Network, Part
+from mamldata.fetching.plan import plan
 from mamldata.fetching.receipts import Receipt, write_receipt
 from mamldata.fetching.verify import check_raw
 from mamldata.io.atomic import temporary

@@ -24,8 +24,8 @@ from mamldata.errors import DamagedError, FetchError
 from mamldata.fetching.act import fetch
 from mamldata.fetching.layouts import Found, list_images
 from mamldata.io.containers import list_members
-from mamldata.readers.csv_splits import Row
-from mamldata.readers.index import load_member
+from mamldata.readers.image import load_member
+from mamldata.readers.split_files import Row
 from mamldata.sampling.splits import divide
 
 COARSE = 20

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError
-from mamldata.readers.index import ImageIndex, ReaderRecipe, index_images, read_images
+from mamldata.readers.image import ReaderRecipe, read_images
+from mamldata.readers.index import ImageIndex, index_images
 
 DEPTH_1, DEPTH_2 = ReaderRecipe("class-folders", 1), ReaderRecipe("class-folders", 2)
 

@@ -16,18 +16,20 @@ import pytest
 from PIL import Image
 
 from mamldata.bank import make as banks
-from mamldata.bank.make import Bank, make_bank
+from mamldata.bank.format import Bank
+from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import ImageRecipe, Manifest, SourceFile
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DatasetError, Fault
 from mamldata.fetching.act import fetch
 from mamldata.io.digest import sha256_file
-from mamldata.readers import csv_splits
-from mamldata.readers.csv_splits import read_rows
-from mamldata.readers.index import ReaderRecipe, index_images
+from mamldata.readers import split_files as csv_splits
+from mamldata.readers.image import ReaderRecipe
+from mamldata.readers.index import index_images
+from mamldata.readers.split_files import read_rows
 from mamldata.sampling.splits import SplitScheme, divide
-from mamldata.sources.stored import live
+from mamldata.sources.live import live
 
 CLASSES = {"train": {"cat": 3, "dog": 5}, "val": {"emu": 2}, "test": {"ape": 4, "bee": 3}}
 CSV = ReaderRecipe("csv-splits")

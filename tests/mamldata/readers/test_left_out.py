@@ -14,14 +14,16 @@ from PIL import Image
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
 from mamldata.bank import make as banks
+from mamldata.bank.format import Bank
 from mamldata.bank.inventory import files_left_out as left_out_of_archive
-from mamldata.bank.make import Bank, files_left_out, make_bank
+from mamldata.bank.make import files_left_out, make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import DamagedError, DatasetError, RequestError
 from mamldata.fetching.act import fetch
 from mamldata.fetching.author import write_manifest
-from mamldata.readers.index import ReaderRecipe, index_images
+from mamldata.readers.image import ReaderRecipe
+from mamldata.readers.index import index_images
 from mamldata.readers.left_out import LeftOut
 
 STRAY = (

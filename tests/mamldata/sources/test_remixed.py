@@ -21,7 +21,8 @@ from mamldata.archive.index import read_archive
 from mamldata.archive.plan import BuildRequest
 from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.order import Order, permutation, share
-from mamldata.sources.remixed import RemixedSource, remix
+from mamldata.sampling.remix import remix
+from mamldata.sources.remixed import RemixedSource
 from mamldata.sources.stored import ArchiveSource
 
 EPISODES, N_WAY, K_SHOT, K_QUERY, BATCH = 23, 3, 2, 4, 8

@@ -31,13 +31,14 @@ from mamldata import EpisodeStream
 from mamldata.archive.build import build
 from mamldata.archive.index import INDEX, INDEX_SUM, index_sum, read_archive
 from mamldata.archive.plan import BuildRequest
+from mamldata.archive.remote import ShardCache, read_remote_archive
 from mamldata.archive.verify import verify_archive
 from mamldata.errors import DamagedError, FetchError, RequestError, WriteError
 from mamldata.fetching.http import Network
 from mamldata.io.atomic import locked
 from mamldata.io.digest import canonical_json, sha256_bytes, sha256_file
 from mamldata.sampling.order import Order
-from mamldata.sources.remote import RemoteSource, ShardCache, read_remote_archive
+from mamldata.sources.remote import RemoteSource
 from mamldata.sources.stored import ArchiveSource
 
 REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 23, "val": 7}, seed=9, episodes_per_shard=5)

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 
 from mamldata import EpisodeStream, live
 from mamldata.archive.build import build
-from mamldata.archive.index import open_shard, read_archive
+from mamldata.archive.index import read_archive
 from mamldata.archive.plan import BuildRequest
+from mamldata.archive.shard import open_shard
 from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.normalization import Normalisation

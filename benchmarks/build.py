@@ -9,10 +9,10 @@ from pathlib import Path
 
 from common import arguments, bank, in_turn, report
 
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest, plan_archive
+from mamldata.archive.write import shard_pieces
 from mamldata.parallel import default_workers
-from mamldata.plan import BuildRequest, plan_archive
-from mamldata.shards import shard_pieces
 
 
 def main() -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import mamldata
-from mamldata.bank import Bank, make_bank
-from mamldata.fetch import fetch
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
+from mamldata.bank.format import Bank
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.paths import data_root
+from mamldata.fetching.act import fetch
 from mamldata.parallel import default_workers
-from mamldata.root import data_root
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ import numpy as np
 from common import report
 from PIL import Image
 
-from mamldata.splits import SPLITS
+from mamldata.sampling.splits import SPLITS
 
 SIDE = 84
 FORMS = ("by-name", "by-position", "pickled-arrays")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from common import arguments, in_turn, ratio, raw, report
 
-from mamldata.bank import make_bank
-from mamldata.decode import decode_image
-from mamldata.manifest import ImageRecipe
+from mamldata.bank.decode import decode_image
+from mamldata.bank.make import make_bank
+from mamldata.datasets.manifest import ImageRecipe
 from mamldata.parallel import default_workers
-from mamldata.readers import ImageRef, index_images, read_images
+from mamldata.readers.image import ImageRef, read_images
+from mamldata.readers.index import index_images
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ import torch
 from common import arguments, bank, report
 from server import serving
 
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
 from mamldata.parallel import default_workers
-from mamldata.plan import BuildRequest
-from mamldata.stream import EpisodeStream
+from mamldata.streaming.stream import EpisodeStream
 
 STEPS = (0.05, 0.005)
 

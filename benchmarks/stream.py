@@ -18,11 +18,11 @@ import torch
 import webdataset
 from common import arguments, bank, in_turn, ratio, report
 
-from mamldata.batch import EpisodeBatch
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
 from mamldata.parallel import default_workers
-from mamldata.plan import BuildRequest
-from mamldata.stream import EpisodeStream
+from mamldata.streaming.batch import EpisodeBatch
+from mamldata.streaming.stream import EpisodeStream
 
 
 def main() -> None:

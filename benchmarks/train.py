@@ -23,8 +23,8 @@ from common import arguments, in_turn, ratio, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
 from mamldata.parallel import default_workers
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import InnerLoop
 from trainer.maml.engines import pick_engine
 from trainer.maml.parameters import MetaParameters

@@ -22,13 +22,13 @@ from cli.common import (
     train_command,
 )
 from cli.inspect import describe, left_out_values, print_archive, say_left_out
-from mamldata.bank import files_left_out, make_bank
-from mamldata.build import Portion, build, build_portion
-from mamldata.load import load_manifest
+from mamldata.archive.build import Portion, build, build_portion
+from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
+from mamldata.bank.make import files_left_out, make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.paths import data_root
+from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
-from mamldata.places import is_remote, shown_place
-from mamldata.plan import DEFAULT_EPISODES, BuildRequest
-from mamldata.root import data_root
 
 
 def _portion(_context: click.Context, _option: click.Parameter, value: str | None) -> Portion | None:
@@ -119,7 +119,7 @@ def _executor(dask: str | None) -> Iterator[Executor | None]:
     if dask is None:
         yield None
         return
-    from mamldata.cluster import dask_executor
+    from mamldata.archive.dask import dask_executor
 
     with dask_executor(dask) as (executor, workers):
         say(f"The Dask cluster at {dask} has {'1 worker' if workers == 1 else f'{workers} workers'}.")

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from mamldata.archive import is_archive
-from mamldata.episodes import ROTATIONS
+from mamldata.archive.index import is_archive
+from mamldata.datasets.paths import data_root
+from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
-from mamldata.manifest_toml import builtin_names
-from mamldata.places import is_remote, shown_place
-from mamldata.root import data_root
+from mamldata.io.urls import is_remote, shown_place
+from mamldata.sampling.sampler import ROTATIONS
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData

@@ -23,7 +23,7 @@ from cli.common import (
 )
 from cli.settings import ALGORITHMS, begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
-from mamldata.splits import SPLITS
+from mamldata.sampling.splits import SPLITS
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
 # These make one algorithm another one, or go with some only: for one at a time, by --set.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from cli.common import json_option, next_command, print_json, root_option
-from mamldata.catalogue import list_datasets
-from mamldata.root import data_root
+from mamldata.bank.inventory import list_datasets
+from mamldata.datasets.paths import data_root
 
 
 @click.command(

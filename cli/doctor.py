@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from cli.common import json_option, print_json, root_option, size_text
+from mamldata.datasets.paths import data_root
 from mamldata.doctor import examine
-from mamldata.root import data_root
 
 
 @click.command(

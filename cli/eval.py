@@ -17,7 +17,7 @@ from cli.common import (
     say,
 )
 from cli.settings import DEVICES
-from mamldata.splits import SPLITS
+from mamldata.sampling.splits import SPLITS
 
 
 @click.command(

@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from cli.common import bars, build_command, json_option, next_command, print_json, root_option, say, size_text
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.paths import data_root
 from mamldata.errors import FetchError
-from mamldata.fetch import Action, Fetched, fetch, plan
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.places import shown_place
-from mamldata.root import data_root
+from mamldata.fetching.act import Fetched, fetch
+from mamldata.fetching.plan import Action, plan
+from mamldata.io.urls import shown_place
 
 
 @click.command(

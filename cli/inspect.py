@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from cli.common import json_option, next_command, print_json, root_option, say, size_text
-from mamldata.archive import Archive, ArchiveSplit, read_archive
-from mamldata.catalogue import files_left_out
-from mamldata.left_out import LeftOut
-from mamldata.places import is_remote, shown_place
-from mamldata.remote import read_remote_archive
-from mamldata.root import data_root
+from mamldata.archive.index import Archive, ArchiveSplit, read_archive
+from mamldata.archive.remote import read_remote_archive
+from mamldata.bank.inventory import files_left_out
+from mamldata.datasets.paths import data_root
+from mamldata.io.urls import is_remote, shown_place
+from mamldata.readers.left_out import LeftOut
 
 
 @click.command(

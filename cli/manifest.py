@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from cli.common import bars, json_option, next_command, print_json
-from mamldata.authoring import write_manifest
-from mamldata.folder import folder_name
+from mamldata.datasets.image_folder import folder_name
+from mamldata.fetching.author import write_manifest
 
 
 @click.command(

@@ -18,11 +18,13 @@ from cli.common import (
     root_option,
     train_command,
 )
+from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
-from mamldata.places import is_remote
 from mamldata.preview import contact_sheet, episode, save, title
-from mamldata.sources import Source, live, open_archive
-from mamldata.splits import SPLITS
+from mamldata.sampling.splits import SPLITS
+from mamldata.sources.live import live
+from mamldata.sources.open import open_archive
+from mamldata.sources.source import Source
 
 
 @click.command(

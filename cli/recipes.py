@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from cli.common import json_option, next_command, print_json
-from mamldata.manifest_toml import builtin_names
+from mamldata.datasets.toml import builtin_names
 from trainer.runs.recipe import load_recipe, recipe_names
 
 

@@ -16,12 +16,13 @@ from cli.common import (
     root_option,
     train_command,
 )
-from mamldata.archive import read_archive
-from mamldata.load import load_manifest
-from mamldata.places import shown_place
-from mamldata.remote import read_remote_archive
-from mamldata.root import data_root
-from mamldata.verify import verify_archive, verify_dataset
+from mamldata.archive.index import read_archive
+from mamldata.archive.remote import read_remote_archive
+from mamldata.archive.verify import verify_archive
+from mamldata.bank.verify import verify_dataset
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.paths import data_root
+from mamldata.io.urls import shown_place
 
 
 @click.command(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import measure_together
 from trainer.maml.adapt import adapt, query_logits
 from trainer.maml.algorithms import InnerLoop

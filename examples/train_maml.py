@@ -3,7 +3,7 @@
     mamldata fetch omniglot && mamldata build omniglot --out omniglot-5w1s
     OMP_NUM_THREADS=1 python examples/train_maml.py omniglot-5w1s --steps 600
 
-gives 83.02 ± 0.73 % on 600 test episodes, 5-way 1-shot, in two minutes of one CPU's time; more steps give more.
+gives 83.02 ± 0.73 % on 600 test episodes, 5-way 1-shot, in two minutes of one processor's time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import mamldata
 
 Weights = dict[str, Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support images and labels, query images and labels
-
 BLOCKS, FILTERS = 4, 64
 TASKS = 4  # in a meta-batch
 INNER_LR, TRAIN_STEPS, TEST_STEPS = 0.4, 1, 3

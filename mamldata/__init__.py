@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from mamldata.version import __version__
 
 if TYPE_CHECKING:
-    from mamldata.archive import Archive, read_archive
-    from mamldata.batch import EpisodeBatch
+    from mamldata.archive.index import Archive, read_archive
+    from mamldata.datasets.load import load_manifest
+    from mamldata.datasets.manifest import Manifest
     from mamldata.errors import MamldataError
-    from mamldata.load import load_manifest
-    from mamldata.manifest import Manifest
-    from mamldata.sources import EpisodeInfo, live
-    from mamldata.stream import EpisodeStream
+    from mamldata.sources.live import live
+    from mamldata.sources.source import EpisodeInfo
+    from mamldata.streaming.batch import EpisodeBatch
+    from mamldata.streaming.stream import EpisodeStream
 
 __all__ = [
     "Archive",
@@ -36,15 +37,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Archive": "archive",
-    "EpisodeBatch": "batch",
-    "EpisodeInfo": "sources",
-    "EpisodeStream": "stream",
-    "Manifest": "manifest",
+    "Archive": "archive.index",
+    "EpisodeBatch": "streaming.batch",
+    "EpisodeInfo": "sources.source",
+    "EpisodeStream": "streaming.stream",
+    "Manifest": "datasets.manifest",
     "MamldataError": "errors",
-    "live": "sources",
-    "load_manifest": "load",
-    "read_archive": "archive",
+    "live": "sources.live",
+    "load_manifest": "datasets.load",
+    "read_archive": "archive.index",
 }
 
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from mamldata.errors import RequestError
-from mamldata.files import commit, make_folder, temporary, writing
-from mamldata.sources import Source
+from mamldata.io.atomic import commit, make_folder, temporary, writing
+from mamldata.sources.source import Source
 
 Images = npt.NDArray[np.uint8]
 

@@ -25,12 +25,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from mamldata import glyphs
-from mamldata.bank import Bank, make_bank
-from mamldata.fetch import fetch
-from mamldata.load import load_manifest
-from mamldata.manifest import Manifest
-from mamldata.root import DatasetFolder
+from mamldata.bank.format import Bank
+from mamldata.bank.make import make_bank
+from mamldata.datasets import glyphs
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.paths import DatasetFolder
+from mamldata.fetching.act import fetch
 
 REAL_DATA = "MAMLDATA_TEST_DATA"
 UNEQUAL = {"Ash/one": 4, "Ash/two": 7, "Birch/one": 5, "Birch/two": 12, "Cedar/one": 6, "Cedar/two": 9}

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamldata.batch import EpisodeBatch
-from mamldata.device import DeviceStream
 from mamldata.errors import DamagedError, RequestError
-from mamldata.normalisation import Normalisation
+from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
-from mamldata.places import is_remote, shown_place
-from mamldata.sources import LiveSource, Source, StoredSource, live, open_archive
-from mamldata.stream import EpisodeStream
+from mamldata.sampling.normalization import Normalisation
+from mamldata.sources.live import LiveSource, live
+from mamldata.sources.open import open_archive
+from mamldata.sources.source import Source
+from mamldata.sources.stored import StoredSource
+from mamldata.streaming.batch import EpisodeBatch
+from mamldata.streaming.device import DeviceStream
+from mamldata.streaming.stream import EpisodeStream
 
 OpenSource = Callable[[str], StoredSource | LiveSource]
 
@@ -151,7 +154,7 @@ def archive_data(
     Args:
         folder: of the archive, or its address.
         verify: hash each shard of a folder when it is first read from; from an address all come hashed.
-        remix: train on episodes formed anew in each epoch, see ``mamldata.remix``; evaluation never does.
+        remix: train on episodes formed anew in each epoch, see ``mamldata.sources.remixed``; evaluation never does.
         cache_dir: where the shards of an archive at an address are kept.
     """
 

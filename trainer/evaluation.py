@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from mamldata.normalisation import Normalisation
+from mamldata.sampling.normalization import Normalisation
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.intervals import half_width
 from trainer.maml.adapt import Method, adapt
 from trainer.maml.algorithms import InnerLoop

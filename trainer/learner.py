@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome, pick_engine
 from trainer.maml.joint import joint, joint_parameters
 from trainer.maml.parameters import MetaParameters, meta_parameters

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate_network
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
@@ -71,8 +71,6 @@ def train(
             if world.first:
                 held.enter_context(alone_in(run_dir))
         threads = held.enter_context(limited_threads())
-        if learner.device.type == "cpu":
-            report(f"Computing with {threads}.")
         # One process looks which checkpoint is the last: all go on from that one, wherever they run.
         last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
@@ -93,6 +91,8 @@ def train(
             recorder = Recorder(run_dir, learner, about, writes=world.first, report=report, last=last)
             held.enter_context(recorder)
         world.spread_(learner.learned)
+        if learner.device.type == "cpu":
+            report(f"Computing with {threads}.")
         run = _Run(learner, data, about, stream, recorder, world)
         step = last.step if last else 0
         last = run.steps(step, stop) if step < settings.outer_steps else run.validate(step)

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
-from mamldata.normalisation import Normalisation
+from mamldata.sampling.normalization import Normalisation
+from mamldata.streaming.batch import EpisodeBatch
 
 
 class TrainStream(Protocol):

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mamldata.batch import EpisodeBatch
-from mamldata.digest import canonical_json, sha256_bytes
 from mamldata.errors import RequestError
+from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.streaming.batch import EpisodeBatch
 
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 _PER_BLOCK = 4  # Philox gives four numbers for each value of its counter

@@ -21,8 +21,8 @@ from PIL import Image
 
 from cli.common import train_command
 from cli.main import VERBS, main
+from mamldata.datasets.toml import builtin_names
 from mamldata.errors import MamldataError
-from mamldata.manifest_toml import builtin_names
 
 MANIFEST = """
 format = "mamldata-manifest/1"

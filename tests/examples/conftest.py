@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mamldata.bank import Bank
-from mamldata.build import build
-from mamldata.manifest import Manifest
-from mamldata.plan import BuildRequest
+from mamldata.archive.build import build
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank.format import Bank
+from mamldata.datasets.manifest import Manifest
 
 PROJECT = Path(__file__).parents[2]
 

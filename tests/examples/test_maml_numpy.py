@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import ORDERS, InnerLoop
 from trainer.maml.engines import loop
 from trainer.maml.parameters import MetaParameters

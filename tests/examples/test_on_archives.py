@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mamldata.archive import read_archive
+from mamldata.archive.index import read_archive
 
 Run = Callable[..., str]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from synthetic import Synthetic, SyntheticStream
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import DamagedError, StoppedError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate
 from trainer.loop import train
 from trainer.maml.algorithms import ALGORITHMS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml import adapt as inner_loops
 from trainer.maml import engines
 from trainer.maml.algorithms import InnerLoop

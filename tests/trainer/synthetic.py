@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 
 FIRST_CLASS = {"train": 0, "val": 1000, "test": 2000}
 CLASSES = 40

@@ -22,16 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mamldata.archive import read_archive
-from mamldata.bank import Bank
-from mamldata.batch import EpisodeBatch
-from mamldata.build import build
+from mamldata.archive.build import build
+from mamldata.archive.index import read_archive
+from mamldata.archive.plan import BuildRequest
+from mamldata.bank.format import Bank
+from mamldata.datasets.manifest import Manifest
 from mamldata.errors import DamagedError, RequestError
-from mamldata.manifest import Manifest
-from mamldata.normalisation import Normalisation
-from mamldata.plan import BuildRequest
-from mamldata.sources import open_archive
-from mamldata.stream import EpisodeStream
+from mamldata.sampling.normalization import Normalisation
+from mamldata.sources.open import open_archive
+from mamldata.streaming.batch import EpisodeBatch
+from mamldata.streaming.stream import EpisodeStream
 from trainer.data import EpisodeData, archive_data, live_data
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train

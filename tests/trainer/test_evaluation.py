@@ -13,8 +13,8 @@ import torch
 from synthetic import Synthetic
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate, evaluate_network
 from trainer.loop import train
 from trainer.maml.algorithms import InnerLoop

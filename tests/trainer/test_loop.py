@@ -13,8 +13,8 @@ import pytest
 import torch
 from synthetic import Synthetic, SyntheticStream
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import DamagedError, DivergedError, MamldataError, RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate
 from trainer.learner import Learner
 from trainer.loop import train

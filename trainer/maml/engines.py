@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.adapt import Method, adapt
 from trainer.maml.losses import loss_of
 from trainer.maml.objective import Measured, Objective, meta_loss

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome
 from trainer.maml.losses import accuracy
 from trainer.maml.parameters import MetaParameters, Parameters

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import InnerLoop
 from trainer.networks.networks import head_names, norm_names
 from trainer.networks.norms import Statistics

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
-from mamldata.files import make_folder, write_atomic
+from mamldata.io.atomic import make_folder, write_atomic
 from trainer.evaluation import Evaluation, evaluate
 from trainer.intervals import half_width
 from trainer.loop import train

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import MamldataError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.learner import Learner
 from trainer.protocol import TrainData
 from trainer.settings import TrainSettings, pick_device

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamldata.errors import RequestError
-from mamldata.files import write_atomic
+from mamldata.io.atomic import write_atomic
 from trainer.maml.algorithms import ALGORITHMS
 from trainer.runs import metrics
 

@@ -17,9 +17,9 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mamldata.containers import reading_container
 from mamldata.errors import DamagedError, RequestError
-from mamldata.files import open_regular, write_atomic
+from mamldata.io.atomic import open_regular, write_atomic
+from mamldata.io.containers import reading_container
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.networks.networks import build_network
 from trainer.settings import TrainSettings, pick_device, saved_settings

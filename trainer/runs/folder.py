@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import mamldata
-from mamldata.archive import INDEX
-from mamldata.digest import parse_json
+from mamldata.archive.index import INDEX
 from mamldata.errors import DamagedError, RequestError
-from mamldata.files import MOST_NOTE, locked, make_folder, read_whole, write_atomic
+from mamldata.io.atomic import MOST_NOTE, locked, make_folder, read_whole, write_atomic
+from mamldata.io.digest import parse_json
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
 from trainer.settings import CHANGEABLE, TrainSettings, saved_settings

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import DivergedError
-from mamldata.files import write_atomic, writing
+from mamldata.io.atomic import write_atomic, writing
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome
 
 NAME = "metrics.jsonl"

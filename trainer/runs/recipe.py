@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.errors import ManifestError, RequestError, did_you_mean
-from mamldata.files import MOST_NOTE, read_whole
-from mamldata.tables import Table, read_toml, toml_names
+from mamldata.io.atomic import MOST_NOTE, read_whole
+from mamldata.io.toml import Table, read_toml, toml_names
 
 _TEXTS = ("title", "dataset", "source", "published")
 _EPISODES = ("n_way", "k_shot", "k_query")

@@ -11,8 +11,8 @@ from problems import adapt, batch, direction, directional, dot, loop, query_logi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import ADAPTS, BN_MODES, RATES, InnerLoop
 from trainer.maml.objective import Objective, step_weights
 from trainer.maml.parameters import Episode, FastWeights, MetaParameters, adapted_names, episodes, meta_parameters

@@ -10,7 +10,7 @@ from problems import adapt, batch, direction, directional, dot, loop, of, percep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import BatchNorm, InnerLoop, Order
 from trainer.maml.losses import accuracy
 from trainer.maml.parameters import MetaParameters, Parameters, episodes

@@ -11,7 +11,7 @@ from problems import adapt, direction, directional, dot, loop, named, of, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import measure, measure_together
 from trainer.maml.algorithms import ADAPTS, ORDERS, RATES, InnerLoop
 from trainer.maml.objective import Objective

@@ -14,8 +14,8 @@ from problems import batch, loop, query_logits, run
 from synthetic import Synthetic
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate
 from trainer.loop import train
 from trainer.maml.algorithms import BN_MODES, ORDERS, InnerLoop

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from synthetic import Synthetic
 
+from mamldata.datasets.toml import builtin_names
 from mamldata.errors import ManifestError, RequestError
-from mamldata.manifest_toml import builtin_names
 from trainer.loop import train
 from trainer.runs.checkpoint import load_checkpoint
 from trainer.runs.recipe import load_recipe, recipe_names

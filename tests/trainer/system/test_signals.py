@@ -13,8 +13,8 @@ import torch
 from synthetic import Synthetic
 from test_resume import plain, strip_times
 
-from mamldata.batch import EpisodeBatch
 from mamldata.errors import RequestError, StoppedError
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.loop import train
 from trainer.runs.checkpoint import find_best, find_last, load_checkpoint
 from trainer.settings import TrainSettings

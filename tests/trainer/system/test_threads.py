@@ -10,7 +10,7 @@ from problems import batch, loop, small_convnet
 from synthetic import Synthetic
 from torch import nn
 
-from mamldata.batch import EpisodeBatch
+from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate_network, measure
 from trainer.maml.algorithms import ORDERS, InnerLoop
 from trainer.maml.parameters import meta_parameters

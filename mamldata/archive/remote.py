@@ -1,0 +1,374 @@
+"""Archives at an address: ``https://``, ``s3://``, or whatever fsspec names. Nothing is used before it is verified.
+
+A shard is brought whole into a folder on this machine, hashed, and only then given its name there; from then on it
+is memory-mapped like a local one. It is not parsed as a tar on the way: the first episode of a shard can be trusted
+only when its last byte is hashed, and by then the file is here.
+Shards are hashed as they come, several at once, each in a thread: receiving, hashing and writing let others run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+
+from mamldata.archive.index import (
+    INDEX,
+    INDEX_SUM,
+    MOST_INDEX_BYTES,
+    MOST_SUM_BYTES,
+    Archive,
+    Shard,
+    index_sum,
+    parse_archive,
+)
+from mamldata.errors import DamagedError, FetchError, WriteError
+from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeError, Writable, open_session, transfer
+from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
+from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
+from mamldata.io.urls import is_http, join, require_address, shown_place
+
+_log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
+Opened = TypeVar("Opened")
+
+_REMEDY = "Check the address and the network, and try again."
+WRONG_COPY = "The copy at that address is damaged, or of another archive: tell who keeps it."
+_HEADWAY = 1 << 20  # bytes that make a try worth its while
+_OWN = re.compile(r"[0-9a-f]{64}\.tar(\.part)?")  # the names of shards in a cache, whole and under way
+_TAG = b"""\
+Signature: 8a477f597d28d172789f06886806bc55
+# Shards of episode archives, fetched by mamldata, which removes the oldest ones where it is given a bound.
+# Everything here can be fetched again. See https://bford.info/cachedir/
+"""
+
+
+def read_remote_archive(url: str, network: Network | None = None) -> Archive:
+    """Read ``archive.json`` at an address and check it against ``archive.json.sha256``.
+
+    Raises:
+        RequestError: the address is of a kind that cannot be read.
+        FetchError: one of the two files could not be had.
+        DamagedError: ``archive.json`` is not what was written.
+    """
+    require_address(url)
+    shown = shown_place(join(url, INDEX))
+    with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
+        found = []
+        for name, bound in ((INDEX, MOST_INDEX_BYTES), (INDEX_SUM, MOST_SUM_BYTES)):
+            path = Path(place) / name
+            _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
+            found.append(path.read_bytes())
+    data, digest = found
+    if digest != index_sum(sha256_bytes(data)):
+        raise DamagedError(f"{shown} is damaged: its sha256 is {sha256_bytes(data)}, which {INDEX_SUM} does not say.")
+    try:
+        return parse_archive(data)
+    except DamagedError as error:
+        raise DamagedError(f"{shown}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Shards in a folder, each named by its SHA-256, so that processes and archives can share it.
+
+    They lie in a folder of their own inside the given one, which may hold other files too: nothing else is removed.
+
+    A shard is hashed as it comes. A record beside it says which version of the file had the right digest; a shard
+    without one, or of another version, is hashed when it is next opened.
+
+    Attributes:
+        folder: where that folder is.
+        bytes: upper bound on the shards and the abandoned partial downloads in it, except those that other processes
+            fetch or open at this moment; the least recently used ones make room. None: no bound.
+        network: how patient to be.
+        lasting: whether the folder outlives the process: shards are then on the disk before they have their names.
+
+    Raises:
+        WriteError: the folder cannot be made.
+    """
+
+    folder: Path
+    bytes: int | None = None
+    network: Network = field(default_factory=Network)
+    lasting: bool = True
+    _coming: dict[tuple[int, Path], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        make_folder(self.own)
+        tag = self.own / "CACHEDIR.TAG"
+        if self.lasting and not tag.exists():
+            with writing(tag):
+                tag.write_bytes(_TAG)
+
+    @property
+    def own(self) -> Path:
+        """The folder that is the cache's own."""
+        return self.folder / "mamldata-shards"
+
+    def get(self, url: str, shard: Shard) -> Path:
+        """A shard's file, for whoever shares the cache with no other process; see ``open``."""
+        return self.open(url, shard, Path)
+
+    def open(self, url: str, shard: Shard, opener: Callable[[Path], Opened]) -> Opened:
+        """Open a shard's file; it is fetched and verified first if it is not there, by one process at a time.
+
+        Args:
+            url: the shard's address.
+            shard: what ``archive.json`` says of it.
+            opener: maps the file at a path. Until it returns no process removes the file; who has it mapped keeps it.
+
+        Raises:
+            FetchError: it could not be had; what came is kept, and the next try goes on from there.
+            WriteError: the folder cannot be written to.
+            DamagedError: ``opener`` refused the shard, also after it was fetched again.
+        """
+        path = self.own / f"{shard.sha256}.tar"
+        with locked(path.with_suffix(".lock")):
+            if path.is_file():
+                if _is_sound(path, shard):
+                    with suppress(OSError):  # where no record can be written, shards go in the order in which they came
+                        os.utime(_record(path))
+                    with suppress(DamagedError):  # a disk can change bytes and no date, which verify=True notices
+                        return opener(path)
+                _log.warning("%s is damaged; it is fetched again", path)
+                with writing(path):
+                    path.unlink(missing_ok=True)
+            part = _HashedPart(path)
+            with self._room(path, shard.bytes):
+                check = partial(_require_digest, part, shard)
+                _obtain(url, part, path, shard.bytes, check, self.network, lasting=self.lasting)
+            _note_sound(path)
+            return opener(path)
+
+    @contextmanager
+    def _room(self, path: Path, need: int) -> Iterator[None]:
+        """Room for a shard, also beside those that other threads of this process are fetching."""
+        if self.bytes is None:
+            yield
+            return
+        ours = os.getpid()  # a forked process has a copy of what its parent fetches
+        with locked(self.own / ".room.lock"):
+            self._coming[ours, path] = need
+            coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == ours}
+            files = sorted(_evictable(self.own, coming))
+            here = {found for _, _, found in files}
+            total = sum(size for _, size, _ in files)
+            total += sum(size for part, size in coming.items() if part not in here)
+            for _, size, found in files:
+                if total <= self.bytes:
+                    break
+                if _evict(found):
+                    total -= size
+        try:
+            yield
+        finally:
+            del self._coming[ours, path]
+
+
+def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, Path]]:
+    """When each shard, and each part of one that nobody is fetching, was used last (in ns); its bytes, and its path."""
+    for found in own.iterdir():
+        if not _OWN.fullmatch(found.name):
+            continue
+        final = own / found.name.removesuffix(".part")
+        with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            if found == final:
+                known = _record(final) if _record(final).exists() else final
+                yield known.stat().st_mtime_ns, final.stat().st_size, final
+            elif final not in coming:
+                with locked_if_free(final.with_suffix(".lock")) as free:
+                    status = found.stat()
+                if free:
+                    yield status.st_mtime_ns, status.st_size, found
+
+
+def _evict(found: Path) -> bool:
+    """Remove a shard, or a part of one, unless a process is fetching or opening it; gives whether it is gone."""
+    final = found.with_name(found.name.removesuffix(".part"))
+    with locked_if_free(final.with_suffix(".lock")) as free:
+        if free:
+            for path in (final, _record(final)):
+                path.unlink(missing_ok=True)
+            Part(final).drop()
+        return free
+
+
+def _record(path: Path) -> Path:
+    """The file that says which version of a cached shard was hashed; its date is when the shard was used last."""
+    return path.with_suffix(".json")
+
+
+def _version(path: Path) -> bytes:
+    return canonical_json(dict(zip(("bytes", "inode", "mtime", "ctime"), file_version(path.stat()), strict=True)))
+
+
+def _is_sound(path: Path, shard: Shard) -> bool:
+    """Whether a cached shard has the right digest: by this user's record, or else it is hashed."""
+    version = _version(path)
+    with suppress(OSError), _record(path).open("rb") as stream:
+        if os.fstat(stream.fileno()).st_uid == os.geteuid() and stream.read(len(version) + 1) == version:
+            return True
+    if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
+        return False
+    _note_sound(path, version)
+    return True
+
+
+def _note_sound(path: Path, version: bytes | None = None) -> None:
+    """Record that a version of a shard, None for what is there, has the right digest."""
+    with suppress(WriteError):  # it is then hashed again
+        write_atomic(_record(path), version or _version(path), lasting=False)
+
+
+class _HashedPart(Part):
+    """A part whose SHA-256 is taken as its bytes come."""
+
+    def __init__(self, final: Path) -> None:
+        super().__init__(final)
+        self._digest, self._hashed = hashlib.sha256(), 0
+
+    @contextmanager
+    def writer(self, offset: int) -> Iterator[Writable]:
+        """As ``Part.writer``."""
+        if offset != self._hashed:
+            self._digest, self._hashed = hashlib.sha256(), 0
+            if offset:
+                self._hash_what_there_is()
+        with super().writer(offset) as stream:
+            yield _Hashing(stream, self._add)
+
+    def sha256(self) -> str:
+        """Of what there is, in hex."""
+        if self._hashed != self.size:  # brought by another process, or cut short by a full disk
+            self._digest, self._hashed = hashlib.sha256(), 0
+            self._hash_what_there_is()
+        return self._digest.hexdigest()
+
+    def _hash_what_there_is(self) -> None:
+        with self.path.open("rb") as stream:
+            for chunk in chunks(stream):
+                self._add(chunk)
+
+    def _add(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._hashed += len(data)
+
+
+@dataclass(frozen=True)
+class _Hashing:
+    """Writes bytes, and then tells of them."""
+
+    stream: Writable
+    wrote: Callable[[bytes], object]
+
+    def write(self, data: bytes, /) -> None:
+        self.stream.write(data)
+        self.wrote(data)
+
+
+def _obtain(
+    url: str, part: Part, final: Path, bound: int, check: Callable[[], object], network: Network, *, lasting: bool
+) -> None:
+    """Fetch a file, going on where a try broke off; check it, and give it its name.
+
+    Args:
+        url: its address.
+        part: its bytes so far.
+        final: its path; a lock must keep others away.
+        bound: the most bytes that it may have.
+        check: raises ``SourceError`` if the whole file is not the one; it is then fetched anew.
+        network: how patient to be.
+        lasting: whether to flush it to disk.
+
+    Raises:
+        FetchError: it could not be had.
+        WriteError: the place cannot be written to.
+    """
+    vain, most = 0, part.size
+    while True:
+        try:
+            _attempt(url, part, bound, network)
+            check()
+            break
+        except SourceError as error:
+            vain = 0 if part.size >= most + _HEADWAY else vain + 1
+            most = max(most, part.size)
+            if error.final or error.refused or vain >= network.rounds:
+                remedy = WRONG_COPY if error.wrong else _REMEDY
+                raise FetchError(f"{shown_place(url)} could not be had: {error}. {remedy}") from error
+            pause = network.pause(vain, error.retry_after)
+            # Its text: a handler that keeps records would keep alive whatever the error's traceback holds.
+            _log.warning("%s: %s; trying again in %.0f s", shown_place(url), str(error), pause)
+            time.sleep(pause)
+    with writing(final):
+        commit(final, lasting=lasting)
+    part.forget()
+
+
+@lru_cache(maxsize=1)
+def _session(process: int) -> requests.Session:  # noqa: ARG001  # what a process has open is not for its children
+    """The one session of a process: connections are kept from shard to shard."""
+    return open_session()
+
+
+def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
+    """One try, from the bytes that there are.
+
+    Raises:
+        SourceError: it failed.
+    """
+    if is_http(url):
+        try:
+            transfer(_session(os.getpid()), url, part, bound, network, lambda _: None)
+        except UnusableRangeError:
+            if part.size < bound:
+                part.drop()
+                raise
+            # A server has nothing more to give where the file is whole already.
+        return
+    import fsspec
+
+    had = min(part.size, bound)
+    try:
+        stream = fsspec.open(url, "rb").open()
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        final = isinstance(error, FileNotFoundError | PermissionError)
+        raise SourceError(f"it cannot be read ({error or type(error).__name__})", final=final) from error
+    with stream, part.writer(had) as target:
+        for chunk in _remaining(stream, had):
+            had += len(chunk)
+            if had > bound:
+                raise SourceError(f"it has more than the {bound:,} bytes that it may have", final=True)
+            target.write(chunk)
+
+
+def _remaining(stream: Any, start: int) -> Any:
+    try:
+        stream.seek(start)
+        yield from chunks(stream)
+    except Exception as error:  # as above
+        raise SourceError(f"reading it broke off ({error or type(error).__name__})") from error
+
+
+def _require_digest(part: _HashedPart, shard: Shard) -> None:
+    """Check that a shard came whole and right; what is not right is removed.
+
+    Raises:
+        SourceError: it did not.
+    """
+    if part.size < shard.bytes:
+        raise SourceError(f"it ended after {part.size:,} of {shard.bytes:,} bytes")
+    if (got := part.sha256()) != shard.sha256:
+        part.drop()
+        raise SourceError(f"another file came: sha256 {got}, expected {shard.sha256}", wrong=True)

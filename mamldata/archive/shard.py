@@ -1,0 +1,138 @@
+"""The shards of an archive: their names and lengths, and one opened and checked."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+from weakref import WeakSet
+
+import numpy as np
+
+from mamldata.archive.index import INDEX, Shard, shard_sizes
+from mamldata.archive.layout import END, Bytes, EpisodeLayout
+from mamldata.errors import DamagedError
+from mamldata.io.atomic import FileVersion, file_version
+from mamldata.io.digest import sha256_file
+from mamldata.io.npy import npy_header
+from mamldata.sampling.sampler import EpisodeSampler
+
+_MOST_POOL = 1 << 24  # numbers that the drawing of an episode shuffles, where shards are compared with it
+REMEDY = "Copy it again, or delete it and build the archive again."
+_maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
+
+
+def check_size(path: Path, shard: Shard) -> None:
+    """Check that a shard is there and has its length.
+
+    Raises:
+        DamagedError: naming the shard, the length expected and got, and the first episode that is cut off.
+    """
+    try:
+        got = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(
+            f"The shard {path} is missing (episodes {_range(shard)}). Copy it again, or build the archive again."
+        ) from None
+    if got != shard.bytes:
+        raise DamagedError(
+            f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}"
+        )
+
+
+def open_shard(
+    path: Path,
+    shard: Shard,
+    layout: EpisodeLayout,
+    *,
+    verify: bool = False,
+    sampler: EpisodeSampler | None = None,
+    checked: MutableMapping[Path, FileVersion] | None = None,
+    remedy: str = REMEDY,
+) -> Bytes:
+    """Memory-map a shard after checking its length and every header in it.
+
+    The map keeps one file descriptor until nothing refers to it.
+
+    Args:
+        path: the shard's file.
+        shard: what ``archive.json`` says of it.
+        layout: the archive's.
+        verify: hash the whole file too, so that flipped pixels are noticed.
+        sampler: of the shard's split; the first and the last episode must then be those that it draws, so that a
+            shard of another split, which can have the same length and headers, is noticed.
+        checked: which version of each file has passed these checks; that one is mapped without them.
+        remedy: the last sentence of errors.
+
+    Returns:
+        uint8 ``[bytes]``, read-only.
+
+    Raises:
+        DamagedError: naming the shard, and the episode where one can be named.
+    """
+    check_size(path, shard)
+    with path.open("rb") as stream:
+        version = file_version(os.fstat(stream.fileno()))
+        map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+    _maps.add(map_)
+    mapped = np.frombuffer(map_, dtype=np.uint8)
+    if checked is not None and checked.get(path) == version:
+        return mapped
+    if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
+        raise DamagedError(f"The shard {path} is damaged: episode {broken} does not start as it should. {remedy}")
+    if verify and (got := sha256_file(path)) != shard.sha256:
+        raise DamagedError(
+            f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
+        )
+    if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
+        raise DamagedError(
+            f"The shard {path} holds other episodes than {INDEX} says: episode {other} in it is not the one that the "
+            f"settings there give. It may be the shard of another split or archive. {remedy}"
+        )
+    if checked is not None:
+        checked[path] = version
+    return mapped
+
+
+def open_maps() -> int:
+    """How many shards this process has mapped; each map keeps a file descriptor."""
+    return len(_maps)
+
+
+def _range(shard: Shard) -> str:
+    return f"{shard.first_episode} to {shard.first_episode + shard.episodes - 1}"
+
+
+def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) -> int | None:
+    """The index of the first episode whose tar or npy headers are not the expected ones, if there is one."""
+    for start, count in shard_sizes(shard.episodes, 1024):
+        first = shard.first_episode + start
+        block = mapped[start * layout.stride : (start + count) * layout.stride].reshape(count, layout.stride)
+        headers = layout.headers(first, count)
+        good = np.ones(count, dtype=bool)
+        for position, member in enumerate(layout.members):
+            npy = np.frombuffer(npy_header(member.dtype, member.shape), dtype=np.uint8)
+            expected = np.concatenate([headers[:, position], np.broadcast_to(npy, (count, len(npy)))], axis=1)
+            good &= (block[:, member.header : member.data] == expected).all(axis=1)
+        if not good.all():
+            return first + int(np.argmin(good))
+    if mapped[-END:].any():
+        return shard.first_episode + shard.episodes - 1
+    return None
+
+
+def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
+    """The index of the first or last episode of a shard if it is not the one that is drawn for its index.
+
+    None also for classes of so many images that drawing one episode takes more than 64 MiB: a forged ``archive.json``
+    can claim that.
+    """
+    if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
+        return None
+    stored = layout.view(mapped, layout.source)
+    for place in (0, shard.episodes - 1):
+        index = shard.first_episode + place
+        if not np.array_equal(stored[place], sampler.sample(index, 1)[0]):
+            return index
+    return None

@@ -1,0 +1,313 @@
+"""Where an archive is written: a folder, or an address such as ``s3://bucket/folder``.
+
+A file appears under its name whole or not at all, and several writers, on whatever machines, do not disturb one
+another: each writes under a name of its own first. So correctness rests on no lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mamldata.archive.index import MOST_INDEX_BYTES
+from mamldata.errors import MamldataError, RequestError, WriteError
+from mamldata.io.atomic import locked, make_folder, publish, read_whole, writing
+from mamldata.io.digest import chunks, sha256_file
+from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_place
+
+BUILD = ".build"  # what an unfinished build needs, and nobody else
+_LOCK = ".lock"
+OURS = frozenset({BUILD, _LOCK})  # names that only an unfinished build has
+
+# Their file systems show an object when it is whole, and never before; on any other a file grows under its name.
+_WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "hf"}
+
+# s3fs holds ten pieces of 50 MB in memory where it may; workers are many already.
+_OPTIONS = {protocol: {"max_concurrency": 1} for protocol in ("s3", "s3a")}
+
+Pieces = Iterable[bytes | memoryview]
+
+
+class Store(Protocol):
+    """A place for an archive; small when pickled, so that it can be sent to workers. Names are relative to it.
+
+    Every method raises ``WriteError`` where the place cannot be used.
+    """
+
+    def __hash__(self) -> int: ...
+
+    def entries(self) -> dict[str, int]:
+        """What is at the top, each with its length, or 0 if it is a folder. Of a place that is not there, nothing."""
+
+    def size(self, name: str) -> int | None:
+        """A file's length, None if it is not there."""
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes, None if it is not there."""
+
+    def sha256(self, name: str) -> str:
+        """A file's digest."""
+
+    def prepare(self) -> None:
+        """Make room for ``.build``."""
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """Write a file, over one that is there.
+
+        Raises:
+            FileNotFoundError: ``.build`` was cleared meanwhile.
+        """
+
+    def write_new(self, name: str, data: bytes) -> None:
+        """Write a file unless it is there; where the place can tell, exactly one of several writers does."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def clear(self) -> None:
+        """Remove what only an unfinished build needs."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Wait for other builds of the whole archive, lest the work be done twice. No more than a courtesy."""
+
+
+def store_at(place: Path | str) -> Store:
+    """The store at a path, or at an address that fsspec writes to.
+
+    Raises:
+        RequestError: an address that cannot be written to.
+    """
+    if not is_remote(place):
+        return FolderStore(Path(place).absolute())
+    url = str(place)
+    if is_http(url):
+        raise RequestError(
+            f"{shown_place(url)}: archives are read over http(s), but a web server takes no files. Build into a "
+            "folder and copy it there, or give an address that can be written to, such as s3://bucket/folder."
+        )
+    require_address(url)
+    local = local_address(url)
+    return AddressStore(url) if local is None else FolderStore(local.absolute())
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """A folder, on this machine or on a file system that machines share."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def entries(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in entries}
+        except NotADirectoryError:
+            if self.path.exists():
+                raise WriteError(f"{self} is a file. Choose a folder for the archive.") from None
+            return {}  # a parent is one, which making the folder reports
+        except FileNotFoundError:
+            return {}
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self.path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_whole(self.path / name, MOST_INDEX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(self.path / name)
+
+    def prepare(self) -> None:
+        make_folder(self.path / BUILD)
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        final = self.path / name
+        with writing(final), self._part(final.name) as part:
+            with part.open("wb") as stream:
+                stream.writelines(pieces)
+            publish(part, final)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        final = self.path / name
+        with writing(final), self._part(final.name) as part:
+            with part.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            try:
+                os.link(part, final)
+            except FileExistsError:
+                return
+            except FileNotFoundError:
+                raise
+            except OSError:  # a file system without links
+                if not final.exists():
+                    publish(part, final)
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[Path]:
+        """A name that no other writer has, of a file that is gone afterwards."""
+        part = self.path / BUILD / f"{name}.{uuid.uuid4().hex}.part"
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        # In this order: while .build is there the next build clears up, should this process die here.
+        (self.path / _LOCK).unlink(missing_ok=True)
+        shutil.rmtree(self.path / BUILD, ignore_errors=True)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return locked(self.path / _LOCK)
+
+
+@dataclass(frozen=True)
+class AddressStore:
+    """An address that fsspec writes to. A file is made on this machine first, and then put there."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return shown_place(self.url)
+
+    def _open(self) -> tuple[Any, str]:
+        """The file system, and the path in it. Others write there too, so nothing that it remembers counts."""
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(self.url.partition("://")[0].lower(), {}))
+        system.invalidate_cache()
+        return system, root.rstrip("/")
+
+    def entries(self) -> dict[str, int]:
+        with self._talking():
+            system, root = self._open()
+            try:
+                entries: list[dict[str, Any]] = system.ls(root, detail=True)
+            except FileNotFoundError:
+                return {}
+            # A file is listed as itself, or even as its own child. Some programs put an empty one in place of a folder.
+            if len(entries) == 1 and system.isfile(root) and system.size(root):
+                raise WriteError(f"{self} is a file. Choose another address for the archive.")
+        found = {}
+        for entry in entries:
+            name = str(entry["name"]).strip("/")
+            if name != root.strip("/"):
+                found[name.rpartition("/")[2]] = int(entry["size"]) if entry["type"] == "file" else 0
+        return found
+
+    def size(self, name: str) -> int | None:
+        with self._talking():
+            system, root = self._open()
+            try:
+                return int(system.info(f"{root}/{name}")["size"])
+            except FileNotFoundError:
+                return None
+
+    def read(self, name: str) -> bytes | None:
+        with self._talking():
+            system, root = self._open()
+            try:
+                return bytes(system.cat_file(f"{root}/{name}"))
+            except FileNotFoundError:
+                return None
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._talking():
+            system, root = self._open()
+            with system.open(f"{root}/{name}", "rb") as stream:
+                for chunk in chunks(stream):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def prepare(self) -> None:
+        with self._talking():
+            system, root = self._open()
+            if not _shows_whole_objects(system):
+                system.makedirs(f"{root}/{BUILD}", exist_ok=True)
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
+            part = Path(place) / "part"
+            with writing(part), part.open("wb") as stream:
+                stream.writelines(pieces)
+            with self._talking():
+                system, root = self._open()
+                self._put(system, str(part), root, name)
+
+    def _put(self, system: Any, part: str, root: str, name: str) -> None:
+        final = f"{root}/{name}"
+        if _shows_whole_objects(system):
+            system.put_file(part, final)
+            return
+        growing = f"{root}/{BUILD}/{Path(name).name}.{uuid.uuid4().hex}.part"
+        try:
+            system.put_file(part, growing)
+            if system.exists(final):  # not every such file system moves a file over another
+                system.rm_file(final)
+            system.mv(growing, final)
+        except BaseException:
+            with suppress(Exception):
+                system.rm_file(growing)
+            raise
+
+    def write_new(self, name: str, data: bytes) -> None:
+        if self.size(name) is None:
+            self.write(name, [data])
+
+    def remove(self, name: str) -> None:
+        with self._talking():
+            system, root = self._open()
+            if system.exists(f"{root}/{name}"):
+                system.rm_file(f"{root}/{name}")
+
+    def clear(self) -> None:
+        with self._talking():
+            system, root = self._open()
+            if system.exists(f"{root}/{BUILD}"):
+                system.rm(f"{root}/{BUILD}", recursive=True)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Turn what a file system raises into an error that says what to look at.
+
+        Raises:
+            WriteError: whatever it was, because each of fsspec's file systems has exceptions of its own.
+        """
+        try:
+            yield
+        except MamldataError:
+            raise
+        except Exception as error:
+            raise WriteError(
+                f"{self} cannot be used ({str(error) or type(error).__name__}). Check the address, your credentials "
+                "and the network, and run the same command again: it goes on from what is there."
+            ) from error
+
+
+def _shows_whole_objects(system: Any) -> bool:
+    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
+    return not _WHOLE_OBJECTS.isdisjoint(protocols)

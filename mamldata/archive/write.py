@@ -1,0 +1,162 @@
+"""One shard: what a worker must be told to write it, and how it does."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from mamldata.archive.index import INDEX, Archive, Shard, parse_archive, parse_plan, shard_sizes
+from mamldata.archive.layout import END, EpisodeLayout
+from mamldata.archive.store import BUILD, Store
+from mamldata.bank.format import Images, open_images
+from mamldata.errors import DataMissingError, MamldataError, WriteError
+from mamldata.io.digest import sha256_bytes
+from mamldata.sampling.sampler import EpisodeSampler, gather
+from mamldata.version import __version__
+
+PLAN = f"{BUILD}/plan.json"
+_CHUNK_BYTES = 8 << 20  # made in memory at a time
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to write, in a few hundred bytes whatever the size of the class table: the plan is read by the worker.
+
+    Attributes:
+        store: where the archive is built, with its plan.
+        plan_sha256: of that plan.
+        bank: the bank's file.
+        split, number: which shard.
+        version: of mamldata.
+    """
+
+    store: Store
+    plan_sha256: str
+    bank: Path
+    split: str
+    number: int
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class ShardMade:
+    """A shard that is there: its sha256, and whether it had to be written."""
+
+    sha256: str
+    written: bool
+
+
+def make_shard(task: ShardTask) -> ShardMade:
+    """Write one shard and its receipt, unless it is there already, with the bytes that its receipt says.
+
+    Raises:
+        MamldataError: this worker has another version, or does not see the same files.
+        WriteError: the store cannot be written to.
+    """
+    if task.version != __version__:
+        raise MamldataError(
+            f"{_worker()} has mamldata {__version__}, and the build {task.version}. Install the same "
+            "version for all workers."
+        )
+    plan = _read_plan(task.store, task.plan_sha256)
+    split = plan.splits[task.split]
+    shard = split.shards[task.number]
+    if (made := _closed(task) or _finished(task.store, shard)) is not None:
+        return made
+    try:
+        images = open_images(task.bank, plan.bank_sha256)
+    except DataMissingError as error:
+        raise DataMissingError(f"{_worker()}: {error} Every worker needs the bank at the same path.") from error
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[memoryview]:
+        for piece in shard_pieces(plan, task.split, task.number, images):
+            digest.update(piece)
+            yield piece
+
+    try:
+        task.store.write(shard.file, pieces())
+        if (made := _closed(task)) is None:
+            task.store.write(receipt(shard), [digest.hexdigest().encode()])
+    except (FileNotFoundError, WriteError) as error:
+        # Perhaps whoever wrote the same shard at the same time was faster, closed the archive and cleared up.
+        if (made := _closed(task)) is None:
+            if isinstance(error, WriteError):
+                raise
+            raise WriteError(
+                f"{task.store}/{BUILD} was removed while {shard.file} was written. Run the same command again."
+            ) from error
+    return made or ShardMade(digest.hexdigest(), written=True)
+
+
+def shard_pieces(plan: Archive, split: str, number: int, images: Images) -> Iterator[memoryview]:
+    """The bytes of a shard, a few megabytes at a time.
+
+    Args:
+        plan: the archive as it will be.
+        split, number: which shard.
+        images: the bank, uint8 ``[rows, H, W, C]``.
+    """
+    spec, table, shard = plan.spec(split), plan.splits[split].classes, plan.splits[split].shards[number]
+    layout = EpisodeLayout(spec.n_way, spec.k_shot, spec.k_query, plan.image_shape)
+    sampler = EpisodeSampler(spec, table)
+    for start, count in shard_sizes(shard.episodes, max(1, _CHUNK_BYTES // layout.stride)):
+        first = shard.first_episode + start
+        block = layout.frame(first, count)
+        source = sampler.sample(first, count)
+        layout.view(block, layout.source)[...] = source
+        gather(
+            images,
+            table,
+            source,
+            spec.k_shot,
+            layout.view(block, layout.support),
+            layout.view(block, layout.query),
+        )
+        yield block.reshape(-1).data
+    yield memoryview(bytes(END))
+
+
+def receipt(shard: Shard) -> str:
+    """The name of the file that says what a finished shard's sha256 is."""
+    return f"{BUILD}/{shard.file}.sha256"
+
+
+def _finished(store: Store, shard: Shard) -> ShardMade | None:
+    """A shard that is there, if its bytes are still those of its receipt."""
+    found = store.read(receipt(shard))
+    if found is None or store.size(shard.file) != shard.bytes:
+        return None
+    digest = found.decode(errors="replace")
+    return ShardMade(digest, written=False) if store.sha256(shard.file) == digest else None
+
+
+def _closed(task: ShardTask) -> ShardMade | None:
+    """A shard of an archive that another process closed meanwhile."""
+    if task.store.size(INDEX) is None or (data := task.store.read(INDEX)) is None:
+        return None
+    shard = parse_archive(data).split(task.split).shards[task.number]
+    return ShardMade(shard.sha256, written=False)
+
+
+@lru_cache(maxsize=2)  # a worker writes many shards of one plan
+def _read_plan(store: Store, sha256: str) -> Archive:
+    data = store.read(PLAN)
+    if data is None and (index := store.read(INDEX)) is not None:
+        data = parse_archive(index).without_digests().to_json()
+    if data is None or sha256_bytes(data) != sha256:
+        what = "no unfinished build" if data is None else "another build"
+        raise MamldataError(
+            f"{_worker()} sees {what} in {store}. All workers need the same file system, at the same path; or give an "
+            "address that all of them reach, such as s3://bucket/folder."
+        )
+    return parse_plan(data)
+
+
+def _worker() -> str:
+    return f"The worker on {socket.gethostname()} (process {os.getpid()})"

@@ -1,0 +1,85 @@
+"""Which files this user has found whole: a note of each, so that a bank is hashed once, not at every start.
+
+A note holds the file's path, length, inode, times of change and SHA-256, and counts only while all of these stay. It is
+in the user's own cache folder, because a data root may be shared and read-only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from mamldata.datasets.paths import cache_folder
+from mamldata.errors import WriteError
+from mamldata.io.atomic import make_folder, write_atomic
+from mamldata.io.digest import canonical_json, sha256_file
+
+# Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
+_TICK_NS = 2_000_000_000
+
+
+def is_noted(path: Path, sha256: str) -> bool:
+    """Whether this user has found the file to have this digest, and its length, inode and times are still the same."""
+    try:
+        wanted = _note(path, path.stat(), sha256)
+        with _place(path).open("rb") as stream:
+            return stream.read(len(wanted) + 1) == wanted
+    except (OSError, RuntimeError):
+        return False
+
+
+def hash_and_note(path: Path, sha256: str, advance: Callable[[int], object] | None = None) -> str:
+    """Hash a file whatever was noted. If the digest is the expected one, note it; if not, remove the note.
+
+    A file that changed within the last two seconds is not noted, because a later change could leave the same time
+    (Git's "racy" rule); nor is one where the note cannot be written. It is then hashed again the next time.
+
+    Args:
+        path: the file.
+        sha256: the expected digest, in hex.
+        advance: told of hashed bytes.
+
+    Returns:
+        The file's SHA-256, in hex.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    now, status = time.time_ns(), path.stat()
+    got = sha256_file(path, advance)
+    with suppress(OSError, RuntimeError, WriteError):
+        place = _place(path)
+        if got != sha256:
+            place.unlink(missing_ok=True)
+        elif max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < now:
+            make_folder(place.parent)
+            # Without a lock: a note that two processes spoil by writing it at once does not count.
+            write_atomic(place, _note(path, status, sha256), lasting=False)
+    return got
+
+
+def _note(path: Path, status: os.stat_result, sha256: str) -> bytes:
+    # Without the device: of a network file system its number changes with every mount.
+    return canonical_json(
+        {
+            "path": str(path.absolute()),
+            "bytes": status.st_size,
+            "inode": status.st_ino,
+            "mtime_ns": status.st_mtime_ns,
+            "ctime_ns": status.st_ctime_ns,
+            "sha256": sha256,
+        }
+    )
+
+
+def _place(path: Path) -> Path:
+    """The note of a file.
+
+    Raises:
+        RuntimeError: this user has no home folder.
+    """
+    return cache_folder() / "hashed_banks" / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}.json"

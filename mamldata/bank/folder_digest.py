@@ -1,0 +1,85 @@
+"""What a user's own folder of images holds: a digest that changes when anything in it does."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from mamldata.errors import DamagedError, DatasetError, Fault
+from mamldata.io.atomic import MOST_NOTE, NOT_REGULAR, locked, make_folder, read_whole, write_atomic
+from mamldata.io.containers import MOST_IMAGE_BYTES, list_members
+from mamldata.io.digest import canonical_json, digest_of_contents, parse_json, sha256_bytes, sha256_file
+from mamldata.progress import Progress, silent
+from mamldata.readers.image import is_image
+
+
+def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) -> str:
+    """The content digest of a folder's images (see ``mamldata.io.digest.content_sha256``).
+
+    Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and time of
+    change of every file: while those stay, so does the digest. Where nothing can be noted, it is computed each time.
+
+    Args:
+        folder: the user's own, which is only read.
+        note: the file to note it in; None to hash all files whatever was noted.
+        progress: told of hashed bytes.
+
+    Raises:
+        DamagedError: a file that cannot be read.
+        DatasetError: what is no regular file, or larger than an image may be: all of them.
+        WriteError: the note cannot be written.
+    """
+    names = [member.name for member in list_members(folder) if is_image(member.name)]
+    listing = _listing(folder, names)
+    if note is None:
+        return _hash(folder, names, progress)
+    if noted := _noted(note, listing):
+        return noted
+    make_folder(note.parent)
+    if not os.access(note.parent, os.W_OK):
+        return _hash(folder, names, progress)  # a bank that is there can still be read
+    # Of several processes that open the folder for the first time one hashes it, and the others wait for its note.
+    with locked(note.with_suffix(".lock")):
+        if not (content := _noted(note, listing)):
+            content = _hash(folder, names, progress)
+            # Of what was there before the hashing: what changes meanwhile is noticed the next time.
+            write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
+    return content
+
+
+def _hash(folder: Path, names: list[str], progress: Progress) -> str:
+    digests = []
+    try:
+        with progress("hash", sum((folder / name).stat().st_size for name in names), "B") as advance:
+            for name in names:
+                digests.append((name, sha256_file(folder / name, advance)))
+    except OSError as error:
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Mend or remove it.") from error
+    return digest_of_contents(digests)
+
+
+def _noted(note: Path, listing: str) -> str:
+    try:
+        noted = parse_json(read_whole(note, MOST_NOTE))
+        return str(noted["content_sha256"]) if noted["listing_sha256"] == listing else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _listing(folder: Path, names: list[str]) -> str:
+    entries, faults = [], []
+    for name in names:
+        try:
+            status = (folder / name).stat()
+        except OSError as error:
+            raise DamagedError(f"{folder / name} cannot be read ({error.strerror}). Mend or remove it.") from error
+        if not stat.S_ISREG(status.st_mode):
+            faults.append(Fault("image", f"{folder / name}: {NOT_REGULAR}"))
+        elif status.st_size > MOST_IMAGE_BYTES:
+            size = f"{status.st_size:,} bytes, more than the {MOST_IMAGE_BYTES:,}"
+            faults.append(Fault("image", f"{folder / name}: it has {size} that an image may have"))
+        entries.append([name, status.st_size, status.st_mtime_ns])
+    if faults:  # before any of them is hashed, which may never end
+        raise DatasetError(folder.name, faults, "Mend or remove these files, and run the same command again.")
+    return sha256_bytes(canonical_json(entries))

@@ -1,0 +1,57 @@
+"""What datasets there are, and what of them is on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mamldata.archive.index import Archive
+from mamldata.bank.format import noted_left_out, read_description
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.paths import DatasetFolder
+from mamldata.datasets.toml import builtin_names
+from mamldata.errors import MamldataError
+from mamldata.fetching.receipts import verified_digests
+from mamldata.readers.left_out import LeftOut
+
+
+def list_datasets(root: Path) -> list[dict[str, Any]]:
+    """Every built-in dataset as plain values; looks at which files exist and at their receipts."""
+    return [_entry(name, root) for name in builtin_names()]
+
+
+def _entry(name: str, root: Path) -> dict[str, Any]:
+    manifest, folder = load_manifest(name), DatasetFolder(root, name)
+    banks = [path.stem.removeprefix(f"{name}-") for path in folder.path.glob(f"{name}-*.json")]
+    return {
+        "name": name,
+        "title": manifest.title,
+        "version": manifest.version,
+        "licence": manifest.licence,
+        "homepage": manifest.homepage,
+        "files": len(manifest.raw_names),
+        "files_here": len(verified_digests(manifest, folder)),
+        "bytes": sum(file.bytes for file in manifest.files),
+        "banks": sorted(int(size) for size in banks if size.isdigit()),
+        "split_schemes": [
+            {"name": scheme.name, "description": scheme.description, "default": scheme.name == manifest.split_scheme}
+            for scheme in manifest.schemes.values()
+        ],
+    }
+
+
+def files_left_out(archive: Archive, root: Path) -> tuple[LeftOut, ...] | None:
+    """What was left out when an archive's bank was made; None where no bank under the root says it.
+
+    Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
+    """
+    noted = []
+    for path in sorted(root.glob(f"*/*-{archive.image_shape[0]}.json")):
+        try:
+            description = read_description(path)
+        except (MamldataError, OSError):
+            continue  # whoever needs this one is told
+        if (description["name"], description["sha256"]) == (archive.dataset, archive.bank_sha256):
+            noted.append(noted_left_out(description))
+    known = [groups for groups in noted if groups is not None]
+    return max(known, key=lambda groups: sum(group.count for group in groups), default=None)

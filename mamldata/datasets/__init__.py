@@ -1,0 +1,1 @@
+"""What a dataset is: its manifest, its folder under the data root. Nothing here fetches, decodes or writes."""

@@ -1,0 +1,44 @@
+"""A dataset's manifest, by what the user calls it: a name, a TOML file, or a folder of images."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from mamldata.datasets.image_folder import folder_manifest
+from mamldata.datasets.manifest import Manifest
+from mamldata.datasets.toml import builtin_names, parse_manifest
+from mamldata.errors import ManifestError, RequestError, did_you_mean
+from mamldata.io.atomic import MOST_NOTE, read_whole
+
+
+def load_manifest(name_or_path: str) -> Manifest:
+    """The manifest of a built-in dataset, of a user's own TOML file, or of a folder of images.
+
+    Args:
+        name_or_path: a name such as ``omniglot``, a path that ends in ``.toml``, or a folder of images.
+
+    Raises:
+        RequestError: no dataset of that name, or no such file.
+        ManifestError: the file has faults; all of them are listed.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RequestError(f"There is no manifest file {path}.")
+        try:
+            data = read_whole(path, MOST_NOTE)
+        except OSError as error:
+            raise ManifestError(str(path), [f"it cannot be read ({error.strerror})"]) from error
+        return parse_manifest(data, str(path), path.parent, name_or_path)
+    names = builtin_names()
+    if name_or_path not in names:
+        if Path(name_or_path).is_dir():
+            return folder_manifest(Path(name_or_path))
+        raise RequestError(
+            f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} Built in are "
+            f"{', '.join(names)}; your own dataset is given by the path of its .toml file or its folder of images."
+        )
+    folder = resources.files("manifests")
+    file = f"{name_or_path}.toml"
+    return parse_manifest((folder / file).read_bytes(), file, folder, name_or_path)

@@ -1,0 +1,153 @@
+"""Manifests: what a dataset is made of, as data. A manifest is written as TOML, see ``docs/datasets.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mamldata.datasets.paths import DatasetFolder
+from mamldata.errors import RequestError, did_you_mean
+from mamldata.io.digest import sha256_bytes
+from mamldata.readers.image import ReaderRecipe
+from mamldata.sampling.splits import SplitScheme
+
+COLLECTED = "images.tar"  # what an ImageCollection becomes under raw/
+PIN = "images.json"  # what was collected first
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One raw file: where it is had from and how it is known to be the right one.
+
+    Attributes:
+        name: its file name under ``raw/``.
+        bytes: its length; 0 where it is not published, which may only be of a file without addresses.
+        sha256: the digest of its bytes, in hex; None where only an MD5 is published.
+        urls: mirrors, tried in turn; empty for a generated file, and for one that must be got by hand.
+        how: how to get it by hand.
+        content_sha256: the digest of a zip's or tar's members (see ``mamldata.io.digest.content_sha256``), so that a
+            repacked container with genuine members is accepted too.
+        content_bytes: what the members unpack to, in bytes: the bound on reading a repacked container.
+        generator: the name of the program that draws the file, for embedded datasets.
+        md5: the MD5 of its bytes, in hex; only where there is no SHA-256.
+    """
+
+    name: str
+    bytes: int
+    sha256: str | None
+    urls: tuple[str, ...] = ()
+    content_sha256: str | None = None
+    content_bytes: int | None = None
+    generator: str | None = None
+    md5: str | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """One form in which users have the images of a dataset; ``mamldata.fetching.collect`` reads them.
+
+    Attributes:
+        type: ``by-name``: files with the dataset's own names, in a folder, zip or tar. ``by-position``: the last
+            ``digits`` digits of a name are the image's position in the sorted list of its class, from 1, in folders
+            or tars named after the classes, or in one tar of such tars. ``pickled-arrays``: a pickle for each split
+            with ``image_data`` and ``class_dict``.
+        container: the name of the tar of tars.
+        digits: of the position.
+        files: for each split the names that its pickle may have.
+    """
+
+    type: str
+    container: str = ""
+    digits: int = 0
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageCollection:
+    """Images of which no hash is published: got from a place that the user names, checked, and pinned.
+
+    Attributes:
+        forms: in which they may be there, tried in turn.
+        how: how to get them by hand.
+        content_sha256: the content digest of the collected images, where it is known.
+    """
+
+    forms: tuple[ImageForm, ...]
+    how: str
+    content_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How a raw image becomes an image of the bank, in this order: upright, channels, resize, invert.
+
+    Attributes:
+        size: default height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        resampling: a Pillow filter's name.
+        invert: replace each value v by 255 - v, so that ink is 255 and paper 0.
+        upright: turn photographs as their camera noted (EXIF); published datasets were made without.
+        bank_sha256: for each image size whose bank is known, its digest: a machine that makes
+            other pixels is told so instead of building archives that compare with nobody's.
+    """
+
+    size: int
+    channels: int
+    resampling: str
+    invert: bool
+    bank_sha256: Mapping[int, str]
+    upright: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset: its files, how they are read, its split schemes. See ``docs/datasets.md`` for the TOML.
+
+    Attributes:
+        reference: how the user named it, a built-in name or a path, for commands in messages.
+        images: images of which no hash is published; collected into ``raw/images.tar``.
+        folder: the user's own folder of images, read where it is; then there are no files.
+    """
+
+    reference: str
+    name: str
+    title: str
+    version: str
+    licence: str
+    homepage: str
+    citation: str
+    files: tuple[SourceFile, ...]
+    reader: ReaderRecipe
+    image: ImageRecipe
+    rotations: str
+    split_scheme: str
+    schemes: Mapping[str, SplitScheme]
+    images: ImageCollection | None = None
+    folder: Path | None = None
+
+    @property
+    def raw_names(self) -> tuple[str, ...]:
+        """What stands under ``raw/`` once all is fetched, in the order in which the reader gets it."""
+        return tuple(file.name for file in self.files) + ((COLLECTED,) if self.images else ())
+
+    def home(self, root: Path) -> DatasetFolder:
+        """Where the dataset is kept under a data root. Folders of one name at different places do not meet there."""
+        if self.folder is None:
+            return DatasetFolder(root, self.name)
+        return DatasetFolder(root, f"{self.name}-{sha256_bytes(str(self.folder).encode())[:8]}")
+
+    def scheme(self, name: str | None = None) -> SplitScheme:
+        """The split scheme ``name``, or the default one.
+
+        Raises:
+            RequestError: there is none of that name; the message lists those that there are.
+        """
+        chosen = name or self.split_scheme
+        if chosen not in self.schemes:
+            raise RequestError(
+                f"{self.name} has no split scheme {chosen!r}; it has: {', '.join(self.schemes)}."
+                f"{did_you_mean(chosen, self.schemes)}"
+            )
+        return self.schemes[chosen]

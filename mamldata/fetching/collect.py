@@ -1,0 +1,156 @@
+"""Collect images of which no hash is published, in whatever form a user has them, into one tar under ``raw/``.
+
+They are streamed from where they are: a tar of tars of 138 GB is read where the wanted images stand, and unpacked
+nowhere. The tar has them under the dataset's own names, with their bytes as they were (pixels from arrays: as PPM).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from mamldata.datasets.manifest import Manifest
+from mamldata.errors import DatasetError, Fault, Report
+from mamldata.fetching.layouts import Found, Item, list_images
+from mamldata.fetching.receipts import Collected
+from mamldata.io.atomic import require_space, temporary, writing
+from mamldata.io.containers import MOST_IMAGE_BYTES, list_members, read_members
+from mamldata.io.digest import digest_of_contents, sha256_bytes
+from mamldata.progress import Progress, silent
+from mamldata.readers.image import as_text
+from mamldata.readers.split_files import Row, check_classes, read_rows
+from mamldata.sampling.splits import SPLITS
+
+
+def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: Progress = silent) -> Collected:
+    """Write the images that the dataset consists of to the temporary file of ``path``, a tar.
+
+    Args:
+        manifest: the dataset.
+        found: where they are.
+        raw: the folder of its raw files; split files must be there already.
+        path: of the tar.
+        progress: told of images.
+
+    Raises:
+        DatasetError: images that are missing or cannot be read, all of them.
+        DamagedError: a file that cannot be read as a whole.
+        WriteError: they do not fit on the disk, or the place cannot be written to.
+    """
+    faults: list[Fault] = []
+    items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
+    require_space(path, sum(item.size + 1024 for item in items))
+    with (
+        writing(path),
+        tarfile.open(temporary(path), "w", format=tarfile.PAX_FORMAT) as tar,
+        progress("collect", len(items), "images") as advance,
+    ):
+
+        def add(name: str, data: bytes) -> None:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+
+        digests = _hash(_read(items), found.path, faults.append, advance, add)
+    return _accept(manifest, found.path, faults, digests)
+
+
+def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progress = silent) -> Collected:
+    """What ``collect`` would give, without writing anything.
+
+    Raises:
+        DatasetError: images that are missing or cannot be read, all of them.
+        DamagedError: a file that cannot be read as a whole.
+    """
+    faults: list[Fault] = []
+    items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
+    with progress("hash", len(items), "images") as advance:
+        digests = _hash(_read(items), found.path, faults.append, advance)
+    return _accept(manifest, found.path, faults, digests)
+
+
+def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progress = silent) -> Collected:
+    """Look at a tar of images that somebody put under ``raw/``.
+
+    Raises:
+        DatasetError: images that are missing in it.
+        DamagedError: it is no tar, or damaged.
+    """
+    faults: list[Fault] = []
+    rows = wanted_rows(manifest, raw, faults.append)
+    members = list_members(path)
+    there = {member.name for member in members}
+    faults += [row.missing() for row in rows or () if row.filename not in there]
+    images = ((member.name, data) for member, data in read_members(path, members, MOST_IMAGE_BYTES))
+    with progress("check", len(members), "images") as advance:
+        digests = _hash(images, path, faults.append, advance)
+    return _accept(manifest, path, faults, digests)
+
+
+def _hash(
+    images: Iterable[tuple[str, bytes | str]],
+    place: Path,
+    report: Report,
+    advance: Callable[[int], object],
+    keep: Callable[[str, bytes], object] = lambda _name, _data: None,
+) -> list[tuple[str, str]]:
+    """Each image's name and SHA-256; those that cannot be read are reported, the others kept."""
+    digests = []
+    for name, data in images:
+        if isinstance(data, str):
+            report(Fault("image", f"{name} in {place}: {data}"))
+        elif as_text(name) != name:
+            report(Fault("image", f"{as_text(name)} in {place}: its name is not UTF-8; rename it"))
+        else:
+            keep(name, data)
+            digests.append((name, sha256_bytes(data)))
+        advance(1)
+    return digests
+
+
+def _accept(manifest: Manifest, place: Path, faults: Sequence[Fault], digests: Sequence[tuple[str, str]]) -> Collected:
+    if fatal := manifest.reader.fatal(faults):
+        raise DatasetError(
+            manifest.name,
+            fatal,
+            f"{place} does not have what {manifest.name} needs. Get these images anew, or give another place with "
+            "--from.",
+        )
+    return Collected(len(digests), digest_of_contents(digests))
+
+
+def wanted_rows(manifest: Manifest, raw: Path, report: Report) -> list[Row] | None:
+    """The images that the split files name; None for datasets without such, whose images are all there are."""
+    if manifest.reader.type != "csv-splits":
+        return None
+    rows: list[Row] = []
+    for split in SPLITS:
+        table = raw / f"{split}.csv"
+        if table.is_file():
+            rows += read_rows(table, split, report)
+    check_classes(rows, report)
+    return rows
+
+
+def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
+    for file, group in groupby(sorted(items, key=lambda item: str(item.file)), key=lambda item: item.file):
+        run = list(group)
+        # One name each: where two names mean one image, list_images reported it.
+        members = {item.member: item.name for item in run if item.member}
+        for member, data in read_members(file, members, MOST_IMAGE_BYTES):
+            yield members[member], data
+        with file.open("rb") if file.is_file() else io.BytesIO() as stream:
+            for item in run:
+                if item.array:
+                    yield item.name, _ppm(item.array.rows(stream, item.row, item.row + 1)[0])
+
+
+def _ppm(pixels: np.ndarray) -> bytes:
+    height, width, _ = pixels.shape
+    return f"P6\n{width} {height}\n255\n".encode() + pixels.tobytes()

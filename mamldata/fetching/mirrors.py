@@ -1,0 +1,202 @@
+"""The sources of one file, tried in turn and again, until one of them gives the right file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import requests
+
+from mamldata.datasets.manifest import SourceFile
+from mamldata.errors import FetchError
+from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeError, transfer
+from mamldata.fetching.receipts import Verdict, most_bytes, verify_file
+from mamldata.io.digest import chunks
+from mamldata.io.urls import is_http, is_local, open_source, shown_place, shown_text
+
+_HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
+
+
+class WrongContentError(SourceError):
+    """A whole file came, and it is another one."""
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A right file, still under its temporary name: how it came, and where from if any source was asked."""
+
+    how: Literal["copied", "downloaded", "resumed"]
+    source: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Mirrors:
+    """Everything that getting one file takes.
+
+    Attributes:
+        file: what is wanted.
+        sources: paths and URLs, in order.
+        part: the bytes so far.
+        session: for the http(s) sources.
+        network: how patient to be.
+        at: told of the number of bytes that there are.
+        say: told of failed tries, a line each.
+        command: the command that fetches the dataset, for messages.
+    """
+
+    file: SourceFile
+    sources: tuple[str, ...]
+    part: Part
+    session: requests.Session
+    network: Network
+    at: Callable[[int], object]
+    say: Callable[[str], object]
+    command: str
+
+    def obtain(self) -> Obtained:
+        """Try all sources in turn, pause, and try again those that may do better then.
+
+        Raises:
+            FetchError: none gave the file; every one is named with its last failure.
+            WriteError: the part cannot be written.
+        """
+        if (finished := self._finished()) is not None:
+            return finished
+        failures = dict.fromkeys(self.sources, "")
+        alive = list(self.sources)
+        vain_rounds, most = 0, self.part.size
+        while True:
+            asked = 0.0
+            for source in tuple(alive):
+                try:
+                    return self._attempt(source)
+                except SourceError as error:
+                    failures[source] = str(error)
+                    self.say(f"{self.file.name}: {shown_place(source)}: {error}")
+                    asked = max(asked, error.retry_after)
+                    if error.final:
+                        alive.remove(source)
+            # A bad line that brings some of a large file each time will bring all of it.
+            vain_rounds = 0 if self.part.size >= most + _HEADWAY else vain_rounds + 1
+            most = max(most, self.part.size)
+            if not alive or vain_rounds >= self.network.rounds:
+                raise FetchError(self._nothing_helped(failures))
+            pause = self.network.pause(vain_rounds, asked)
+            self.say(f"{self.file.name}: trying again in {pause:.0f} s")
+            time.sleep(pause)
+
+    def _finished(self) -> Obtained | None:
+        """What an earlier run left, if that is the whole file already; what can never become it is dropped."""
+        if not self.part.size or self.part.size < self.file.bytes:
+            return None
+        verdict = verify_file(self.part.path, self.file)
+        if verdict.checked_by:
+            return Obtained("resumed", "", verdict)
+        # A repacked copy may be longer than the file that the manifest describes, and one of unknown length go on.
+        fixed = self.file.bytes and self.file.content_sha256 is None
+        if fixed or self.part.size > most_bytes(self.file):
+            self.part.drop()
+        return None
+
+    def _attempt(self, source: str) -> Obtained:
+        """One source, once.
+
+        Raises:
+            SourceError: it did not give the right file.
+        """
+        shown = shown_place(source)
+        if not is_http(source):
+            how: Literal["copied", "downloaded"] = "copied" if is_local(source) else "downloaded"
+            return Obtained(how, shown, self._copy(source))
+        if had := self.part.size:
+            if (obtained := self._go_on(source)) is not None:
+                return obtained
+            self.say(f"{self.file.name}: the first {had:,} bytes, from before, are of no use; starting anew")
+            self.part.drop()
+        self._transfer(source)
+        return Obtained("downloaded", shown, self._accept())
+
+    def _go_on(self, url: str) -> Obtained | None:
+        """Download what is not there yet; None if the bytes that are there turn out to be of another file.
+
+        Raises:
+            SourceError: the server failed, or sent another file as a whole.
+        """
+        resumed = True
+        try:
+            resumed = self._transfer(url)
+            verdict = self._accept()
+        except UnusableRangeError:
+            # A server has nothing more to give where the file was whole already.
+            verdict = verify_file(self.part.path, self.file)
+            if verdict.checked_by is None:
+                return None
+        except WrongContentError:
+            if resumed:
+                return None
+            raise
+        return Obtained("resumed" if resumed else "downloaded", shown_place(url), verdict)
+
+    def _transfer(self, url: str) -> bool:
+        return transfer(self.session, url, self.part, most_bytes(self.file), self.network, self.at)
+
+    def _accept(self, *, ended: bool = False) -> Verdict:
+        """The verdict on what came, if it is the file.
+
+        Args:
+            ended: nothing can follow any more.
+
+        Raises:
+            WrongContentError: it is another file; the part is dropped.
+            SourceError: it ended too early; the part is kept, since the rest may follow.
+        """
+        verdict = verify_file(self.part.path, self.file)
+        if verdict.checked_by:
+            return verdict
+        # A container that can be read to its end is whole, whatever its length.
+        if not ended and self.part.size < self.file.bytes and verdict.content_sha256 is None:
+            raise SourceError(f"it ended after {self.part.size:,} of {self.file.bytes:,} bytes")
+        self.part.drop()
+        raise WrongContentError(f"another file came: {verdict.problem}", final=True)
+
+    def _copy(self, source: str) -> Verdict:
+        """Copy a whole file from a folder, or from what fsspec reads.
+
+        Raises:
+            SourceError: it cannot be read, is too large, or is another file.
+        """
+        bound = most_bytes(self.file)
+        self.part.forget()
+        size = 0
+        with self.part.writer(0) as target:
+            for chunk in _source_chunks(source):
+                size += len(chunk)
+                if size > bound:
+                    raise SourceError(f"it has more than the {bound:,} bytes that the file may have", final=True)
+                target.write(chunk)
+                self.at(size)
+        return self._accept(ended=True)
+
+    def _nothing_helped(self, failures: dict[str, str]) -> str:
+        name, size = self.file.name, self.part.size
+        lines = [f"{name} could not be had. Tried:"]
+        lines += [f"  {shown_place(source)}: {failure}" for source, failure in failures.items()]
+        if size:
+            lines.append(f"{size:,} of {self.file.bytes:,} bytes are kept; the same command goes on from there.")
+        web = [source for source in self.sources if is_http(source)]
+        origin = f" from {shown_place(web[-1])}" if web else ""
+        lines.append(f"Or get it by hand{origin}, put it into a folder, and run: {self.command} --from FOLDER")
+        return "\n".join(lines)
+
+
+def _source_chunks(source: str) -> Iterator[bytes]:
+    try:
+        with open_source(source) as stream:
+            yield from chunks(stream)
+    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+        final = is_local(source) or isinstance(error, FileNotFoundError)
+        why = shown_text(str(error)) or type(error).__name__
+        raise SourceError(f"it cannot be read ({why})", final=final) from error

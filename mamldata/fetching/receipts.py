@@ -1,0 +1,222 @@
+"""Raw files: whether one is the file that its manifest means, and the receipt that says what it was."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from mamldata.datasets.manifest import COLLECTED, PIN, ImageCollection, Manifest, SourceFile
+from mamldata.datasets.paths import DatasetFolder
+from mamldata.errors import DamagedError
+from mamldata.io.atomic import MOST_NOTE, read_whole, write_atomic
+from mamldata.io.digest import canonical_json, content_sha256, md5_file, parse_json, sha256_file
+
+CheckedBy = Literal["sha256", "md5", "content_sha256"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a look at all bytes of a file said.
+
+    Attributes:
+        sha256: of the file as it is.
+        checked_by: the digest of the manifest that is right, or None if the file is wrong.
+        content_sha256: the content digest found, if it was needed and could be taken.
+        problem: what was got and what was expected; empty if the file is right.
+    """
+
+    sha256: str
+    checked_by: CheckedBy | None
+    content_sha256: str | None = None
+    problem: str = ""
+
+
+def most_bytes(file: SourceFile) -> int:
+    """The most bytes that a container of this file may have: repacked ones may be larger than the original."""
+    if not file.bytes:
+        return 1 << 50  # its length is not known
+    return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
+
+
+def verify_file(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
+    """Whether ``path`` holds the file that the manifest means: by its sha256 or md5, or its members' content digest.
+
+    Args:
+        path: the file, which is not changed.
+        file: what it should be.
+        advance: told of hashed bytes.
+    """
+    size = path.stat().st_size
+    digest = sha256_file(path, advance)
+    if digest == file.sha256:
+        return Verdict(digest, "sha256")
+    expected = f" ({file.bytes:,} bytes)" if file.bytes else ""
+    if file.md5 is not None:
+        md5 = md5_file(path)
+        if md5 == file.md5:
+            return Verdict(digest, "md5")
+        problem = f"md5 {md5} ({size:,} bytes), expected {file.md5}{expected}"
+    else:
+        problem = f"sha256 {digest} ({size:,} bytes), expected {file.sha256}{expected}"
+    if file.content_sha256 is None or file.content_bytes is None:
+        return Verdict(digest, None, None, problem)
+    if size > most_bytes(file):
+        return Verdict(digest, None, None, f"{problem}; too large to be a repacked copy")
+    try:
+        content = content_sha256(path, file.content_bytes)
+    except DamagedError as error:
+        return Verdict(digest, None, None, f"{problem}; its content is not right either: {error}")
+    if content == file.content_sha256:
+        return Verdict(digest, "content_sha256", content)
+    return Verdict(digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Why a file was right, where that is more than the sha256 and the length that the manifest gives.
+
+    Attributes:
+        checked_by: which digest of the manifest it had; of collected images that of the pin.
+        digest: that digest. A manifest that comes to want another one wants another file.
+        bytes: how long the file is.
+    """
+
+    checked_by: CheckedBy
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was noted of a file when it was verified.
+
+    Attributes:
+        sha256: of the file as it is.
+        match: why it was right; None if sha256 and length were the manifest's.
+    """
+
+    sha256: str
+    match: Match | None = None
+
+
+def receipt_of(verdict: Verdict, file: SourceFile, size: int) -> Receipt:
+    """The receipt of a file of ``size`` bytes that was found right."""
+    assert verdict.checked_by is not None
+    if verdict.checked_by == "sha256" and size == file.bytes:
+        return Receipt(verdict.sha256)
+    return Receipt(verdict.sha256, Match(verdict.checked_by, _wanted(file, verdict.checked_by) or "", size))
+
+
+def _wanted(file: SourceFile, kind: CheckedBy) -> str | None:
+    return {"sha256": file.sha256, "md5": file.md5, "content_sha256": file.content_sha256}[kind]
+
+
+def receipt_text(name: str, receipt: Receipt) -> str:
+    """A receipt in the format of ``sha256sum``, so that ``sha256sum --check`` reads it too: the match is a comment."""
+    match = receipt.match
+    note = f"# {match.checked_by} {match.digest}, {match.bytes} bytes\n" if match else ""
+    return f"{receipt.sha256}  {name}\n{note}"
+
+
+def write_receipt(folder: DatasetFolder, name: str, receipt: Receipt) -> None:
+    """Note that ``raw/<name>`` was verified, and what it is.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(folder.receipt(name), receipt_text(name, receipt).encode("ascii"))
+
+
+_RECEIPT = re.compile(
+    rf"(?P<sha256>[0-9a-f]{{64}})  [^\n]+\n"
+    rf"(# (?P<kind>{'|'.join(get_args(CheckedBy))}) (?P<digest>[0-9a-f]+), (?P<bytes>[0-9]{{1,18}}) bytes\n)?"
+)
+
+
+def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
+    """The receipt of ``raw/<name>``; None where there is none, or one that nobody wrote so."""
+    try:
+        text = read_whole(folder.receipt(name), MOST_NOTE).decode("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if (found := _RECEIPT.fullmatch(text)) is None:
+        return None
+    match = Match(found["kind"], found["digest"], int(found["bytes"])) if found["kind"] else None  # type: ignore[arg-type]
+    receipt = Receipt(found["sha256"], match)
+    return receipt if text == receipt_text(name, receipt) else None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was collected.
+
+    Attributes:
+        images: how many.
+        content_sha256: their content digest (see ``mamldata.io.digest.content_sha256``), whatever their order.
+    """
+
+    images: int
+    content_sha256: str
+
+
+def pin_file(raw: Path) -> Path:
+    """Where what was collected first is noted."""
+    return raw / PIN
+
+
+def read_pin(raw: Path) -> Collected | None:
+    """What was collected first; None if nothing was, or the note cannot be read."""
+    try:
+        note = parse_json(read_whole(pin_file(raw), MOST_NOTE))
+        return Collected(int(note["images"]), str(note["content_sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_pin(raw: Path, collected: Collected) -> None:
+    """Note what was collected.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    write_atomic(pin_file(raw), canonical_json(asdict(collected)))
+
+
+def is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
+    """Whether a file is there that was found right for what the manifest wants now. Looks at length and receipt only.
+
+    A file that was right for an older manifest is not, nor one that lost its end.
+    """
+    path, receipt = folder.raw / file.name, read_receipt(folder, file.name)
+    if receipt is None or not path.is_file():
+        return False
+    size, match = path.stat().st_size, receipt.match
+    if match is None:
+        return (receipt.sha256, size) == (file.sha256, file.bytes)
+    return (match.digest, match.bytes) == (_wanted(file, match.checked_by), size)
+
+
+def is_pinned(folder: DatasetFolder, images: ImageCollection) -> bool:
+    """Whether the collected images are there, found to be those of the pin, and of the manifest if it says which."""
+    path, receipt, pin = folder.raw / COLLECTED, read_receipt(folder, COLLECTED), read_pin(folder.raw)
+    if receipt is None or pin is None or not path.is_file():
+        return False
+    found = Match("content_sha256", pin.content_sha256, path.stat().st_size)
+    return receipt.match == found and images.content_sha256 in {None, pin.content_sha256}
+
+
+def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
+    """The sha256 of each raw file that is there, verified as the manifest describes it; in the reader's order."""
+    names = [file.name for file in manifest.files if is_verified(folder, file)]
+    if manifest.images is not None and is_pinned(folder, manifest.images):
+        names.append(COLLECTED)
+    return {name: receipt.sha256 for name in names if (receipt := read_receipt(folder, name))}
+
+
+def fetch_command(manifest: Manifest, root: Path) -> str:
+    """The command that gets the dataset into this root."""
+    return f"mamldata fetch {shlex.quote(manifest.reference)} --root {shlex.quote(str(root))}"

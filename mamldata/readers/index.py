@@ -1,0 +1,60 @@
+"""Every image of a dataset, in canonical order, by the reader of its format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+
+from mamldata.errors import DamagedError, Fault
+from mamldata.readers import cifar100, class_folders, csv_splits, tiered_imagenet
+from mamldata.readers.image import ImageRef, ReaderRecipe
+from mamldata.readers.left_out import LeftOut, Tally
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """All images of a dataset in canonical order: classes by path components, then images by name.
+
+    Attributes:
+        images: every image, the classes contiguous.
+        faults: what is wrong with the raw files; images that are not there have no place in ``images``.
+        left_out: files that the reader took for no images, where it looks at all files.
+    """
+
+    images: tuple[ImageRef, ...]
+    faults: tuple[Fault, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    def classes(self) -> list[tuple[str, str, int]]:
+        """Each class in order: its name, the split that the raw files put it in (or nothing), its number of images."""
+        groups = groupby(self.images, key=lambda image: (image.class_name, image.split))
+        return [(name, split, sum(1 for _ in group)) for (name, split), group in groups]
+
+
+def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
+    """Find every image in the raw files.
+
+    Args:
+        recipe: which reader, with its options.
+        files: the raw files, in the manifest's order; or one folder of images.
+
+    Raises:
+        DamagedError: a file that the reader cannot read, or no image at all.
+    """
+    faults: list[Fault] = []
+    tally = Tally()
+    found = sorted(READERS[recipe.type].find(recipe, files, faults.append, tally), key=_canonical)
+    if not found and not faults:
+        raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?{tally}")
+    return ImageIndex(tuple(found), tuple(faults), tally.groups())
+
+
+def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
+    return PurePosixPath(image.class_name).parts, image.name
+
+
+READERS = {
+    reader.name: reader for reader in (class_folders.READER, csv_splits.READER, cifar100.READER, tiered_imagenet.READER)
+}

@@ -1,0 +1,95 @@
+"""Split files in the form that MiniImagenet made common: a CSV for each split, with the header ``filename,label``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamldata.errors import Fault, Report
+from mamldata.io.atomic import MOST_TEXT, read_whole
+from mamldata.io.containers import is_inside
+
+HEADER = ["filename", "label"]
+_MOST_LINES = 1 << 21  # ImageNet has 1.28 million images
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image that a split file names, and where it does."""
+
+    filename: str
+    label: str
+    split: str
+    file: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"{self.file}, line {self.line}"
+
+    def missing(self) -> Fault:
+        """That the image is not there."""
+        return Fault("missing", f"{self.place}: there is no image {self.filename}")
+
+
+def read_rows(path: Path, split: str, report: Report) -> list[Row]:
+    """The good rows of a split file; every other one is reported with its line."""
+    try:
+        text = read_whole(path, MOST_TEXT).decode("utf-8-sig")
+    except OSError as error:
+        report(Fault("table", f"{path.name}: it cannot be read ({error.strerror})"))
+        return []
+    except UnicodeDecodeError as error:
+        report(Fault("table", f"{path.name}: not a text in UTF-8 ({error})"))
+        return []
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(lines, [])
+        if header != HEADER:
+            report(Fault("table", f"{path.name}, line 1: the header is {','.join(header)!r}, not {','.join(HEADER)!r}"))
+            return []
+        for fields in lines:
+            if lines.line_num > _MOST_LINES:
+                report(Fault("table", f"{path.name}: more than {_MOST_LINES:,} lines"))
+                return []
+            if fields:
+                rows += _row(fields, split, path.name, lines.line_num, report)
+    except csv.Error as error:
+        report(Fault("table", f"{path.name}, line {lines.line_num}: {error}"))
+    if not rows:
+        report(Fault("table", f"{path.name}: it names no image"))
+    return rows
+
+
+def _row(fields: list[str], split: str, file: str, line: int, report: Report) -> Iterator[Row]:
+    place = f"{file}, line {line}"
+    if len(fields) != len(HEADER):
+        report(Fault("table", f"{place}: {len(fields)} fields, expected a file name and a label"))
+    elif not all(fields):
+        report(Fault("table", f"{place}: the {HEADER[fields.index('')]} is empty"))
+    elif not is_inside(fields[0]):
+        report(Fault("table", f"{place}: {fields[0]!r} points outside the images' folder"))
+    elif not is_inside(fields[1]):
+        report(Fault("table", f"{place}: {fields[1]!r} is no name for a class"))
+    else:
+        yield Row(fields[0], fields[1], split, file, line)
+
+
+def check_classes(rows: Iterable[Row], report: Report) -> None:
+    """Report images that stand twice, and classes in two splits: an episode's images and classes are all different."""
+    images: dict[str, Row] = {}
+    classes: dict[str, Row] = {}
+    told = set()
+    for row in rows:
+        first = images.setdefault(row.filename, row)
+        if first is not row:
+            report(Fault("table", f"{row.place}: {row.filename} stands in {first.place} already"))
+        home = classes.setdefault(row.label, row)
+        if home.split != row.split and (row.label, row.split) not in told:
+            told.add((row.label, row.split))
+            report(Fault("class", f"{row.place}: the class {row.label} is in {home.place} too, which is another split"))

@@ -1,0 +1,146 @@
+"""The order of a stream: which episodes meta-batch t holds. A pure function of numbers, and so resumable anywhere."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from mamldata.errors import RequestError
+from mamldata.io.digest import canonical_json, sha256_bytes
+
+Indices = npt.NDArray[np.int64]
+
+_KEPT = 2  # epochs: read-ahead and a second pass look at neighbours
+
+
+@dataclass(frozen=True)
+class Order:
+    """Meta-batches counted through all epochs, from t = 0.
+
+    A shuffled order takes a new permutation for each epoch and leaves out what does not fill a meta-batch, so that
+    all have one shape; which episodes those are differs from epoch to epoch. A plain order gives every episode once
+    in each epoch, the last meta-batch being smaller if need be.
+
+    Remixed episodes are random already, and new in each epoch: their order is plain, but they are counted through
+    all epochs, and those that fill no meta-batch are left out as in a shuffled order.
+
+    Attributes:
+        episodes: how many there are in an epoch; None if they never end, and then their order is plain.
+        batch_size: episodes in a meta-batch.
+        shuffle: whether to permute.
+        seed: of the permutations.
+        remix: whether the episodes are those of a ``RemixedSource`` with the same seed.
+        shards: how many episodes each shard has, if a shuffled epoch is to go through them one after the other: the
+            shards in a new order, and the episodes of each in a new order.
+    """
+
+    episodes: int | None
+    batch_size: int
+    shuffle: bool
+    seed: int
+    remix: bool = False
+    shards: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RequestError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.seed < 0:
+            raise RequestError(f"seed must be at least 0, not {self.seed}.")
+        if self.episodes is not None and self._drops_the_rest and self.batch_size > self.episodes:
+            raise RequestError(
+                f"batch_size is {self.batch_size}, but there are only {self.episodes} episodes. Lower it, or build "
+                "an archive with more episodes."
+            )
+
+    @property
+    def _drops_the_rest(self) -> bool:
+        return self.shuffle or self.remix
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Meta-batches in an epoch; None if it never ends."""
+        if self.episodes is None:
+            return None
+        if self._drops_the_rest:
+            return self.episodes // self.batch_size
+        return math.ceil(self.episodes / self.batch_size)
+
+    def indices(self, t: int) -> Indices:
+        """The episodes of meta-batch ``t``: int64 ``[batch_size]``, fewer only at the end of a plain epoch."""
+        if self.episodes is None or self.batches_per_epoch is None:
+            return np.arange(t * self.batch_size, (t + 1) * self.batch_size, dtype=np.int64)
+        epoch, step = divmod(t, self.batches_per_epoch)
+        start, stop = step * self.batch_size, min((step + 1) * self.batch_size, self.episodes)
+        if self.shuffle and self.shards is not None:
+            return shard_permutation(self.seed, epoch, self.shards)[start:stop]
+        if self.shuffle:
+            return permutation(self.seed, epoch, self.episodes)[start:stop]
+        first = epoch * self.episodes if self.remix else 0
+        return np.arange(first + start, first + stop, dtype=np.int64)
+
+
+@lru_cache(maxsize=_KEPT)
+def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
+    """How an epoch goes through shards: their numbers in turn, and at which place of the epoch each of them ends.
+
+    Args:
+        order: one that takes shard after shard: plain, or with ``shards``.
+        epoch: which one.
+        shards: how many episodes each has.
+
+    Returns:
+        int64 ``[shards]``, twice; read-only.
+    """
+    count = len(shards)
+    numbers = np.arange(count) if order.shards is None else permutation(order.seed, epoch, count, "shards")
+    ends = np.cumsum(np.array(shards, dtype=np.int64)[numbers])
+    numbers.flags.writeable = ends.flags.writeable = False
+    return numbers, ends
+
+
+def share(indices: Indices, rank: int, ranks: int) -> Indices:
+    """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
+
+    The parts of all ranks, one after the other, are the whole meta-batch, however many ranks there are.
+    """
+    return indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks]
+
+
+def permute(seed: int, epoch: int, count: int, order: str) -> Indices:
+    """A permutation: the positions of sorted random keys. int64 ``[count]``.
+
+    The keys are the raw output of Philox, keyed by the first 16 bytes of the SHA-256 of (seed, epoch, order), where
+    ``order`` is ``shuffle`` for episodes, ``remix`` for ways, ``shards`` for shards and ``shard 7`` for the episodes
+    of the eighth of them.
+    """
+    digest = bytes.fromhex(sha256_bytes(canonical_json({"epoch": epoch, "order": order, "seed": seed})))
+    key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
+    raw = np.random.Philox(key=key).random_raw(count)
+    return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=_KEPT)
+def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
+    """The order of an epoch, see ``permute``; read-only, and kept for those who ask next."""
+    positions = permute(seed, epoch, count, order)
+    positions.flags.writeable = False
+    return positions
+
+
+@lru_cache(maxsize=_KEPT)
+def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices:
+    """The order of an epoch that goes through shards one after the other: int64 ``[episodes]``, read-only.
+
+    Args:
+        seed, epoch: of the permutations.
+        shards: how many episodes each has.
+    """
+    starts = np.cumsum([0, *shards])
+    order = permutation(seed, epoch, len(shards), "shards").tolist()
+    positions = np.concatenate([starts[s] + permute(seed, epoch, shards[s], f"shard {s}") for s in order])
+    positions.flags.writeable = False
+    return positions

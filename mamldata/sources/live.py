@@ -1,0 +1,135 @@
+"""Episodes drawn from a bank when they are asked for, without an archive."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mamldata.archive.plan import BuildRequest, plan_archive
+from mamldata.bank.make import make_bank
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.paths import data_root
+from mamldata.sampling.order import Indices
+from mamldata.sampling.sampler import ClassTable, EpisodeSampler, gather
+from mamldata.sources.source import EpisodeInfo, Images, at_most, draw, episode_info, require_some
+
+
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
+class LiveSource:
+    """Episodes drawn from a bank when they are asked for; the same as those that an archive would hold.
+
+    Attributes:
+        info: what the episodes are.
+        images: the bank, uint8 ``[images, H, W, C]``.
+        sampler: draws them.
+        episodes: how many, or None for no end.
+    """
+
+    info: EpisodeInfo
+    bank_path: Path
+    images: Images = field(repr=False)
+    sampler: EpisodeSampler = field(repr=False)
+    episodes: int | None = None
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self.sampler.table
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Draw episodes and copy their images out of the bank."""
+        source = draw(self.sampler, index)
+        info = self.info
+        shapes = [(len(index), info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
+        parts = [part[: math.prod(shape)].reshape(shape) for part, shape in zip((support, query), shapes, strict=True)]
+        gather(self.images, self.table, source, info.k_shot, *parts)
+
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(int(way[0])) for way in self.sampler.sample(index, 1)[0]]
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        return draw(self.sampler, index)[..., 0].astype(np.int64)
+
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """None: all is here, see ``Source.fetched_shards``."""
+        return ()
+
+    @property
+    def window(self) -> int:
+        """See ``Source.window``."""
+        return 0
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """There is nothing to fetch."""
+
+    @property
+    def way_source(self) -> None:
+        """None: its episodes are not stored."""
+        return None
+
+    def view(self, episodes: int | None = None) -> Self:
+        """The same episodes, at most the first so many, see ``ArchiveSource.view``."""
+        return self if episodes is None else replace(self, episodes=at_most(self.episodes, require_some(episodes)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "images": self.images.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        images = state.pop("images")
+        self.__dict__.update(state)
+        start = self.bank_path.stat().st_size - int(np.prod(images))
+        self.__dict__["images"] = np.asarray(np.memmap(self.bank_path, np.uint8, "r", start, images))
+
+
+def live(
+    dataset: str,
+    split: str = "train",
+    *,
+    n_way: int = 5,
+    k_shot: int = 1,
+    k_query: int = 15,
+    seed: int = 0,
+    episodes: int | None = None,
+    split_scheme: str | None = None,
+    rotations: str | None = None,
+    image_size: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+) -> LiveSource:
+    """Episodes without an archive: drawn from a dataset's bank as they are asked for.
+
+    The bank is made first if it is not there; nothing is downloaded.
+
+    Args:
+        dataset: a built-in name, or the path of a manifest.
+        split: ``train``, ``val`` or ``test``.
+        n_way, k_shot, k_query: classes; support and query images per class.
+        seed: of the episodes; an archive built with it holds the very same ones.
+        episodes: how many; None for no end.
+        split_scheme, rotations, image_size: the manifest's own if None.
+        root: the data root; see ``mamldata.datasets.paths.data_root``.
+        workers: processes that decode images, if the bank must be made.
+
+    Raises:
+        RequestError: an unknown name, or episodes that cannot be made.
+        DataMissingError: the raw files are not there; the message names the command.
+        DamagedError: the bank is not what was made, see ``mamldata.bank.make.make_bank``.
+    """
+    request = BuildRequest(n_way, k_shot, k_query, {split: 1}, seed, split_scheme, rotations)
+    if episodes is not None:
+        require_some(episodes)
+    manifest = load_manifest(dataset)
+    manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
+    bank = make_bank(manifest, data_root(root), image_size, workers=workers)
+    plan = plan_archive(manifest, bank, request)
+    sampler = EpisodeSampler(plan.spec(split), plan.split(split).classes)
+    return LiveSource(episode_info(plan, split, None), bank.path, bank.open_images(), sampler, episodes)

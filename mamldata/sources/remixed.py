@@ -1,0 +1,104 @@
+"""A source whose episodes are formed again in each epoch from the ways of stored ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mamldata.sampling.order import Indices
+from mamldata.sampling.remix import remix
+from mamldata.sampling.sampler import ClassTable
+from mamldata.sources.source import Classes, EpisodeInfo, Images, WaySource
+
+_KEPT = 2  # epochs; read-ahead and a second pass look at neighbours
+
+
+class RemixedSource:
+    """Episodes formed anew in each epoch from the ways of stored ones; ``index`` counts them through all epochs.
+
+    Args:
+        source: of the stored episodes.
+        seed: of the mixing.
+    """
+
+    def __init__(self, source: WaySource, seed: int) -> None:
+        self.source = source
+        self.seed = seed
+        self._classes: Classes | None = None
+        self._epochs: dict[int, Indices] = {}
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self.source.info
+
+    @property
+    def episodes(self) -> int:
+        """How many there are in an epoch: as many as are stored."""
+        return self.source.episodes
+
+    def ways(self, index: Indices) -> Indices:
+        """The stored ways that episodes consist of: int64 ``[B, n_way]`` for indices int64 ``[B]``."""
+        epochs, places = np.divmod(index, self.episodes)
+        if len(index) and (epochs == epochs[0]).all():  # as in every meta-batch of a stream
+            return self._epoch(int(epochs[0]))[places]
+        found = np.empty((len(index), self.info.n_way), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            found[here] = self._epoch(epoch)[places[here]]
+        return found
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Copy episodes into the caller's memory, see ``Source.read``."""
+        self.source.read_ways(self.ways(index), support, query)
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self.source.table
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        return self._stored_classes().reshape(-1)[self.ways(index)].astype(np.int64)
+
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
+
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """None: ``way_classes`` has fetched all; see ``Source.fetched_shards``."""
+        return ()
+
+    @property
+    def window(self) -> int:
+        """See ``Source.window``."""
+        return 0
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """There is nothing to fetch."""
+
+    @property
+    def way_source(self) -> None:
+        """None: its episodes are mixed already."""
+        return None
+
+    def _stored_classes(self) -> Classes:
+        if self._classes is None:
+            self._classes = self.source.way_classes()
+        return self._classes
+
+    def _epoch(self, epoch: int) -> Indices:
+        if (known := self._epochs.get(epoch)) is not None:
+            return known
+        mixed = remix(self._stored_classes(), self.seed, epoch)
+        while len(self._epochs) >= _KEPT:
+            self._epochs.pop(next(iter(self._epochs)), None)
+        self._epochs[epoch] = mixed
+        return mixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A function of what is stored: another process finds it again.
+        return {**self.__dict__, "_classes": None, "_epochs": {}}

@@ -1,0 +1,166 @@
+"""What a source of episodes is, whatever it reads from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mamldata.archive.index import Archive
+from mamldata.errors import RequestError
+from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.order import Indices
+from mamldata.sampling.sampler import ClassTable, EpisodeSampler
+
+Images = npt.NDArray[np.uint8]
+Classes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What a source's episodes are; printed beside results, saved with runs, and compared on resume.
+
+    Attributes:
+        dataset, split_scheme, split, n_way, k_shot, k_query: in the field's terms.
+        rotations: ``all``, ``train`` or ``none``.
+        image_shape: ``(H, W, C)``.
+        bank_sha256: the digest of the images.
+        episode_seed: the seed that the episodes were drawn with.
+        archive_sha256: the digest of the archive, None for live episodes.
+        normalisation: mean and deviation of the train split, for images in [0, 1].
+    """
+
+    dataset: str
+    split_scheme: str
+    split: str
+    n_way: int
+    k_shot: int
+    k_query: int
+    rotations: str
+    image_shape: tuple[int, int, int]
+    bank_sha256: str
+    episode_seed: int
+    archive_sha256: str | None
+    normalisation: Normalisation
+
+
+class Source(Protocol):
+    """Anything that gives episodes by their index."""
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        ...
+
+    @property
+    def episodes(self) -> int | None:
+        """How many there are; None if they never end."""
+        ...
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Copy episodes into the caller's memory.
+
+        Args:
+            index: int64 ``[B]``.
+            support: its beginning is filled with ``[B, n_way, k_shot, H, W, C]``; uint8, of one dimension.
+            query: its beginning is filled with ``[B, n_way, k_query, H, W, C]``; uint8, of one dimension.
+        """
+        ...
+
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        ...
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        ...
+
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """How many episodes each shard has, if shards are fetched before they are read; empty if all is here."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """How many shards are fetched at a time, the one that is read from included; 0 if all is here."""
+        ...
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """Fetch shards in the background: the one that is read from now, and those after it."""
+        ...
+
+    @property
+    def way_source(self) -> WaySource | None:
+        """The same source, if its episodes can be taken apart for remix."""
+        ...
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        ...
+
+
+class WaySource(Source, Protocol):
+    """A source whose episodes can be taken apart."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether all its shards can be here at once."""
+        ...
+
+    @property
+    def episodes(self) -> int:
+        """How many there are."""
+        ...
+
+    def way_classes(self) -> Classes:
+        """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``."""
+        ...
+
+    def read_ways(self, ways: Indices, support: Images, query: Images) -> None:
+        """Copy ways, int64 ``[B, n_way]``, into the caller's memory, which is as for ``Source.read``."""
+        ...
+
+
+def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:
+    """What the episodes of a split are, whose archive has this digest; None: live episodes."""
+    return EpisodeInfo(
+        dataset=archive.dataset,
+        split_scheme=archive.split_scheme,
+        split=split,
+        n_way=archive.n_way,
+        k_shot=archive.k_shot,
+        k_query=archive.k_query,
+        rotations=archive.rotations,
+        image_shape=archive.image_shape,
+        bank_sha256=archive.bank_sha256,
+        episode_seed=archive.seed,
+        archive_sha256=digest,
+        normalisation=archive.normalisation,
+    )
+
+
+def draw(sampler: EpisodeSampler, index: Indices) -> npt.NDArray[np.int32]:
+    """Episodes by their indices, see ``EpisodeSampler.sample``."""
+    breaks = np.flatnonzero(np.diff(index) != 1) + 1
+    runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
+    return np.concatenate([sampler.sample(int(run[0]), len(run)) for run in runs] or [sampler.sample(0, 0)])
+
+
+def at_most(limit: int | None, episodes: int) -> int:
+    """So many episodes, under a limit if there is one."""
+    return episodes if limit is None else min(require_some(limit), episodes)
+
+
+def require_some(episodes: int) -> int:
+    """At least one episode.
+
+    Raises:
+        RequestError: fewer.
+    """
+    if episodes < 1:
+        raise RequestError(f"episodes must be at least 1, not {episodes}.")
+    return episodes

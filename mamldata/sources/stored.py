@@ -1,0 +1,259 @@
+"""The episodes of an archive, copied out of memory maps of its shards."""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from mamldata.archive.index import INDEX, Archive, Shard, read_archive
+from mamldata.archive.layout import Bytes
+from mamldata.archive.shard import REMEDY, check_size, open_maps, open_shard
+from mamldata.errors import DamagedError, RequestError
+from mamldata.io.atomic import FileVersion
+from mamldata.sampling.order import Indices
+from mamldata.sampling.sampler import ClassTable, EpisodeSampler
+from mamldata.sources.source import Classes, EpisodeInfo, Images, at_most, draw, episode_info
+
+_MOST_MAPS = 1 << 15  # Linux allows a process 65,530
+
+
+class StoredSource(ABC):
+    """A split of an archive, read from memory maps of its shards; at most its first ``episodes``.
+
+    A shard's headers are checked, and with ``verify`` its digest, when it is first read from. For one thread at a time.
+
+    Each map keeps a file descriptor. Where the process has too many, the source's oldest map makes room; its shard is
+    mapped again when it is read from, without further checks if the file is the same.
+
+    Args:
+        archive: what ``archive.json`` says.
+        split: ``train``, ``val`` or ``test``.
+        verify: hash shards when they are opened.
+        episodes: the limit; None: all.
+
+    Attributes:
+        window: how many shards are fetched at a time, the one that is read from included; 0 where none need be.
+
+    Raises:
+        RequestError: the archive has no such split, or the limit is less than one.
+    """
+
+    window = 0
+
+    def __init__(self, archive: Archive, split: str, *, verify: bool, episodes: int | None) -> None:
+        self.archive = archive
+        self.verify = verify
+        self._split = self.archive.split(split)
+        self._info = episode_info(archive, split, archive.digest)
+        self._episodes = at_most(episodes, self._split.episodes)
+        self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
+        self._open: dict[int, memoryview] = {}
+        self._checked: dict[Path, FileVersion] = {}
+        self._whole: StoredSource | None = None  # what a view is of, whose temporary folder must stay
+
+    @abstractmethod
+    def _open_shard(self, number: int) -> memoryview:
+        """Map a shard, check it, and keep it in ``_open``."""
+
+    def _opener(self, shard: Shard, remedy: str = REMEDY) -> Callable[[Path], Bytes]:
+        """What maps a shard's file and checks it, without a reference to this source; see ``open_shard``."""
+        return partial(
+            open_shard,
+            shard=shard,
+            layout=self.archive.layout,
+            verify=self.verify,
+            sampler=self._sampler,
+            checked=self._checked,
+            remedy=remedy,
+        )
+
+    def _keep(self, number: int, mapped: Bytes) -> memoryview:
+        """Keep a map; where this process has too many, this source's oldest ones make room."""
+        while self._open and open_maps() > _most_maps():
+            with suppress(KeyError, StopIteration, RuntimeError):  # a thread with a view of this source makes room, too
+                del self._open[next(iter(self._open))]
+        self._open[number] = mapped.data
+        return mapped.data
+
+    @property
+    def fits(self) -> bool:
+        """Whether all shards of the split can be here at once."""
+        return True
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:  # noqa: B027  # not abstract: what is here is not fetched
+        """Fetch shards in the background: the one that is read from now, and those after it."""
+
+    @property
+    def shard_episodes(self) -> tuple[int, ...]:
+        """How many episodes of each shard are read."""
+        left = [self.episodes - shard.first_episode for shard in self._split.shards]
+        counts = [min(shard.episodes, some) for shard, some in zip(self._split.shards, left, strict=True)]
+        return tuple(count for count in counts if count > 0)
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self._info
+
+    @property
+    def episodes(self) -> int:
+        """How many there are."""
+        return self._episodes
+
+    def read(self, index: Indices, support: Images, query: Images) -> None:
+        """Copy episodes out of the maps, one by one: fancy indexing of a strided map would copy it whole.
+
+        Through memoryviews, whose slices cost a third of NumPy's: at Omniglot's size that is what counts.
+        """
+        layout = self.archive.layout
+        support_at, support_bytes = layout.support.data, layout.support.bytes
+        query_at, query_bytes = layout.query.data, layout.query.bytes
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        offsets = (index - self._starts[shards]) * layout.stride
+        to_support, to_query = support.data, query.data
+        s = q = 0
+        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+            episodes = self._open.get(shard) or self._open_shard(shard)
+            start = offset + support_at
+            to_support[s : s + support_bytes] = episodes[start : start + support_bytes]
+            s += support_bytes
+            start = offset + query_at
+            to_query[q : q + query_bytes] = episodes[start : start + query_bytes]
+            q += query_bytes
+
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """See ``Source.fetched_shards``."""
+        return self.shard_episodes if self.window else ()
+
+    @property
+    def way_source(self) -> Self:
+        """Itself: stored episodes can be taken apart."""
+        return self
+
+    def read_ways(self, ways: Indices, support: Images, query: Images) -> None:
+        """Copy single ways out of the maps, as ``read`` copies episodes.
+
+        Args:
+            ways: int64 ``[B, n_way]``; way ``w`` is place ``w % n_way`` of episode ``w // n_way``.
+            support, query: as for ``read``.
+        """
+        layout, n_way = self.archive.layout, self._info.n_way
+        support_bytes, query_bytes = layout.support.bytes // n_way, layout.query.bytes // n_way
+        index, places = np.divmod(ways.reshape(-1), n_way)
+        shards = np.searchsorted(self._starts, index, side="right") - 1
+        offsets = (index - self._starts[shards]) * layout.stride
+        support_at = (offsets + layout.support.data + places * support_bytes).tolist()
+        query_at = (offsets + layout.query.data + places * query_bytes).tolist()
+        to_support, to_query = support.data, query.data
+        s = q = 0
+        for shard, from_support, from_query in zip(shards.tolist(), support_at, query_at, strict=True):
+            episodes = self._open.get(shard) or self._open_shard(shard)
+            to_support[s : s + support_bytes] = episodes[from_support : from_support + support_bytes]
+            s += support_bytes
+            to_query[q : q + query_bytes] = episodes[from_query : from_query + query_bytes]
+            q += query_bytes
+
+    def way_classes(self) -> Classes:
+        """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``.
+
+        Four bytes of each way are read, from pages that the check of a shard's headers has just touched.
+        """
+        layout = self.archive.layout
+        shards = range(self._shard_of(self._episodes - 1) + 1)  # and none that is not read from
+        found = []
+        for number in shards:
+            self.prefetch(shards[number:])
+            mapped = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
+            found.append(layout.view(mapped, layout.source)[..., 0].copy())  # a view would keep the map
+        return np.concatenate(found)[: self._episodes]
+
+    def class_labels(self, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
+
+    @property
+    def table(self) -> ClassTable:
+        """The split's classes."""
+        return self._split.classes
+
+    def classes(self, index: Indices) -> Indices:
+        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label.
+
+        Drawn again, which gives what is stored and reads no shard: whoever asks need not be the thread that reads.
+        """
+        return draw(self._sampler, index)[..., 0].astype(np.int64)
+
+    def view(self, episodes: int | None = None) -> Self:
+        """The same split for another reader, such as a stream with a thread of its own.
+
+        What was done once is not done again: ``archive.json`` is not read, no shard checked that is open.
+
+        Args:
+            episodes: the limit; None: that of this one.
+
+        Raises:
+            RequestError: it is less than one.
+        """
+        view = copy.copy(self)
+        view._open, view._checked = self._open, self._checked  # which __getstate__ has left out
+        view._whole = self
+        view._episodes = at_most(episodes, self._episodes)
+        return view
+
+    @cached_property
+    def _sampler(self) -> EpisodeSampler:
+        try:
+            return EpisodeSampler(self.archive.spec(self._info.split), self.table)
+        except RequestError as error:
+            raise DamagedError(f"{INDEX} of the archive was altered: {error}") from error
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps and checks shards itself: pickling the maps would copy the archive.
+        return {**self.__dict__, "_open": {}, "_checked": {}}
+
+
+class ArchiveSource(StoredSource):
+    """A split of an archive in a local folder; at most its first ``episodes``.
+
+    All shards must be there and have their length when the source is made.
+
+    Raises:
+        RequestError: not an archive, or it has no such split.
+        DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        verify: bool = False,
+        episodes: int | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        super().__init__(read_archive(self.folder), split, verify=verify, episodes=episodes)
+        for shard in self._split.shards:
+            check_size(self.folder / shard.file, shard)
+
+    def _open_shard(self, number: int) -> memoryview:
+        shard = self._split.shards[number]
+        return self._keep(number, self._opener(shard)(self.folder / shard.file))
+
+
+def _most_maps() -> int:
+    """How many maps a process keeps: half of the file descriptors or of the maps that it may have."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_MAPS if descriptors == resource.RLIM_INFINITY else min(descriptors // 2, _MOST_MAPS)

@@ -1,0 +1,1 @@
+"""Meta-batches in torch, on a device. The only room of mamldata that imports torch."""

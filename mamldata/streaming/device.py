@@ -1,0 +1,227 @@
+"""Streams on a device: read ahead in a background thread, copied while the consumer computes.
+
+The thread fills a small ring of pinned buffers, and copies each to the device on a stream of its own; images cross
+as uint8, a quarter of their floating size, and are scaled there. The consumer's stream waits for the copy on the
+device, so that no processor waits for the other.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from mamldata.errors import RequestError
+from mamldata.sources.source import EpisodeInfo
+from mamldata.streaming.batch import BatchReader, EpisodeBatch, Stored
+
+_Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
+
+_NOT_IN_A_LOADER = (
+    "A DataLoader takes the stream itself, not what .to(device) gives: write DataLoader(stream, batch_size=None), or "
+    "leave the DataLoader out, because stream.to(device) reads ahead by itself."
+)
+
+_PATIENCE = 1  # seconds that the end of a loop waits for the read that is under way
+
+
+class Passes(Protocol):
+    """What reading ahead needs of a stream; ``EpisodeStream`` says what each of these does."""
+
+    next_batch: int
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def reader(self, device: torch.device) -> BatchReader:
+        """What reads the meta-batches."""
+        ...
+
+    def start_pass(self) -> range:
+        """The meta-batches of the pass that begins now."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there."""
+        ...
+
+
+class DeviceStream:
+    """What ``EpisodeStream.to(device)`` gives: the same meta-batches, read ahead and on the device.
+
+    State is that of the stream below: of what was handed out, not of what was read ahead.
+
+    Args:
+        stream: the stream.
+        device: where its meta-batches go.
+        prefetch: meta-batches that are ready in advance, at least 1.
+
+    Raises:
+        RequestError: ``device`` is a GPU that is not there.
+    """
+
+    def __init__(self, stream: Passes, device: torch.device, prefetch: int = 2) -> None:
+        if prefetch < 1:
+            raise RequestError(f"prefetch must be at least 1, not {prefetch}.")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.")
+        self.stream = stream
+        # Which GPU is the current one is a thread's own affair, and another thread reads ahead.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+        self.prefetch = prefetch
+        self._reader: BatchReader | None = None  # kept for its memory
+        self._left: threading.Thread | None = None  # still in a read of a pass that was broken off
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self.stream.info
+
+    def __len__(self) -> int:
+        try:
+            return len(self.stream)
+        except TypeError as error:  # a DataLoader, too, asks for the length first
+            raise TypeError(f"{error} {_NOT_IN_A_LOADER}") from None
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse what a DataLoader asks for, which takes this for a dataset with indices.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError(_NOT_IN_A_LOADER)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer stands; see ``EpisodeStream.state_dict``."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at exactly the next meta-batch; see ``EpisodeStream.load_state_dict``."""
+        self.stream.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:
+        if self._left is not None:
+            self._left.join()  # sources are for one thread at a time
+        ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
+        stop = threading.Event()
+        work = threading.Thread(
+            target=self._read_ahead,
+            args=(self.stream.start_pass(), ready, stop),
+            name="mamldata-read-ahead",
+            daemon=True,
+        )
+        work.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                t, batch, copied = item
+                if copied is not None:
+                    _hand_over(batch, copied, self.device)
+                self.stream.next_batch = t + 1
+                # Nothing here may keep a meta-batch that the consumer has let go: its memory is used again.
+                del item
+                yield batch
+                del batch
+        finally:
+            stop.set()
+            # Emptied, the queue has room for what is being read; but that may take as long as a silent server does.
+            _empty(ready)
+            work.join(_PATIENCE)
+            self._left = work if work.is_alive() else None
+
+    def _read_ahead(
+        self, batches: range, ready: queue.Queue[_Item | BaseException | None], stop: threading.Event
+    ) -> None:
+        """The background thread: everything, an error or the end included, goes through the queue."""
+        try:
+            transfer = self._transfer()
+            for t in batches:
+                ready.put(transfer(t))
+                if stop.is_set():
+                    return
+        except BaseException as error:  # raised again where the consumer waits
+            ready.put(error)
+        else:
+            ready.put(None)
+
+    def _transfer(self) -> Callable[[int], _Item]:
+        """What brings meta-batch t to the device."""
+        stream, device = self.stream, self.device
+        if self._reader is None:
+            self._reader = stream.reader(device)
+        reader = self._reader
+        if device.type == "cuda":
+            return _PinnedRing(reader, device, self.prefetch + 1)
+        if device.type == "cpu":
+            return lambda t: (t, reader.read(t), None)
+        return lambda t: (t, reader.finish(Stored(*(part.to(device) for part in reader.read_stored(t)))), None)
+
+
+class _PinnedRing:
+    """Page-locked buffers used in turn, each copied to the device on a stream of our own."""
+
+    def __init__(self, reader: BatchReader, device: torch.device, slots: int) -> None:
+        self.reader = reader
+        self.device = device
+        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The images' memory is [B, images, H, W, C]; as tensors they are seen as all others are.
+        memory = [
+            [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in reader.shapes] for _ in range(slots)
+        ]
+        self.memory = [[part.view(-1).numpy() for part in parts] for parts in memory]
+        self.slots = [
+            Stored(
+                parts[0].permute(0, 1, 4, 2, 3),
+                parts[1].permute(0, 1, 4, 2, 3),
+                torch.empty(reader.batch_size, dtype=torch.int64, pin_memory=True),
+            )
+            for parts in memory
+        ]
+        self.copied: list[torch.cuda.Event | None] = [None] * slots
+
+    def __call__(self, t: int) -> _Item:
+        slot = t % len(self.slots)
+        if (earlier := self.copied[slot]) is not None:
+            earlier.synchronize()  # only this thread waits: until the buffer may be written to again
+        index = self.reader.indices(t)
+        self.reader.look_ahead(t)
+        self.reader.source.read(index, *self.memory[slot])
+        pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
+        pinned.index.numpy()[:] = index
+        with torch.cuda.stream(self.copies):
+            stored = Stored(*(part.to(self.device, non_blocking=True) for part in pinned))
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(self.copies)
+            batch = self.reader.finish(stored)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self.copies)
+        self.copied[slot] = copied
+        return t, batch, done
+
+
+def _hand_over(batch: EpisodeBatch, done: torch.cuda.Event, device: torch.device) -> None:
+    """Make the consumer's stream wait, on the device, for the copy; and keep the memory until it is through."""
+    consumer = torch.cuda.current_stream(device)
+    consumer.wait_event(done)
+    for tensor in batch:
+        tensor.record_stream(consumer)
+
+
+def _empty(ready: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            ready.get_nowait()
+    except queue.Empty:
+        pass

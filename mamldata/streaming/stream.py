@@ -1,0 +1,363 @@
+"""Stream meta-batches of episodes: ``for batch in EpisodeStream("omniglot-5w1s", batch_size=32).to("cuda")``."""
+
+from __future__ import annotations
+
+import mmap
+import operator
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from mamldata.errors import RequestError
+from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.order import Order
+from mamldata.sources.open import as_source
+from mamldata.sources.remixed import RemixedSource
+from mamldata.sources.source import EpisodeInfo, Source
+from mamldata.streaming.batch import BatchReader, EpisodeBatch
+from mamldata.streaming.device import DeviceStream
+
+_STATE_VERSION = 1
+_WARNED = -1  # in place of a process id
+
+
+class EpisodeStream(IterableDataset[EpisodeBatch]):
+    """Meta-batches of episodes from an archive, or live from a bank.
+
+    Each ``iter()`` is one epoch and the next one is the next epoch; live episodes never end. After
+    ``load_state_dict`` the next ``iter()`` goes on at exactly the next meta-batch instead.
+
+    Args:
+        source: the folder of an archive, its address (``https://…``, ``s3://…``), or a source such as
+            ``mamldata.live("omniglot")``.
+        split: ``train`` (the default), ``val`` or ``test``.
+        batch_size: episodes in a meta-batch.
+        seed: of the order; equal seeds give equal orders everywhere.
+        shuffle: a new permutation in each epoch, without the rest that fills no meta-batch; or, if False, every
+            episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
+        remix: form the episodes of each epoch anew from the ways of all stored ones, for training on an archive;
+            see ``mamldata.sources.remixed``.
+        rank, ranks: of several processes, this one takes its part of each meta-batch; what the meta-batches are does
+            not depend on how many there are.
+        dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
+        normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
+            channel; ``info.normalisation`` says what they are. Or by another mean and deviation, such as those that
+            a network was trained with.
+        verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
+        cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
+        cache_bytes: upper bound on the shards there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
+
+    Raises:
+        RequestError: the source or an argument cannot be.
+        FetchError: what is at an address could not be had.
+        DamagedError: the archive is damaged; the message names the shard and the episode.
+    """
+
+    def __init__(
+        self,
+        source: Source | str | os.PathLike[str],
+        split: str | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        *,
+        shuffle: bool | None = None,
+        remix: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        normalise: bool | Normalisation = False,
+        verify: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
+            raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+        try:
+            batch_size = operator.index(batch_size)  # NumPy's whole numbers, too
+        except TypeError as error:
+            raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
+        if normalise and dtype == torch.uint8:
+            raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
+        if not 0 <= rank < ranks <= max(batch_size, 1):
+            raise RequestError(
+                f"rank {rank} of {ranks} cannot share a meta-batch of {batch_size}: ranks count from 0, and each must "
+                "get an episode."
+            )
+        self.source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        if remix:
+            self.source = _remixed(self.source, seed, shuffle)
+            shuffle = False
+        if shuffle and self.source.episodes is None:
+            raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
+        if shuffle is None:
+            shuffle = self.source.info.split == "train" and self.source.episodes is not None
+        shards = (self.source.fetched_shards or None) if shuffle else None
+        self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
+        self.rank, self.ranks = rank, ranks
+        self.dtype = dtype
+        self.normalise = _normalisation(normalise, self.source.info)
+        self.next_batch = 0
+        self._resumed = False
+        self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
+        self._heard = 0
+        # Which worker 0 began a pass last: the process ids of its parent and of itself. An anonymous mapping is shared
+        # with forked workers; torch moves the tensor to memory that spawned ones share when it is sent to them.
+        self._begun = torch.frombuffer(mmap.mmap(-1, 16), dtype=torch.int64)
+        self._reader: BatchReader | None = None  # kept for its memory
+
+    def __repr__(self) -> str:
+        info = self.info
+        shape = f"{info.n_way}-way {info.k_shot}-shot {info.k_query}-query"
+        of = "episodes without end" if self.order.episodes is None else f"{self.order.episodes:,} episodes"
+        return (
+            f"<EpisodeStream: {info.dataset} {info.split}, {shape}, {of}, in meta-batches of {self.order.batch_size}>"
+        )
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the episodes are."""
+        return self.source.info
+
+    def __len__(self) -> int:
+        """Meta-batches in an epoch.
+
+        Raises:
+            TypeError: live episodes never end.
+        """
+        if self.order.batches_per_epoch is None:
+            raise TypeError("This stream never ends, so it has no length.")
+        return self.order.batches_per_epoch
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:
+        return _Pass(self)
+
+    def reader(self, device: torch.device) -> BatchReader:
+        """What reads this rank's part of the meta-batches for a device."""
+        return BatchReader(self.source, self.order, self.dtype, device, self.rank, self.ranks, normalise=self.normalise)
+
+    def start_pass(self) -> range:
+        """The meta-batches of the pass that begins now, counted through all epochs."""
+        per_epoch = self.order.batches_per_epoch
+        if per_epoch is None:
+            return range(self.next_batch, 2**62)
+        if self._told is not None and (told := self._told.tolist())[0] != self._heard:
+            # A worker that outlived its epoch, with a stream as it was before set_epoch was called.
+            (self._heard, self.next_batch), self._resumed = told, False
+        if not self._resumed:
+            # An epoch that was broken off is not taken up again: what follows is a whole one.
+            self.next_batch = -(-self.next_batch // per_epoch) * per_epoch
+        self._resumed = False
+        return range(self.next_batch, (self.next_batch // per_epoch + 1) * per_epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of ``epoch``, as torch's distributed samplers do.
+
+        A ``DataLoader`` with workers needs it before each epoch, the first one included, because its workers iterate
+        over copies; ``persistent_workers`` keeps those copies. Workers that begin again because it was never called
+        warn.
+
+        Raises:
+            RequestError: the stream never ends, so that it has no epochs.
+        """
+        if self.order.batches_per_epoch is None:
+            raise RequestError("This stream never ends, so it has no epochs to set.")
+        self.next_batch = epoch * self.order.batches_per_epoch
+        self._resumed = False
+        if self._told is None:
+            self._told = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._heard += 1
+        self._told.copy_(torch.tensor([self._heard, self.next_batch]))
+
+    def to(self, device: torch.device | str, *, prefetch: int = 2) -> DeviceStream:
+        """The same stream, read ahead by a background thread and put on a device.
+
+        Args:
+            device: such as ``"cuda"``; ``"cpu"`` takes the same path without pinned memory.
+            prefetch: meta-batches that are ready in advance.
+        """
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise RequestError(f"There is no device {device!r}. Such are 'cuda', 'cuda:1', 'mps' and 'cpu'.") from error
+        return DeviceStream(self, place, prefetch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks.
+
+        It counts what was iterated over here. Of what a ``DataLoader`` with workers takes from copies of the stream
+        it knows nothing: there, put the number of meta-batches so far in ``next_batch`` of what this gives, or save
+        the state of torchdata's ``StatefulDataLoader``, which asks the copies.
+        """
+        return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at exactly the next meta-batch.
+
+        Raises:
+            RequestError: the state is of a stream with another source or order; every difference is named.
+        """
+        expected = {"version": _STATE_VERSION, **self._identity()}
+        different = [
+            f"{key}: {state.get(key)!r} saved, {value!r} here"
+            for key, value in expected.items()
+            if state.get(key) != value
+        ]
+        position = state.get("next_batch")
+        if not isinstance(position, int) or position < 0:
+            different.append(f"next_batch: {position!r} is not a whole number from 0")
+        if different:
+            raise RequestError("The saved state is of another stream:\n  " + "\n  ".join(different))
+        self.next_batch = state["next_batch"]
+        self._resumed = True
+        if get_worker_info() is None:  # workers that start from here repeat nothing
+            self._begun.zero_()
+
+    def _identity(self) -> dict[str, Any]:
+        order = asdict(self.order)
+        order["shards"] = list(self.order.shards or ())  # as it comes back from JSON
+        info = asdict(self.info)
+        # It follows from the bank and the split scheme, which are compared.
+        del info["normalisation"]
+        return {**order, **info, "image_shape": list(info["image_shape"])}
+
+
+class _Pass(Iterator[EpisodeBatch]):
+    """One pass over a stream: all of it, or, in a worker process of a ``DataLoader``, this worker's share.
+
+    torchdata's ``StatefulDataLoader`` saves and loads, in each worker, the stream's state and then that of the pass.
+    """
+
+    def __init__(self, stream: EpisodeStream) -> None:
+        self._stream = stream
+        stream._reader = self._reader = stream._reader or stream.reader(torch.device("cpu"))
+        self._in_worker = (worker := get_worker_info()) is not None
+        # A DataLoader takes from its workers in turn, so that striding keeps the order.
+        self._worker, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        self._left: range | None = None  # None: it has not begun
+        self._failed = False
+
+    def __next__(self) -> EpisodeBatch:
+        left = self._begin()
+        if self._failed or not left:
+            raise StopIteration
+        self._failed = True  # an error ends the pass, as it ends a generator
+        batch = self._reader.read(left.start)
+        self._failed = False
+        self._stand_at(left.start + self._workers, left.stop)
+        # A worker's tensors travel through shared memory, which must not be written to again.
+        return EpisodeBatch(*(tensor.clone() for tensor in batch)) if self._in_worker else batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this process stands in the pass, whose end is not the beginning of the next one."""
+        left = self._begin()
+        return {"next_batch": left.start, "stop": left.stop, "worker": self._worker, "workers": self._workers}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at exactly this worker's next meta-batch; the stream's own state must be loaded before.
+
+        Raises:
+            RequestError: the state is of another share.
+        """
+        worker, workers = state.get("worker"), state.get("workers")
+        if (worker, workers) != (self._worker, self._workers):
+            raise RequestError(
+                f"The saved state is of worker {worker} of {workers}, and this is worker {self._worker} of "
+                f"{self._workers}. Give the DataLoader num_workers={workers}, as when the state was saved."
+            )
+        self._stream.start_pass()  # the pass that the loaded one takes the place of
+        self._stand_at(state["next_batch"], state["stop"])
+        self._note_worker(loaded=True)
+
+    def _begin(self) -> range:
+        """The meta-batches that are left of this share, from now on fixed."""
+        if self._left is None:
+            whole = self._stream.start_pass()
+            left = self._stand_at(whole.start + self._worker, whole.stop)
+            self._note_worker()
+            return left
+        return self._left
+
+    def _stand_at(self, t: int, stop: int) -> range:
+        """Make ``t`` the next meta-batch of this share."""
+        left = self._left = range(t, stop, self._workers)
+        # Where all workers would begin a pass in which this one goes on at t; but not beyond the end of its own.
+        self._stream.next_batch = min(t - self._worker, stop)
+        return left
+
+    def _note_worker(self, *, loaded: bool = False) -> None:
+        """Warn, once, that workers begin where earlier ones did because nobody has told them the epoch.
+
+        Workers that stay know their epoch, and a state that was loaded says where it goes on.
+        """
+        order, begun = self._stream.order, self._stream._begun
+        same_each_time = order.episodes is not None and not order.shuffle and not order.remix
+        if not self._in_worker or self._worker != 0 or same_each_time:
+            return
+        parent, earlier = begun.tolist()
+        others = parent == os.getppid() and earlier != os.getpid()  # elsewhere, a copy of the stream is another one
+        if others and earlier == _WARNED:
+            return
+        repeats = others and not loaded and self._stream._told is None
+        begun.copy_(torch.tensor([os.getppid(), _WARNED if repeats else os.getpid()]))
+        if repeats:
+            warnings.warn(_repetition(self._stream), stacklevel=2)
+
+
+def _repetition(stream: EpisodeStream) -> str:
+    place, when = f"meta-batch {stream.next_batch}", "each pass, with the number n of meta-batches before it"
+    line = 'stream.load_state_dict(stream.state_dict() | {"next_batch": n})'
+    if stream.order.batches_per_epoch is not None:
+        place, when = f"epoch {stream.next_batch // stream.order.batches_per_epoch}", "each epoch"
+        line = "stream.set_epoch(epoch)"
+    return (
+        f"The workers of this DataLoader begin at {place}, as those before them did: they iterate over copies of the "
+        f"stream, which do not know what has been read. Write {line} before {when}."
+    )
+
+
+def _normalisation(asked: bool | Normalisation, info: EpisodeInfo) -> Normalisation | None:
+    """The mean and deviation to normalise by.
+
+    Raises:
+        RequestError: they are of images with another number of channels, or no channel can be divided by them.
+    """
+    if not isinstance(asked, Normalisation):
+        return info.normalisation if asked else None
+    channels = info.image_shape[2]
+    if {len(values) for values in asked} != {channels} or not all(value > 0 for value in asked.std):
+        raise RequestError(
+            f"normalise={asked}: it takes a mean and a deviation above 0 for each channel, of which these images "
+            f"have {channels}."
+        )
+    return asked
+
+
+def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
+    """The source's ways, mixed.
+
+    Raises:
+        RequestError: there is nothing to mix, or the result would not be what was asked for.
+    """
+    pool = source.way_source
+    if pool is None:
+        raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
+    if source.info.split != "train":
+        raise RequestError(
+            f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
+        )
+    if not pool.fits:
+        raise RequestError(
+            "remix=True takes ways from all shards at once. Give a cache_dir, with room for all shards of the split."
+        )
+    if shuffle is not None:
+        raise RequestError("remix=True has an order of its own. Leave shuffle out.")
+    return RemixedSource(pool, seed)

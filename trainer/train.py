@@ -114,7 +114,7 @@ def _validation(settings: TrainSettings, data: TrainData, device: torch.device, 
         settings.eval_episodes,
         settings.meta_batch_size,
         device,
-        normalise=settings.normalise,
+        normalise=settings.normalize,
         rank=world.rank,
         ranks=world.ranks,
     )
@@ -178,7 +178,7 @@ class _Run:
                 settings.meta_batch_size,
                 settings.seed,
                 self.learner.device,
-                normalise=settings.normalise,
+                normalise=settings.normalize,
                 rank=world.rank,
                 ranks=world.ranks,
             )

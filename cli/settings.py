@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from trainer.data import EpisodeData
 
 
+_TYPES = {"int": int, "float": float, "bool": bool}
+
+
 def _option(setting: Setting, name: str, *, hidden: bool = False) -> Callable[..., Any]:
     option = option_name(name)
     return click.option(
         option if setting.kind != "bool" else f"{option}/--no-{option.removeprefix('--')}",
-        type=click.Choice(setting.choices) if setting.choices else {"int": int, "float": float}.get(setting.kind),
+        type=click.Choice(setting.choices) if setting.choices else _TYPES[setting.kind],
         default=None,
         hidden=hidden,
         help=f"{setting.meaning}  [default: {setting.default_in_words}]",

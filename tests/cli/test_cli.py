@@ -716,6 +716,8 @@ class TestBadInput:
         """Every fault in the settings is named at once."""
         result = run("train", archive, "--out", tmp_path / "run", "--steps", 0, "--inner-lr", -1)
         refused(result, 2, "steps must be at least 1", "inner_lr must be a positive number")
+        for option, value in {"--steps": "many", "--meta-lr": "fast", "--engine": "jax"}.items():
+            refused(run("train", archive, "--out", tmp_path / "run", option, value), 2, f"'{option}'")
 
     def test_a_checkpoint_that_is_none(self, archive: Path, tmp_path: Path):
         """Another file is not loaded."""
@@ -733,8 +735,10 @@ def test_every_setting_is_an_option():
         plain = f"--{name.replace('_', '-')}"
         assert option.opts == [plain]
         assert option.secondary_opts == ([f"--no-{plain[2:]}"] if setting.kind == "bool" else [])
-        kinds = {"int": click.INT, "float": click.FLOAT, "bool": click.BOOL}
-        assert tuple(option.type.choices) == setting.choices if setting.choices else option.type is kinds[setting.kind]
+        if setting.choices:
+            assert tuple(option.type.choices) == setting.choices
+        else:
+            assert option.type.name == {"int": "integer", "float": "float", "bool": "boolean"}[setting.kind]
         assert not option.hidden
         default = "no" if setting.kind == "bool" else setting.default
         assert f"  [default: {'' if default is None else default}" in option.help

@@ -123,7 +123,7 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
         click.UsageError: some were given.
     """
     if options:
-        names = ", ".join(_option(name) for name in options)
+        names = ", ".join(option_name(name) for name in options)
         raise click.UsageError(
             f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave the option out."
         )
@@ -203,10 +203,11 @@ def build_command(dataset: str) -> list[object]:
 
 def as_words(options: Mapping[str, Any]) -> list[object]:
     """Options by their parameters' names, as the command line has them."""
-    return [word for name, value in options.items() for word in (_option(name), value)]
+    return [word for name, value in options.items() for word in (option_name(name), value)]
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """The option of a parameter."""
     return "--" + name.replace("_", "-")
 
 

@@ -21,9 +21,11 @@ from cli.common import (
     root_option,
     say,
 )
-from cli.settings import ALGORITHMS, begin, setting_options
+from cli.settings import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
+from trainer.maml.algorithms import ALGORITHMS
+from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
 # These make one algorithm another one, or go with some only: for one at a time, by --set.
@@ -75,7 +77,6 @@ def command(
     """
     from trainer.reports.compare import RESULT, compare, table
     from trainer.reports.plots import have_matplotlib, plot_comparison
-    from trainer.settings import TrainSettings
     from trainer.system.distributed import world_of
 
     if world_of(os.environ).ranks > 1:
@@ -117,11 +118,6 @@ def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         click.BadParameter: it is not of the form, or names what is not there.
     """
-    from dataclasses import fields
-
-    from trainer.settings import TrainSettings
-
-    known = [field.name for field in fields(TrainSettings)]
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in own:
         place, equals, value = text.partition("=")
@@ -133,9 +129,10 @@ def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
                 f"{text!r}: {algorithm!r} is not among those compared: {', '.join(names)}.", param_hint="--set"
             )
         setting = setting.replace("-", "_")
-        if setting not in known or setting == "algorithm":
+        setting = OLD_NAMES.get(setting, setting)
+        if setting not in SETTINGS or setting == "algorithm":
             raise click.BadParameter(
-                f"{text!r}: there is no setting {setting!r}.{did_you_mean(setting, known)}", param_hint="--set"
+                f"{text!r}: there is no setting {setting!r}.{did_you_mean(setting, SETTINGS)}", param_hint="--set"
             )
         changes[algorithm][setting] = _value(value.strip())
     return changes

@@ -16,8 +16,8 @@ from cli.common import (
     root_option,
     say,
 )
-from cli.settings import DEVICES
 from mamldata.sampling.splits import SPLITS
+from trainer.settings import SETTINGS
 
 
 @click.command(
@@ -28,7 +28,7 @@ from mamldata.sampling.splits import SPLITS
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
 @click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
 @click.option("--inner-steps", type=click.IntRange(0), help="[default: as in the run's validation]")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
 @root_option
 @json_option

@@ -196,7 +196,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint, or the best one of a run folder.
 
-    Images are transformed as they were in training: with ``normalise`` by the mean and deviation of what the network
+    Images are transformed as they were in training: with ``normalize`` by the mean and deviation of what the network
     was trained on, whatever it is evaluated on.
 
     Args:
@@ -225,7 +225,7 @@ def evaluate(
             if here != there:
                 raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
         settings = saved_settings(checkpoint.settings, path)
-        normalise = settings.normalise and _normalisation_of(path, checkpoint, about)
+        normalise = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)

@@ -81,7 +81,7 @@ def train(
                 settings.meta_batch_size,
                 settings.seed,
                 learner.device,
-                normalise=settings.normalise,
+                normalise=settings.normalize,
                 rank=world.rank,
                 ranks=world.ranks,
             )
@@ -129,7 +129,7 @@ def _validation(learner: Learner, data: TrainData, world: World) -> Iterable[Epi
         settings.eval_episodes,
         settings.meta_batch_size,
         learner.device,
-        normalise=settings.normalise,
+        normalise=settings.normalize,
         rank=world.rank,
         ranks=world.ranks,
     )

@@ -1,14 +1,17 @@
-"""What a training run is told to do: checked whole, stored with every checkpoint."""
+"""What a training run is told to do: checked whole, stored with every checkpoint.
+
+Each setting is declared once, in ``TrainSettings``: its check, its command-line option and its line in
+docs/training.md come from there. Help must not wait for torch, so functions here that need torch import it themselves,
+and the names of networks, engines and precisions are repeated here; a test compares them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mamldata.errors import RequestError
 from trainer.maml.algorithms import (
@@ -27,160 +30,177 @@ from trainer.maml.algorithms import (
     Rates,
     objections,
 )
-from trainer.maml.engines import ENGINES
-from trainer.maml.objective import Objective, step_weights
-from trainer.networks.networks import NETWORKS
-from trainer.networks.precision import PRECISIONS, Precision
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.maml.objective import Objective
+    from trainer.networks.precision import Precision
+
 COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None stands for its own
-SCHEDULES = ("cosine", "constant")
-OPTIMIZERS = ("adam", "sgd")
-MOST_SEED = 2**64 - 1  # what torch's generators take
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
+OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
 # A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
 # cosine schedule goes on from where the longer curve is, as a run that is prolonged should.
 CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
+
+_TYPES: dict[str, tuple[set[type], str]] = {
+    "int": ({int}, "a whole number"),
+    "float": ({int, float}, "a number"),
+    "bool": ({bool}, "true or false"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of one setting.
+
+    Attributes:
+        name: of the field.
+        kind: its type, ``int``, ``float`` or ``bool``; ignored where there are ``choices``.
+        default: None where it depends on other settings or on the data.
+        meaning: one sentence, for help and docs.
+        shown: the default in words, where its value does not say it.
+        choices: the valid strings; empty for numbers and flags.
+        at_least, at_most: bounds of a number.
+        positive: the number must be finite and above zero.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    meaning: str
+    shown: str = ""
+    choices: tuple[str, ...] = ()
+    at_least: int | None = None
+    at_most: int | None = None
+    positive: bool = False
+
+    @property
+    def default_in_words(self) -> str:
+        """For help and docs."""
+        return self.shown or (("no", "yes")[self.default] if self.kind == "bool" else str(self.default))
+
+    def takes(self, value: object) -> bool:
+        """Whether a value is one of the choices, or of the right type; bounds do not count."""
+        if value is None:
+            return self.default is None
+        return value in self.choices if self.choices else type(value) in _TYPES[self.kind][0]
+
+    def fault(self, value: Any) -> str | None:
+        """What an invalid value must be instead; None for a valid one."""
+        if not self.takes(value):
+            return f"one of {', '.join(self.choices)}" if self.choices else _TYPES[self.kind][1]
+        if value is None:
+            return None
+        if self.at_least is not None and value < self.at_least:
+            return f"at least {self.at_least}"
+        if self.at_most is not None and value > self.at_most:
+            return f"at most {self.at_most}"
+        return "a positive number" if self.positive and not 0 < value < math.inf else None
+
+
+def setting(default: Any, meaning: str, **rules: Any) -> Any:
+    """A field of ``TrainSettings``; ``rules`` are attributes of its ``Setting``."""
+    return field(default=default, metadata={"meaning": meaning, **rules})
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The settings of a run. The defaults are the Omniglot 5-way ones of Finn et al. 2017, appendix A.1, but shorter.
 
-    Attributes:
-        algorithm: one of ``ALGORITHMS``.
-        network: one of ``NETWORKS``.
-        filters: of each convolution of the network, in place of its own number; not for ``resnet18``.
-        normalise: images by the train split's mean and deviation, in place of [0, 1].
-        bn: batch norm of query images, one of ``BN_MODES``; see ``InnerLoop``. None: the algorithm's own,
-            ``transductive``, and for maml++ ``per-step``.
-        steps: outer steps (the paper: 60,000).
-        inner_steps: adaptation steps while training.
-        inner_lr: alpha.
-        eval_inner_steps: adaptation steps while evaluating. None: three, as in the paper's 5-way experiments, or
-            ``inner_steps`` if that is more; with learned rates or norms ``inner_steps``, for which they were learned.
-        order, loss, rates, adapts: in place of the algorithm's own; see ``Algorithm``.
-        msl_epochs: epochs in which a multi-step loss comes down to its last step, see ``step_weights``. None: 10.
-        first_order_epochs: begin with so many epochs of the first order, and only then go over to the second
-            (derivative-order annealing, Antoniou et al. 2019, section 4).
-        epoch_steps: outer steps in an epoch, for these two (Antoniou et al. 2019: 500).
-        support_batches: different support batches for the inner steps; see ``InnerLoop``.
-        checkpoint_inner: compute the inner loop twice, to keep only one of its steps in memory; see ``InnerLoop``.
-        meta_clip_norm: make meta-gradients longer than this so long, all parameters together.
-        meta_clip_value: bring each element of a meta-gradient into plus and minus this (Finn's MiniImagenet code: 10).
-        meta_lr: the rate of the outer loop (beta), at the start.
-        meta_optimizer: of the outer loop, ``adam`` or plain ``sgd``, with which ``reptile`` is its paper's algorithm.
-        meta_schedule: ``cosine`` lets it fall to a hundredth over ``steps``; ``constant`` is the paper's.
-        meta_batch_size: episodes per outer step.
-        seed: of the initial weights and of the order of the episodes; below 2**64.
-        eval_every: outer steps between validations; each ends with a checkpoint.
-        eval_episodes: of the val split, at each validation.
-        log_every: outer steps between lines of the log.
-        device: ``auto`` takes cuda, then mps, then cpu.
-        engine: one of ``ENGINES``, or ``auto``; see ``pick_engine``.
-        precision: one of ``PRECISIONS``. None: the device's own, tf32 on CUDA and fp32 elsewhere.
-        tensorboard: write the metrics for TensorBoard, too.
+    ``Algorithm`` and ``InnerLoop`` say more of ``order``, ``loss``, ``rates``, ``adapts`` and ``bn``.
 
     Raises:
-        RequestError: every fault, all at once.
+        RequestError: every fault, all at once. Settings that conflict are found where each has a valid type or choice.
     """
 
-    algorithm: str = "maml"
-    network: str = "conv4"
-    filters: int | None = None
-    normalise: bool = False
-    bn: BatchNorm | None = None
-    steps: int = 4000
-    inner_steps: int = 1
-    inner_lr: float = 0.4
-    eval_inner_steps: int | None = None
-    order: Order | None = None
-    loss: Loss | None = None
-    rates: Rates | None = None
-    adapts: Adapts | None = None
-    msl_epochs: int | None = None
-    first_order_epochs: int = 0
-    epoch_steps: int = 500
-    support_batches: int = 1
-    checkpoint_inner: bool = False
-    meta_clip_norm: float | None = None
-    meta_clip_value: float | None = None
-    meta_lr: float = 1e-3
-    meta_optimizer: str = "adam"
-    meta_schedule: str = "cosine"
-    meta_batch_size: int = 16
-    seed: int = 0
-    eval_every: int = 500
-    eval_episodes: int = 200
-    log_every: int = 50
-    device: str = "auto"
-    engine: str = "auto"
-    precision: Precision | None = None
-    tensorboard: bool = False
+    algorithm: str = setting("maml", "Meta-learning algorithm.", choices=tuple(ALGORITHMS))
+    network: str = setting("conv4", "Network to train.", choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"))
+    filters: int | None = setting(
+        None, "Filters of each convolution; resnet18 has its own.", shown="the network's own", at_least=1
+    )
+    normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
+    bn: BatchNorm | None = setting(
+        None, "How batch norm treats query images.", shown="transductive; per-step for maml++", choices=BN_MODES
+    )
+    steps: int = setting(4000, "Outer steps.", at_least=1)
+    inner_steps: int = setting(1, "Inner steps in training.", at_least=1)
+    inner_lr: float = setting(0.4, "Inner learning rate (alpha); learned rates start from it.", positive=True)
+    # 3 as in the paper's 5-way experiments; learned rates and norms serve the steps for which they were learned.
+    eval_inner_steps: int | None = setting(
+        None,
+        "Inner steps in evaluation.",
+        shown="3, or as in training if that is more or rates or norms are learned",
+        at_least=1,
+    )
+    order: Order | None = setting(None, "Order of the meta-gradient.", shown="the algorithm's", choices=ORDERS)
+    loss: Loss | None = setting(
+        None,
+        "Query loss of the outer loop: after the last inner step, or a weighted sum over all inner steps.",
+        shown="the algorithm's",
+        choices=LOSSES,
+    )
+    rates: Rates | None = setting(
+        None,
+        "Inner learning rates: fixed, or learned for each layer and step, or for each parameter.",
+        shown="the algorithm's",
+        choices=RATES,
+    )
+    adapts: Adapts | None = setting(
+        None, "Part of the network that the inner loop adapts.", shown="the algorithm's", choices=ADAPTS
+    )
+    msl_epochs: int | None = setting(
+        None, "Epochs until the multi-step loss counts the last step alone.", shown=str(MSL_EPOCHS), at_least=1
+    )
+    # Antoniou et al. 2019, section 4; their epochs have 500 steps.
+    first_order_epochs: int = setting(0, "Epochs of first order at the start (derivative-order annealing).", at_least=0)
+    epoch_steps: int = setting(
+        500, "Outer steps in an epoch, for the multi-step loss and derivative-order annealing.", at_least=1
+    )
+    support_batches: int = setting(
+        1, "Batches that the support set is divided into; each inner step takes the next one.", at_least=1
+    )
+    checkpoint_inner: bool = setting(False, "Recompute inner steps for the meta-gradient: less memory, more time.")
+    meta_clip_norm: float | None = setting(
+        None, "Clip the global norm of the meta-gradient to this.", shown="no clipping", positive=True
+    )
+    meta_clip_value: float | None = setting(
+        None, "Clip each element of the meta-gradient to plus and minus this.", shown="no clipping", positive=True
+    )
+    meta_lr: float = setting(1e-3, "Outer learning rate (beta) at the start.", positive=True)
+    meta_optimizer: str = setting("adam", "Optimizer of the outer loop.", choices=("adam", "sgd"))
+    meta_schedule: str = setting(
+        "cosine",
+        "Schedule of the outer learning rate: a cosine that falls to a hundredth, or constant.",
+        choices=("cosine", "constant"),
+    )
+    meta_batch_size: int = setting(16, "Episodes in an outer step.", at_least=1)
+    # At most what torch's generators take.
+    seed: int = setting(0, "Seed of the initial weights and of the order of episodes.", at_least=0, at_most=2**64 - 1)
+    eval_every: int = setting(500, "Outer steps between validations; each ends with a checkpoint.", at_least=1)
+    # An interval needs two.
+    eval_episodes: int = setting(200, "Episodes in a validation.", shown="200, or all if fewer", at_least=2)
+    log_every: int = setting(50, "Outer steps between progress lines.", at_least=1)
+    device: str = setting(
+        "auto", "Device to train on; auto takes cuda, then mps, then cpu.", choices=("auto", "cpu", "cuda", "mps")
+    )
+    engine: str = setting("auto", "Engine that computes meta-gradients.", choices=("auto", "loop", "vmap", "higher"))
+    precision: Precision | None = setting(
+        None, "Precision of the arithmetic.", shown="tf32 on CUDA, fp32 elsewhere", choices=("fp32", "tf32", "bf16")
+    )
+    tensorboard: bool = setting(False, "Also write metrics for TensorBoard.")
 
     def __post_init__(self) -> None:
-        # A value of a wrong type cannot be judged any further.
-        if faults := list(self._wrong_types()) or list(self._faults()):
-            raise RequestError("The training settings cannot be:\n" + "\n".join(f"  {fault}" for fault in faults))
+        given = [(one, getattr(self, one.name)) for one in SETTINGS.values()]
+        faults = [f"{one.name} must be {valid}, not {value!r}." for one, value in given if (valid := one.fault(value))]
+        if all(one.takes(value) for one, value in given):
+            faults += self._conflicts()
+        if faults:
+            raise RequestError("Invalid training settings:\n" + "\n".join(f"  {fault}" for fault in faults))
 
-    def _wrong_types(self) -> Iterator[str]:
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-        for field in fields(self):
-            kind, value = str(field.type).partition(" ")[0], getattr(self, field.name)
-            if kind not in words:
-                if not isinstance(value, str | None):
-                    yield f"{field.name} must be a string, not {value!r}."
-                continue  # choices are compared with what there is
-            if value is None and field.default is None:
-                continue
-            if type(value).__name__ not in {kind, "int" if kind == "float" else kind}:
-                yield f"{field.name} must be {words[kind]}, not {value!r}."
-
-    def _faults(self) -> Iterator[str]:
-        choices: dict[str, Any] = {
-            "algorithm": ALGORITHMS,
-            "network": NETWORKS,
-            "bn": BN_MODES,
-            "order": ORDERS,
-            "loss": LOSSES,
-            "rates": RATES,
-            "adapts": ADAPTS,
-            "meta_optimizer": OPTIMIZERS,
-            "meta_schedule": SCHEDULES,
-            "device": DEVICES,
-            "engine": ("auto", *ENGINES),
-            "precision": PRECISIONS,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known and not (value is None and name in {*COORDINATES, "precision"}):
-                yield f"{name} must be one of {', '.join(known)}, not {value!r}."
-        least = {
-            "filters": 1,
-            "steps": 1,
-            "inner_steps": 1,
-            "eval_inner_steps": 1,
-            "msl_epochs": 1,
-            "first_order_epochs": 0,
-            "epoch_steps": 1,
-            "support_batches": 1,
-            "meta_batch_size": 1,
-            "seed": 0,
-            "eval_every": 1,
-            "eval_episodes": 2,  # an interval needs two
-            "log_every": 1,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                yield f"{name} must be at least {bound}, not {value}."
-        if self.seed > MOST_SEED:
-            yield f"seed must be at most {MOST_SEED}, not {self.seed}."
-        for name in ("inner_lr", "meta_lr", "meta_clip_norm", "meta_clip_value"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                yield f"{name} must be a positive number, not {value}."
+    def _conflicts(self) -> Iterator[str]:
         if self.filters is not None and self.network == "resnet18":
             yield "filters is not for the network resnet18, whose widths are its own."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
@@ -190,30 +210,29 @@ class TrainSettings:
                 f"support_batches must be at most inner_steps, {self.inner_steps}, not {self.support_batches}: "
                 "the rest would never be used."
             )
-        if self.algorithm in ALGORITHMS:
-            yield from objections(self.point, first_order_epochs=self.first_order_epochs)
-            if self.msl_epochs is not None and self.point.loss == "final":
-                yield "msl_epochs is for the loss multi-step, and this one is final."
-            if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
-                yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
-            epochs_count = self.first_order_epochs or self.point.loss == "multi-step"
-            if self.epoch_steps != TrainSettings.epoch_steps and not epochs_count:
-                yield "epoch_steps is for first_order_epochs and for the loss multi-step, and there is neither."
-            if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
-                yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
-            if self.engine == "higher" and self.precision == "bf16":
-                yield "The engine higher knows no precision bf16: its forward passes are its own. Take the engine loop."
-            if self.precision == "tf32" and self.device in {"cpu", "mps"}:
-                yield f"precision cannot be tf32 with device {self.device}: only CUDA devices have it."
-            if self.checkpoint_inner and self.point.order == "first":
-                yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
-            if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
-                yield f"checkpoint_inner is for the engine loop, not {self.engine}."
-            clips = self.meta_clip_norm is not None or self.meta_clip_value is not None
-            if clips and self.point.outer == "none":
-                yield f"There is nothing to clip with {self.algorithm}, which has no meta-gradient."
-            if self.engine != "auto" and self.point.outer in {"joint", "none"}:
-                yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
+        yield from objections(self.point, first_order_epochs=self.first_order_epochs)
+        if self.msl_epochs is not None and self.point.loss == "final":
+            yield "msl_epochs is for the loss multi-step, and this one is final."
+        if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
+            yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
+        epochs_count = self.first_order_epochs or self.point.loss == "multi-step"
+        if self.epoch_steps != TrainSettings.epoch_steps and not epochs_count:
+            yield "epoch_steps is for first_order_epochs and for the loss multi-step, and there is neither."
+        if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
+            yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
+        if self.engine == "higher" and self.precision == "bf16":
+            yield "The engine higher knows no precision bf16: its forward passes are its own. Take the engine loop."
+        if self.precision == "tf32" and self.device in {"cpu", "mps"}:
+            yield f"precision cannot be tf32 with device {self.device}: only CUDA devices have it."
+        if self.checkpoint_inner and self.point.order == "first":
+            yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
+        if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
+            yield f"checkpoint_inner is for the engine loop, not {self.engine}."
+        clips = self.meta_clip_norm is not None or self.meta_clip_value is not None
+        if clips and self.point.outer == "none":
+            yield f"There is nothing to clip with {self.algorithm}, which has no meta-gradient."
+        if self.engine != "auto" and self.point.outer in {"joint", "none"}:
+            yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
 
     @property
     def point(self) -> Algorithm:
@@ -266,10 +285,23 @@ class TrainSettings:
 
     def objective(self, step: int) -> Objective:
         """What the outer loop follows in an outer step, counted from 0."""
+        from trainer.maml.objective import Objective, step_weights
+
         if self.point.loss == "final":
             return Objective(self.point.outer)
         weights = step_weights(self.inner_steps, step // self.epoch_steps, self.msl_epochs or MSL_EPOCHS)
         return Objective(self.point.outer, weights)
+
+
+SETTINGS = {
+    one.name: Setting(one.name, str(one.type).partition(" ")[0], one.default, **one.metadata)
+    for one in fields(TrainSettings)
+}
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their names of today."""
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
@@ -280,9 +312,10 @@ def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
         place: the file.
 
     Raises:
-        RequestError: there are settings that are not known here, or that cannot be.
+        RequestError: there are settings that are not known here, or that are invalid.
     """
-    if unknown := sorted(values.keys() - {field.name for field in fields(TrainSettings)}):
+    values = renamed(values)
+    if unknown := sorted(values.keys() - SETTINGS.keys()):
         raise RequestError(
             f"{place} has settings that are not known here: {', '.join(unknown)}. Another version of this trainer "
             "wrote it; use that one."
@@ -296,6 +329,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         RequestError: it is not there.
     """
+    import torch
+
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))

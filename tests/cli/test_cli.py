@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -23,6 +24,7 @@ from cli.common import train_command
 from cli.main import VERBS, main
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import MamldataError
+from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
 
 MANIFEST = """
 format = "mamldata-manifest/1"
@@ -95,7 +97,9 @@ def test_help_names_every_verb_and_imports_no_torch():
     assert not {"'torch'", "'webdataset'", "'PIL'"} & set(re.findall(r"'\w+'", done.stdout))
 
 
-@pytest.mark.parametrize("verb", ["datasets", "fetch", "verify", "build", "inspect", "preview", "train", "eval"])
+@pytest.mark.parametrize(
+    "verb", ["datasets", "fetch", "verify", "build", "inspect", "preview", "recipes", "train", "eval", "compare"]
+)
 def test_a_verbs_help_imports_no_torch(verb: str):
     """Help and the data verbs start without torch."""
     code = (
@@ -517,9 +521,9 @@ def test_recipes_are_listed():
 
 def test_normalised_training_is_evaluated_normalised(archive: Path, tmp_path: Path):
     """The setting is in the checkpoint, so that nobody has to say it again."""
-    quick = ("--steps", 2, "--meta-batch-size", 2, "--eval-episodes", 4, "--normalise")
+    quick = ("--steps", 2, "--meta-batch-size", 2, "--eval-episodes", 4, "--normalize")
     assert run("train", archive, *quick, "--out", tmp_path / "run").exit_code == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_bytes())["settings"]["normalise"] is True
+    assert json.loads((tmp_path / "run" / "config.json").read_bytes())["settings"]["normalize"] is True
     evaluated = json.loads(run("eval", tmp_path / "run", archive, "--split", "val", "--episodes", 4, "--json").stdout)
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert evaluated["loss"] == pytest.approx(last["loss"], rel=1e-5)
@@ -568,8 +572,9 @@ def test_compare(archive: Path, tmp_path: Path):
         (["--set", "maml.inner_lr"], "is not of the form ALGORITHM.SETTING=VALUE"),
         (["--set", "anil.inner_lr=1"], "'anil' is not among those compared: maml, fomaml"),
         (["--set", "maml.inner_rl=1"], "there is no setting 'inner_rl'. Did you mean 'inner_lr'?"),
-        (["--set", "maml.inner_lr=fast"], "maml: The training settings cannot be:\n  inner_lr must be a number"),
-        (["--set", "fomaml.checkpoint_inner=true"], "fomaml: The training settings cannot be"),
+        (["--set", "maml.inner_lr=fast"], "maml: Invalid training settings:\n  inner_lr must be a number"),
+        (["--set", "fomaml.checkpoint_inner=true"], "fomaml: Invalid training settings"),
+        (["--set", "maml.normalise=true"], "normalize must be the same for all that are compared, not True for maml"),
         (["--set", "maml.steps=7"], "steps must be the same for all that are compared, not 7 for maml, 4000"),
         (["--episodes", "7"], "6 test episodes, but 7 are asked for"),
     ],
@@ -777,6 +782,8 @@ class TestBadInput:
         """Every fault in the settings is named at once."""
         result = run("train", archive, "--out", tmp_path / "run", "--steps", 0, "--inner-lr", -1)
         refused(result, 2, "steps must be at least 1", "inner_lr must be a positive number")
+        for option, value in {"--steps": "many", "--meta-lr": "fast", "--engine": "jax"}.items():
+            refused(run("train", archive, "--out", tmp_path / "run", option, value), 2, f"'{option}'")
 
     def test_a_checkpoint_that_is_none(self, archive: Path, tmp_path: Path):
         """Another file is not loaded."""
@@ -784,36 +791,40 @@ class TestBadInput:
         refused(run("eval", tmp_path / "x.pt", archive), 2, "x.pt is not a checkpoint")
 
 
-def test_choices_are_those_of_the_trainer():
-    """The options' choices, written down so that help needs no torch, are the trainer's."""
-    from cli import settings
-    from trainer.maml.algorithms import ADAPTS, ALGORITHMS, LOSSES, ORDERS, RATES
-    from trainer.maml.engines import ENGINES
-    from trainer.networks.networks import NETWORKS
-    from trainer.networks.precision import PRECISIONS
-    from trainer.settings import BN_MODES, DEVICES, OPTIMIZERS, SCHEDULES
-
-    assert tuple(ALGORITHMS) == settings.ALGORITHMS
-    assert tuple(NETWORKS) == settings.NETWORKS
-    assert tuple(BN_MODES) == settings.BN_MODES
-    assert (settings.ORDERS, settings.LOSSES, settings.RATES, settings.ADAPTS) == (ORDERS, LOSSES, RATES, ADAPTS)
-    assert tuple(OPTIMIZERS) == settings.OPTIMIZERS
-    assert ("auto", *ENGINES) == settings.ENGINES
-    assert tuple(DEVICES) == settings.DEVICES
-    assert tuple(PRECISIONS) == settings.PRECISIONS
-    assert tuple(SCHEDULES) == settings.SCHEDULES
-
-
-def test_defaults_in_help_are_the_settings():
-    """The defaults that help names are those of the settings."""
+def test_every_setting_is_an_option():
+    """Of its name, with its choices and its default; a flag can be turned off, and a former name is not in the help."""
     from cli.train import command
-    from trainer.settings import TrainSettings
 
-    helps = {parameter.name: getattr(parameter, "help", "") or "" for parameter in command.params}
-    shown = ("algorithm", "network", "steps", "inner_steps", "meta_lr", "meta_schedule", "meta_batch_size")
-    for name in shown:
-        assert f"[default: {getattr(TrainSettings, name)}" in helps[name], name
-    assert f"[default: {TrainSettings().point.bn}" in helps["bn"]
+    options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
+    for name, setting in SETTINGS.items():
+        option = options[name]
+        plain = f"--{name.replace('_', '-')}"
+        assert option.opts == [plain]
+        assert option.secondary_opts == ([f"--no-{plain[2:]}"] if setting.kind == "bool" else [])
+        if setting.choices:
+            assert tuple(option.type.choices) == setting.choices
+        else:
+            assert option.type.name == {"int": "integer", "float": "float", "bool": "boolean"}[setting.kind]
+        assert not option.hidden
+        default = "no" if setting.kind == "bool" else setting.default
+        assert f"  [default: {'' if default is None else default}" in option.help
+    assert f"[default: {TrainSettings().point.bn};" in options["bn"].help
+    assert [name for name, option in options.items() if option.hidden] == list(OLD_NAMES)
+
+
+def test_a_former_name_is_an_option(archive: Path, tmp_path: Path):
+    """``--normalise`` is ``--normalize``, and what a user gives is above what a recipe says."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'title = "Mine"\ndataset = "glyphs"\nsource = "a paper"\npublished = "99 %"\n'
+        "[episodes]\nn_way = 5\nk_shot = 1\nk_query = 3\n[settings]\ncheckpoint_inner = true\n"
+    )
+    quick = ("--steps", 1, "--meta-batch-size", 1, "--eval-episodes", 2, "--filters", 2, "--recipe", recipe)
+    done = run("train", archive, *quick, "--normalise", "--no-checkpoint-inner", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    settings = json.loads((tmp_path / "run" / "config.json").read_bytes())["settings"]
+    assert (settings["normalize"], settings["checkpoint_inner"]) == (True, False)
+    assert "normalise" not in settings
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):

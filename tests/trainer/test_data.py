@@ -410,7 +410,7 @@ class TestNormalisedCheckpoints:
     @pytest.fixture
     def trained(self, archive: Path, tmp_path: Path) -> Path:
         """A run on normalised images."""
-        return train(TrainSettings(steps=1, normalise=True, **QUICK), archive_data(archive), tmp_path / "run").run_dir
+        return train(TrainSettings(steps=1, normalize=True, **QUICK), archive_data(archive), tmp_path / "run").run_dir
 
     @pytest.fixture
     def others(self, make_dataset: Callable) -> EpisodeData:
@@ -470,7 +470,7 @@ class TestNormalisedCheckpoints:
     def test_a_run_that_does_not_say_goes_on(self, trained: Path, archive: Path) -> None:
         """Its normalisation follows from its data, which are compared; from then on it is noted."""
         self.forget(trained)
-        settings = TrainSettings(steps=2, normalise=True, **QUICK)
+        settings = TrainSettings(steps=2, normalize=True, **QUICK)
         assert train(settings, archive_data(archive), trained, resume=True).step == 2
         assert load_checkpoint(find_last(trained)).data["normalisation"]["mean"]
 

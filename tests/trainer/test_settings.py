@@ -1,16 +1,34 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from mamldata.errors import RequestError
-from trainer.maml.algorithms import InnerLoop
-from trainer.networks.networks import draw_weights
-from trainer.settings import CHANGEABLE, TrainSettings, pick_device, saved_settings
+from trainer.maml.algorithms import (
+    ADAPTS,
+    BN_MODES,
+    LOSSES,
+    ORDERS,
+    RATES,
+    Adapts,
+    BatchNorm,
+    InnerLoop,
+    Loss,
+    Order,
+    Rates,
+)
+from trainer.maml.engines import ENGINES
+from trainer.networks.networks import NETWORKS, draw_weights
+from trainer.networks.precision import PRECISIONS
+from trainer.settings import CHANGEABLE, OLD_NAMES, SETTINGS, TrainSettings, pick_device, saved_settings
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_cosine_schedule_falls_to_a_hundredth() -> None:
@@ -53,22 +71,46 @@ def test_every_fault_is_reported_at_once() -> None:
             device="tpu",
         )
     assert str(caught.value).splitlines() == [
-        "The training settings cannot be:",
+        "Invalid training settings:",
         "  algorithm must be one of maml, fomaml, maml++, anil, meta-sgd, reptile, pretrain, random, not 'mampl'.",
         "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
         "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
-        "  device must be one of auto, cpu, cuda, mps, not 'tpu'.",
         "  steps must be at least 1, not 0.",
         "  inner_steps must be at least 1, not -1.",
+        "  inner_lr must be a positive number, not 0.0.",
         "  eval_inner_steps must be at least 1, not 0.",
+        "  meta_lr must be a positive number, not nan.",
         "  meta_batch_size must be at least 1, not 0.",
         "  seed must be at least 0, not -1.",
         "  eval_every must be at least 1, not 0.",
         "  eval_episodes must be at least 2, not 1.",
         "  log_every must be at least 1, not 0.",
-        "  inner_lr must be a positive number, not 0.0.",
-        "  meta_lr must be a positive number, not nan.",
+        "  device must be one of auto, cpu, cuda, mps, not 'tpu'.",
     ]
+
+
+def test_conflicts_are_reported_with_the_faults_of_single_values() -> None:
+    """A number out of its bounds does not hide that two settings do not go together."""
+    with pytest.raises(RequestError) as caught:
+        TrainSettings(steps=0, meta_clip_norm=1.0, meta_clip_value=1.0)
+    assert [line.split()[0] for line in str(caught.value).splitlines()[1:]] == ["steps", "meta_clip_norm"]
+
+
+def test_names_that_stand_twice_are_the_same() -> None:
+    """Those that modules with torch know are those that are declared without it, and types allow what choices do."""
+    assert SETTINGS["network"].choices == tuple(NETWORKS)
+    assert SETTINGS["engine"].choices == ("auto", *ENGINES)
+    assert SETTINGS["precision"].choices == PRECISIONS
+    pairs = {Order: ORDERS, BatchNorm: BN_MODES, Loss: LOSSES, Rates: RATES, Adapts: ADAPTS}
+    assert all(get_args(kind) == choices for kind, choices in pairs.items())
+
+
+def test_the_table_in_the_docs_is_the_declaration() -> None:
+    """Every setting with its values, default and meaning; ``python docs/settings.py`` rewrites the table."""
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    rewritten = runpy.run_path(str(DOCS / "settings.py"))["rewritten"](page)
+    assert rewritten == page, "The table of settings is out of date. Run: python docs/settings.py"
+    assert all(f"| `--{name.replace('_', '-')}` |" in page for name in SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["algorithm", "network", "engine"])
@@ -116,10 +158,10 @@ def test_settings_without_effect_are_refused() -> None:
         ("seed", True, "a whole number"),
         ("inner_lr", "0.4", "a number"),
         ("meta_clip_norm", [1], "a number"),
-        ("normalise", 1, "true or false"),
-        ("network", ["conv4"], "a string"),
-        ("algorithm", {"name": "maml"}, "a string"),
-        ("bn", 1, "a string"),
+        ("normalize", 1, "true or false"),
+        ("network", ["conv4"], "one of conv4, .*"),
+        ("algorithm", {"name": "maml"}, "one of maml, .*"),
+        ("bn", 1, "one of transductive, .*"),
     ],
 )
 def test_a_value_of_another_type(name: str, value: object, kind: str) -> None:
@@ -144,6 +186,13 @@ def test_saved_settings_are_those_of_the_run() -> None:
     assert saved_settings({"steps": 7}, Path("a.pt")) == TrainSettings(steps=7)
     with pytest.raises(RequestError, match=r"a\.pt has settings that are not known here: a, b\. Another version"):
         saved_settings({"steps": 7, "b": 1, "a": 2}, Path("a.pt"))
+
+
+def test_former_names_are_read() -> None:
+    """Runs that were saved under a setting's former name go on."""
+    assert saved_settings({"normalise": True}, Path("a.pt")) == TrainSettings(normalize=True)
+    assert set(OLD_NAMES.values()) <= SETTINGS.keys()
+    assert not OLD_NAMES.keys() & SETTINGS.keys()
 
 
 def test_settings_are_frozen() -> None:

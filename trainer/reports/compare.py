@@ -25,7 +25,7 @@ from trainer.system.threads import limited_threads
 RESULT, TABLE = COMPARISON, "compare.md"
 _FORMAT = "mamldata-compare/1"
 # What must be equal, so that only the algorithms differ.
-_EQUAL = ("steps", "meta_batch_size", "seed", "normalise", "network", "filters", "device", "precision")
+_EQUAL = ("steps", "meta_batch_size", "seed", "normalize", "network", "filters", "device", "precision")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def compare(
     _require_comparable(plans)
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
-    normalise = next(iter(plans.values())).normalise
+    normalise = next(iter(plans.values())).normalize
     for what, count in asked:  # refused now rather than after hours of training
         data.eval(what, count, 1, torch.device("cpu"), normalise=normalise, rank=0, ranks=1)
     make_folder(out)

@@ -60,7 +60,7 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
         MamldataError: such a process was killed; the message names the settings.
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
-    keys = {name: (settings.meta_batch_size, settings.seed, settings.normalise) for name, settings in plans.items()}
+    keys = {name: (settings.meta_batch_size, settings.seed, settings.normalize) for name, settings in plans.items()}
     drawn = {key: _sample(*key, data) for key in set(keys.values())}  # one for all whose meta-batches are the same
     samples = {name: drawn[key] for name, key in keys.items()}
     keep_large_buffers()

@@ -225,7 +225,7 @@ def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
         method = method_of(run.network, run.settings.inner_loop_at_test())
         adapted = adapt(run.network, run.parameters, episode, method)[-1]
 
-    Its images must be what they were in training, see ``settings.normalise``; it computes in fp32.
+    Its images must be what they were in training, see ``settings.normalize``; it computes in fp32.
 
     Args:
         place: folder or file.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from mamldata.errors import ManifestError, RequestError, did_you_mean
 from mamldata.io.atomic import MOST_NOTE, read_whole
 from mamldata.io.toml import Table, read_toml, toml_names
+from trainer.settings import SETTINGS, TrainSettings, renamed
 
 _TEXTS = ("title", "dataset", "source", "published")
 _EPISODES = ("n_way", "k_shot", "k_query")
@@ -84,7 +85,7 @@ def _parse(name: str, data: bytes, source: str) -> Recipe:
     episodes = top.table("episodes")
     counts = {key: episodes.whole(key, 1) for key in _EPISODES}
     episodes.finish()
-    settings = top.take("settings", dict, {})
+    settings = renamed(top.take("settings", dict, {}))
     top.finish()
     faults += _wrong_settings(settings)
     if faults:
@@ -95,13 +96,9 @@ def _parse(name: str, data: bytes, source: str) -> Recipe:
 
 
 def _wrong_settings(settings: dict[str, Any]) -> Iterator[str]:
-    # Here, because torch takes seconds to import and a list of recipes does not need it.
-    from trainer.settings import TrainSettings
-
-    known = [field.name for field in fields(TrainSettings)]
-    for key in sorted(settings.keys() - set(known)):
-        yield f"settings.{key}: is not known here.{did_you_mean(key, known)}"
+    for key in sorted(settings.keys() - SETTINGS.keys()):
+        yield f"settings.{key}: is not known here.{did_you_mean(key, SETTINGS)}"
     try:
-        TrainSettings(**{key: value for key, value in settings.items() if key in known})
+        TrainSettings(**{key: value for key, value in settings.items() if key in SETTINGS})
     except RequestError as error:
         yield f"settings: {error}"

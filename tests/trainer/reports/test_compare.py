@@ -127,7 +127,7 @@ def test_pictures(compared) -> None:
         ("steps", 5),
         ("meta_batch_size", 3),
         ("seed", 1),
-        ("normalise", True),
+        ("normalize", True),
         ("network", "conv3-pool"),
         ("filters", 8),
         ("device", "auto"),

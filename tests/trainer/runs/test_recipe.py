@@ -135,6 +135,13 @@ def test_ones_own(tmp_path: Path):
     assert load_recipe(str(path)) == replace(recipe, notes="of note")
 
 
+def test_former_names_are_read(tmp_path: Path):
+    """A recipe that says ``normalise`` sets ``normalize``."""
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD + "normalise = true\n")
+    assert load_recipe(str(path)).settings == {"steps": 10, "inner_lr": 0.1, "normalize": True}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
@@ -146,7 +153,11 @@ def test_ones_own(tmp_path: Path):
         ("inner_lr = 0.1", "inner_rl = 0.1", "settings.inner_rl: is not known here. Did you mean 'inner_lr'?"),
         ("inner_lr = 0.1", "inner_lr = -1.0", "inner_lr must be a positive number, not -1.0."),
         ("inner_lr = 0.1", 'inner_lr = "0.1"', "inner_lr must be a number, not"),
-        ("inner_lr = 0.1", 'network = ["conv4"]', "network must be a string, not ['conv4']."),
+        (
+            "inner_lr = 0.1",
+            'network = ["conv4"]',
+            "network must be one of conv4, conv3-pool, conv4-pool, resnet18, not ['conv4'].",
+        ),
         ("[episodes]", "[episode]", "episodes: is missing"),
         ("[episodes]", "[episodes", "not valid TOML"),
     ],

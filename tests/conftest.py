@@ -50,7 +50,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported by now, hundreds of thousands of objects with torch, out of every later garbage collection."""
+    """Keep what is imported by now, with torch some 400,000 objects, out of every later garbage collection."""
     gc.freeze()
 
 

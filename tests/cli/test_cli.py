@@ -121,6 +121,7 @@ def photographs(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("peak_given")
 def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every help ends with examples; run in the order of work, all of them succeed."""
     examples = [line.strip() for line in run("--help").stdout.splitlines() if line.startswith("    mamldata ")]
@@ -166,6 +167,7 @@ QUICK = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("peak_given")
 @pytest.mark.parametrize(
     "first",
     [

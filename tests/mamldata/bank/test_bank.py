@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make as bank
-from mamldata.bank.format import Bank, check_bank, open_bank
+from mamldata.bank.format import Bank, check_bank, described, open_bank
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
@@ -433,7 +433,7 @@ if moment == "within piece 3":
 if moment == "before rename":
     bank.commit = die
 if moment == "before description":
-    bank._described = die
+    bank.described = die
 bank.make_bank(load_manifest(manifest), Path(root), progress=Bar)
 """
 
@@ -701,7 +701,7 @@ def test_a_description_made_up_to_fit_is_of_another_version(make_dataset: Make) 
     path = tiny.folder.bank_json(8)
     description = json.loads(path.read_bytes())
     del description["description_sha256"]
-    path.write_bytes(bank._described({**description, "format": "mamldata-bank/1"}))
+    path.write_bytes(described({**description, "format": "mamldata-bank/1"}))
     with pytest.raises(DamagedError, match="or of another version"):
         open_bank(tiny.folder, 8)
 

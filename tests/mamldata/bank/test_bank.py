@@ -276,6 +276,7 @@ for root in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
     """As the processes of one job do: all get the bank, whoever is the first to hash the folder and to make it."""
     for position in range(9):

@@ -672,6 +672,7 @@ class TestProcesses:
         with pytest.raises(FetchError, match=r"file\.bin is not the right file: sha256 .*\(299,999 bytes\), expected"):
             get(tmp_path, file)
 
+    @pytest.mark.slow
     def test_two_processes_at_once(self, server: FaultServer, tmp_path: Path):
         """Two processes fetch the file once; the second one waits, and says so."""
         url = server.serve("/f", Reply(drip=0.0001))

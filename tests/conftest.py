@@ -94,12 +94,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def peak_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak memory of an outer step is not measured, which takes a process that imports torch for each algorithm."""
-    monkeypatch.setattr("trainer.reports.costs._peak", lambda *_: 1.0)
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real datasets. Tests that use it carry ``@pytest.mark.real_data``."""

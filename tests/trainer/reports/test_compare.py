@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,14 @@ PLANS = {
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["weights"]
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _peak_given() -> Iterator[None]:
+    """Peak memory is not measured, which takes a process that imports torch for each algorithm; test_costs does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.reports.costs._peak", lambda *_: 1.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +166,6 @@ def test_a_comparison_takes_two(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.usefixtures("peak_given")
 def test_another_comparison_is_not_mixed_in(compared) -> None:
     """A folder with other runs is refused, and stays as it is."""
     _, out = compared
@@ -168,7 +176,6 @@ def test_another_comparison_is_not_mixed_in(compared) -> None:
     assert (out / "compare.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("peak_given")
 def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
     """One of many has failed: the message says which."""
     plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml", inner_lr=1e30)}
@@ -176,7 +183,6 @@ def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
         compare(plans, Synthetic(), tmp_path, episodes=4)
 
 
-@pytest.mark.usefixtures("peak_given")
 def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
     """What is saved is said in the words of a comparison, and the same call ends as if nothing had happened."""
     expected, _ = compared
@@ -205,7 +211,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("peak_given")
 def test_killed_it_goes_on(compared, tmp_path: Path) -> None:
     """After kill -9 in the midst of the second run, the same call ends with the same weights and accuracies."""
     expected, _ = compared

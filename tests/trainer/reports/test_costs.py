@@ -13,6 +13,7 @@ from trainer.reports.costs import measure_costs
 from trainer.settings import TrainSettings
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_settings() -> None:
     """More work takes more time and, where a graph is kept of it, more memory; what trains nothing is left out."""
     small = TrainSettings(inner_lr=0.01, meta_batch_size=1, device="cpu")

@@ -103,6 +103,7 @@ def test_sources_agree(expected):
     assert all(len(batches) == EPOCHS * PER_EPOCH for batches in expected.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kind=st.sampled_from(KINDS), before=RANKS, after=RANKS, at=st.integers(0, EPOCHS * PER_EPOCH - 1))
 def test_ranks_change_nothing(places, expected, kind, before, after, at):
@@ -123,6 +124,7 @@ def test_ranks_change_nothing(places, expected, kind, before, after, at):
     assert found == expected[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

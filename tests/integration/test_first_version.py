@@ -102,6 +102,7 @@ def command(name: str, out: str) -> list[str]:
     return ["train", "archive", "--out", out, "--resume", *COMMON.split(), *RUNS[name].split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_run_of_the_first_version_is_resumed(there: Path, name: str) -> None:
     """A run that was stopped after step 9 goes on to the weights that it would have had without the stop."""

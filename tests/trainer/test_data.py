@@ -283,6 +283,7 @@ class TestOpening:
             end()
             assert same(before, kept(data.eval("val", 6, 4, CPU)))
 
+    @pytest.mark.slow
     def test_a_server_that_goes_away_ends_no_run(self, server: Server, tmp_path: Path) -> None:
         """What is here is enough: the run ends as it would have."""
 

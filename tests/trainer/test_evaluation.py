@@ -129,6 +129,7 @@ def tensors_alive() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_memory_is_flat_over_episodes(order: str) -> None:
     """200 episodes leave no tensor behind, whatever the order, and the process does not grow."""

@@ -37,6 +37,7 @@ def settings_of(algorithm: str, **more) -> TrainSettings:
     return TrainSettings(**{**vars(SETTINGS), "algorithm": algorithm, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
     """A short run gets far above the accuracy of a network that has learned nothing, on classes never seen."""

@@ -43,6 +43,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "bn"), [("maml", "transductive"), ("fomaml", "support")])
 def test_training_learns(tmp_path: Path, algorithm: str, bn: str) -> None:
     """A short run gets from chance, 20 %, to far above it on classes that it has never seen."""

@@ -689,6 +689,7 @@ class TestProcesses:
 class TestVerification:
     """``check_raw`` finds whatever changed."""
 
+    @pytest.mark.slow
     def test_any_flipped_byte_is_found_and_named(self, tmp_path: Path):
         """Every byte of a repacked container and of its receipt is covered."""
         containers = TestContainers()

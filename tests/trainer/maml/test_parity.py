@@ -94,6 +94,7 @@ def test_vmap_agrees_in_every_norm(make, bn, order) -> None:
     assert_same(loop(network, at, batch(), inner, objective), run("vmap", network, at, batch(), inner, objective))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 @pytest.mark.parametrize("bn", ["transductive", "frozen"])
 def test_engines_agree_on_resnet18(bn) -> None:

@@ -33,6 +33,7 @@ def test_costs_are_those_of_the_settings() -> None:
     assert costs["long"].peak_mib > 1.5 * costs["first"].peak_mib > 0
 
 
+@pytest.mark.slow
 def test_the_last_step_is_measured() -> None:
     """After all annealing: the first order of the first epochs would look cheaper than training is."""
     settings = TrainSettings(first_order_epochs=1, epoch_steps=10, steps=11, inner_steps=10, inner_lr=0.01)
@@ -53,6 +54,7 @@ class DeadlyElsewhere(Synthetic):
         return {**super().describe(), "source": Deadly()}
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_is_named() -> None:
     """Whose step it was, and what needs less memory."""
     plans = {"large": TrainSettings(meta_batch_size=1, device="cpu")}

@@ -42,6 +42,7 @@ class Signalled(Synthetic):
         return super().batch(split, indices)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_a_run_ends_the_same(tmp_path: Path) -> None:
     """Stopped before a validation, amid a window of the log and after: all that is left is equal to the bit."""
     for settings in (
@@ -68,6 +69,7 @@ def test_stopped_and_resumed_a_run_ends_the_same(tmp_path: Path) -> None:
         assert strip_times(parts) == strip_times(whole)
 
 
+@pytest.mark.slow
 def test_each_start_gets_a_step_further(tmp_path: Path) -> None:
     """A run that is stopped as soon as it starts, again and again, comes to its end nevertheless."""
     for step in range(1, 14):

@@ -13,10 +13,10 @@ from mamldata.archive.index import Archive
 from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
+from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
 
 Images = npt.NDArray[np.uint8]
-Classes = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)

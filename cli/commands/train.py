@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from cli.common import as_words, episode_options, json_option, next_command, print_json, root_option, say
-from cli.settings import begin, setting_options
+from cli.options import as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say
+from cli.train_options import begin, setting_options
 
 
 @click.command(

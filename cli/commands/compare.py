@@ -11,17 +11,10 @@ from typing import Any
 
 import click
 
-from cli.common import (
-    as_words,
-    episode_options,
-    evaluated_episodes,
-    json_option,
-    next_command,
-    print_json,
-    root_option,
-    say,
-)
-from cli.settings import begin, setting_options
+from cli.options import as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say
+from cli.targets import evaluated_episodes
+from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
 from trainer.maml.algorithms import ALGORITHMS

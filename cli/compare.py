@@ -79,7 +79,7 @@ def command(
     from trainer.reports.plots import have_matplotlib, plot_comparison
     from trainer.system.distributed import world_of
 
-    if world_of(os.environ).ranks > 1:
+    if world_of(os.environ).world_size > 1:
         raise click.UsageError("compare works in one process: start it without torchrun.")
     names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
     for name in names:
@@ -98,7 +98,7 @@ def command(
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
-    result = compare(plans, data, out, split=split, episodes=number, report=say)
+    result = compare(plans, data, out, split=split, episodes=number, notify=say)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")

@@ -52,7 +52,7 @@ def command(
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
     start = time.monotonic()
-    result = train(settings, data, out, resume=resume, report=say, world=world)
+    result = train(settings, data, out, resume=resume, notify=say, world=world)
     if not world.first:
         return
     if have_matplotlib():

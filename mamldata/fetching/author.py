@@ -18,7 +18,8 @@ from mamldata.fetching.layouts import find_images, list_images
 from mamldata.fetching.receipts import Collected
 from mamldata.io.atomic import make_folder, write_atomic
 from mamldata.io.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
-from mamldata.io.digest import content_sha256, sha256_file
+from mamldata.io.content_digest import content_sha256
+from mamldata.io.digest import sha256_file
 from mamldata.progress import Progress, silent
 from mamldata.readers.image import is_image
 from mamldata.sampling.splits import SPLITS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from mamldata.fetching.deadlines import TimedAdapter
 from mamldata.io.atomic import MOST_NOTE, read_whole, temporary, write_atomic, writing
 from mamldata.io.digest import parse_json
 from mamldata.io.urls import shown_place, shown_text
+from mamldata.progress import Advance
 from mamldata.version import __version__
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
@@ -191,9 +192,7 @@ def _leave_body(response: requests.Response, **_: object) -> None:
         response.close()
 
 
-def transfer(
-    session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Callable[[int], object]
-) -> bool:
+def transfer(session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Advance) -> bool:
     """Get the rest of a file into its part, or all of it if the server has no ranges or another version.
 
     Args:

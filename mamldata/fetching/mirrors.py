@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeErro
 from mamldata.fetching.receipts import Verdict, most_bytes, verify_file
 from mamldata.io.digest import chunks
 from mamldata.io.urls import is_http, is_local, open_source, shown_place, shown_text
+from mamldata.progress import Advance, Notify
 
 _HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
 
@@ -43,7 +44,7 @@ class Mirrors:
         session: for the http(s) sources.
         network: how patient to be.
         at: told of the number of bytes that there are.
-        say: told of failed tries, a line each.
+        notify: told of failed tries, a line each.
         command: the command that fetches the dataset, for messages.
     """
 
@@ -52,8 +53,8 @@ class Mirrors:
     part: Part
     session: requests.Session
     network: Network
-    at: Callable[[int], object]
-    say: Callable[[str], object]
+    at: Advance
+    notify: Notify
     command: str
 
     def obtain(self) -> Obtained:
@@ -75,7 +76,7 @@ class Mirrors:
                     return self._attempt(source)
                 except SourceError as error:
                     failures[source] = str(error)
-                    self.say(f"{self.file.name}: {shown_place(source)}: {error}")
+                    self.notify(f"{self.file.name}: {shown_place(source)}: {error}")
                     asked = max(asked, error.retry_after)
                     if error.final:
                         alive.remove(source)
@@ -85,7 +86,7 @@ class Mirrors:
             if not alive or vain_rounds >= self.network.rounds:
                 raise FetchError(self._nothing_helped(failures))
             pause = self.network.pause(vain_rounds, asked)
-            self.say(f"{self.file.name}: trying again in {pause:.0f} s")
+            self.notify(f"{self.file.name}: trying again in {pause:.0f} s")
             time.sleep(pause)
 
     def _finished(self) -> Obtained | None:
@@ -114,7 +115,7 @@ class Mirrors:
         if had := self.part.size:
             if (obtained := self._go_on(source)) is not None:
                 return obtained
-            self.say(f"{self.file.name}: the first {had:,} bytes, from before, are of no use; starting anew")
+            self.notify(f"{self.file.name}: the first {had:,} bytes, from before, are of no use; starting anew")
             self.part.drop()
         self._transfer(source)
         return Obtained("downloaded", shown, self._accept())

@@ -813,7 +813,7 @@ def test_every_setting_is_an_option():
 
 
 def test_a_former_name_is_an_option(archive: Path, tmp_path: Path):
-    """``--normalise`` is ``--normalize``, and what a user gives is above what a recipe says."""
+    """``--normalize`` is ``--normalize``, and what a user gives is above what a recipe says."""
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         'title = "Mine"\ndataset = "glyphs"\nsource = "a paper"\npublished = "99 %"\n'

@@ -241,14 +241,14 @@ class TestReading:
             assert len(runs) == len(set(runs)) >= 4
         assert orders[0] != orders[1] != orders[2]
 
-    @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-    def test_elastic(self, server, tmp_path, ranks):
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    def test_elastic(self, server, tmp_path, world_size):
         """All ranks together see the same meta-batches, and any of them resumes anywhere."""
         cache = tmp_path / "cache"
         whole = [index for index, _ in kept(EpisodeStream(remote(server, cache_dir=cache), batch_size=BATCH, seed=2))]
         parts = []
-        for rank in range(ranks):
-            part = EpisodeStream(remote(server, cache_dir=cache), None, BATCH, 2, rank=rank, ranks=ranks)
+        for rank in range(world_size):
+            part = EpisodeStream(remote(server, cache_dir=cache), None, BATCH, 2, rank=rank, world_size=world_size)
             state = json.loads(json.dumps(part.state_dict() | {"next_batch": 1}))
             part.load_state_dict(state)
             parts.append([index for index, _ in kept(part)])

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-import mamldata
 from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
+from mamldata.version import __version__
 
 # verb: its line in the overview. The module of the same name in ``cli.commands`` has it as ``command``.
 VERBS = {
@@ -147,6 +147,6 @@ def _tell_torchrun(error: Exception) -> None:
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(mamldata.__version__, prog_name="mamldata")
+@click.version_option(__version__, prog_name="mamldata")
 def main() -> None:
     """Few-shot datasets as verified, bit-reproducible episode archives; and a lean MAML trainer."""

@@ -105,7 +105,7 @@ def test_every_room_says_what_it_is_for() -> None:
 
 
 def test_no_room_has_the_name_of_a_public_function() -> None:
-    """Importing ``mamldata.build`` as a module would hide the function of the name; so there is none."""
+    """Importing ``mamldata.archive.build`` as a module would hide the function of the name; so there is none."""
     for package in ("mamldata", "trainer"):
         tree = ast.parse((PROJECT / package / "__init__.py").read_bytes())
         names = next(

@@ -320,9 +320,10 @@ class TestFaults:
         """Whoever waits learns what for."""
         server.faults = [busy]
         kept(EpisodeStream(remote(server), shuffle=False))
-        (told,) = [record.getMessage() for record in caplog.records if record.name == "mamldata.sources.remote"]
+        told, pause = [record.getMessage() for record in caplog.records if record.name == "mamldata.archive.remote"]
         address = rf"{re.escape(server.url)}/train-0000\d\.tar"  # of those under way, the one that met it
-        assert re.fullmatch(rf"{address}: HTTP 503 Service Unavailable; trying again in 0 s", told)
+        assert re.fullmatch(rf"{address}: HTTP 503 Service Unavailable", told)
+        assert pause == "trying again in 0 s"
 
     def test_a_broken_transfer_goes_on_where_it_stopped(self, folder, server):
         """What came is not asked for again."""

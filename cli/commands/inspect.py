@@ -30,7 +30,7 @@ def command(archive: str, root: str | None, as_json: bool) -> None:
     Where the bank that it was built from is under the root, also which files were left out.
     """
     content = read_archive(archive)
-    left_out = files_left_out_of(content.dataset, content.bank_sha256, data_root(root))
+    left_out = files_left_out_of(content.dataset, content.image_shape[0], content.bank_sha256, data_root(root))
     if as_json:
         print_json(describe(content, shown_place(archive), left_out))
         return

@@ -39,13 +39,13 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
     }
 
 
-def files_left_out_of(dataset: str, bank_sha256: str, root: Path) -> tuple[LeftOut, ...] | None:
+def files_left_out_of(dataset: str, size: int, bank_sha256: str, root: Path) -> tuple[LeftOut, ...] | None:
     """What was left out when a bank was made; None where no bank under the root says it.
 
     Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
     """
     noted = []
-    for path in sorted(root.glob("*/*-*.json")):
+    for path in sorted(root.glob(f"*/*-{size}.json")):
         try:
             description = read_description(path)
         except (MamldataError, OSError):

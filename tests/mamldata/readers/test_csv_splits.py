@@ -163,7 +163,7 @@ def test_episodes_of_unequal_classes(beasts: Made, tmp_path: Path, monkeypatch: 
     """Three and five images: every row stays in its class."""
     bank = beasts.bank()
     manifest = beasts.manifest()
-    monkeypatch.setattr("mamldata.sources.stored.load_manifest", lambda _: manifest)
+    monkeypatch.setattr("mamldata.sources.live.load_manifest", lambda _: manifest)
     source = live("beasts.toml", "train", n_way=2, k_shot=1, k_query=2, root=beasts.root)
     drawn = source.sampler.sample(0, 200)
     for way in drawn.reshape(-1, 4):

@@ -170,10 +170,12 @@ def test_a_bank_notes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     archive = build(manifest, bank, tmp_path / "archive", request)
     monkeypatch.setattr(banks, "index_images", None)
     assert files_left_out(manifest, make_bank(manifest, root), root) == bank.files_left_out
-    assert files_left_out_of(archive.dataset, archive.bank_sha256, root) == bank.files_left_out
-    assert files_left_out_of(archive.dataset, archive.bank_sha256, tmp_path / "elsewhere") is None
+    assert files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, root) == bank.files_left_out
+    assert (
+        files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, tmp_path / "elsewhere") is None
+    )
     bank.path.with_suffix(".json").write_text("{}")
-    assert files_left_out_of(archive.dataset, archive.bank_sha256, root) is None
+    assert files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, root) is None
 
 
 def without_note(bank: Bank) -> None:

@@ -257,6 +257,7 @@ def test_build_in_portions(archive: Path, glyphs_root: Path, tmp_path: Path):
         "shards": 1,
         "written": 1,
         "of_shards": 3,
+        "left_out": [],
     }
     refused(run("inspect", tmp_path / "a"), 2, "unfinished build")
     closed = run(*build, "--json", root=glyphs_root)

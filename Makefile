@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench clean
+# Two processes: tests wait for files, servers and processes of their own, so that one leaves a processor idle.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: help demo quick test lint bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +20,11 @@ demo: $(READY)  ## Fetch, build, train and evaluate on the embedded data, withou
 	$(BIN)/mamldata train demo/glyphs-5w1s --out demo/run --steps 150 --eval-every 75 --eval-episodes 50 --resume
 	$(BIN)/mamldata eval demo/run demo/glyphs-5w1s --episodes 200
 
-test: $(READY)  ## Run the tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
-	$(BIN)/python -m pytest
+quick: $(READY)  ## Run the tests without those marked slow or real_data: at every edit
+	$(PYTEST) -m "not slow and not real_data"
+
+test: $(READY)  ## Run all tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
+	$(PYTEST)
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

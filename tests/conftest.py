@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import io
 import os
@@ -16,8 +17,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import filelock
 import fsspec
 import hypothesis
 import numpy as np
@@ -34,11 +37,21 @@ from mamldata.datasets.paths import DatasetFolder
 from mamldata.fetching.act import fetch
 
 REAL_DATA = "MAMLDATA_TEST_DATA"
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 UNEQUAL = {"Ash/one": 4, "Ash/two": 7, "Birch/one": 5, "Birch/two": 12, "Cedar/one": 6, "Cedar/two": 9}
+
+# Before torch is imported, here and in the processes that tests start: threads only wait for one another where the
+# tensors are small and several processes share the processors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, and no folder of past failures beside the sources.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now, with torch some 400,000 objects, out of every later garbage collection."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +63,26 @@ def _no_user_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """``make_once(name, make)`` gives a folder that ``make(folder)`` fills, once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                part = shared / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)  # of a process where ``make`` failed
+                part.mkdir()
+                make(part)
+                part.rename(folder)
+        return folder
+
+    return make_once
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch works with one thread."""
@@ -59,6 +92,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def peak_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak memory of an outer step is not measured, which takes a process that imports torch for each algorithm."""
+    monkeypatch.setattr("trainer.reports.costs._peak", lambda *_: 1.0)
 
 
 @pytest.fixture(scope="session")
@@ -85,14 +124,20 @@ def glyphs_manifest() -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def glyphs_root(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manifest) -> Path:
+def glyphs_root(
+    tmp_path_factory: pytest.TempPathFactory,
+    glyphs_manifest: Manifest,
+    make_once: MakeOnce,
+) -> Path:
     """A data root with glyphs fetched and its bank of 28 pixels made. Shared: do not write to it, copy it."""
-    archive = tmp_path_factory.mktemp("glyphs-drawn") / "glyphs.zip"
-    glyphs.write_archive(archive)
-    root = tmp_path_factory.mktemp("glyphs-root")
-    add_raw(DatasetFolder(root, "glyphs"), archive)
-    make_bank(glyphs_manifest, root)
-    return root
+
+    def make(root: Path) -> None:
+        archive = tmp_path_factory.mktemp("glyphs-drawn") / "glyphs.zip"
+        glyphs.write_archive(archive)
+        add_raw(DatasetFolder(root, "glyphs"), archive)
+        make_bank(glyphs_manifest, root)
+
+    return make_once("glyphs-root", make)
 
 
 @pytest.fixture(scope="session")
@@ -251,17 +296,16 @@ def run_read_only() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _omniglot_root(name: str, real_data: Path, root: Path) -> Path:
+def _fill_omniglot(name: str, real_data: Path, root: Path) -> None:
     manifest = load_manifest(name)
     fetch(manifest, root, [str(real_data / "omniglot")], offline=True)
     make_bank(manifest, root, workers=2)
-    return root
 
 
 @pytest.fixture(scope="session")
-def omniglot_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def omniglot_root(real_data: Path, make_once: MakeOnce) -> Path:
     """A data root with the real Omniglot and its bank. Shared: do not write to it, copy it."""
-    return _omniglot_root("omniglot", real_data, tmp_path_factory.mktemp("omniglot-root"))
+    return make_once("omniglot-root", partial(_fill_omniglot, "omniglot", real_data))
 
 
 @pytest.fixture(scope="session")
@@ -271,9 +315,9 @@ def omniglot_bank(omniglot_root: Path) -> Bank:
 
 
 @pytest.fixture(scope="session")
-def omniglot_small_root(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def omniglot_small_root(real_data: Path, make_once: MakeOnce) -> Path:
     """A data root with the real omniglot-small and its bank. Shared: do not write to it, copy it."""
-    return _omniglot_root("omniglot-small", real_data, tmp_path_factory.mktemp("omniglot-small-root"))
+    return make_once("omniglot-small-root", partial(_fill_omniglot, "omniglot-small", real_data))
 
 
 @dataclass(frozen=True)

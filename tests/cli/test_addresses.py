@@ -50,6 +50,7 @@ def host(archive: Path) -> Iterator[str]:
 QUICK = "--filters 4 --meta-batch-size 2 --eval-episodes 4 --device cpu"
 
 
+@pytest.mark.slow
 def test_no_password_is_said_or_kept(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by any verb that reads archives, in results, messages, refusals, or a file."""
     monkeypatch.chdir(tmp_path)

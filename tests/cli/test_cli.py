@@ -120,6 +120,8 @@ def photographs(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"kind {number}" / f"{image}.png")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("peak_given")
 def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every help ends with examples; run in the order of work, all of them succeed."""
     examples = [line.strip() for line in run("--help").stdout.splitlines() if line.startswith("    mamldata ")]
@@ -164,6 +166,8 @@ QUICK = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("peak_given")
 @pytest.mark.parametrize(
     "first",
     [
@@ -264,6 +268,7 @@ def test_build_in_portions(archive: Path, glyphs_root: Path, tmp_path: Path):
     assert json.loads(closed.stdout)["digest"] == json.loads(run("inspect", archive, "--json").stdout)["digest"]
 
 
+@pytest.mark.slow
 def test_build_to_an_address(s3: Any, archive: Path, glyphs_root: Path):
     """Build to S3, then inspect and verify there: the digest of the folder's archive."""
     counts = ("--train", 20, "--val", 4, "--test", 6, "--k-query", 3, "--workers", 1)
@@ -392,6 +397,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_root_of_others(glyphs_root: Path, tmp_path: Path, run_read_only: Callable[..., Any]):
     """With files and bank complete every verb but fetch works where nothing can be written; another is refused."""
     root = shutil.copytree(glyphs_root, tmp_path / "root")

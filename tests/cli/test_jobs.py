@@ -114,6 +114,7 @@ def test_what_a_process_of_a_job_shows(
         assert json.loads(told.read_text())["message"]["message"] == str(error)
 
 
+@pytest.mark.slow
 def test_torchrun(archive: Path, tmp_path: Path) -> None:
     """Train and eval share their work, and print once what one process prints."""
     # Plain descent, as Adam would make steps of rounding errors where there is next to no gradient.
@@ -134,6 +135,7 @@ def test_torchrun(archive: Path, tmp_path: Path) -> None:
     assert json.loads(stdout) == json.loads(here(*question))
 
 
+@pytest.mark.slow
 def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
     """What is wrong with a command is said once, before torchrun's report, whose cause it is, too."""
     code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", "train", tmp_path / "no-archive", "--out", tmp_path / "run")
@@ -149,6 +151,7 @@ def test_torchrun_shows_a_failure_once(archive: Path, tmp_path: Path) -> None:
     assert stderr.count("Error: Invalid value for '--steps'") == 1
 
 
+@pytest.mark.slow
 def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
     """Several would train the same runs at the same time."""
     code, stdout, stderr = run(*TORCHRUN, "-m", "mamldata", "compare", archive, "--out", tmp_path / "out")
@@ -158,6 +161,7 @@ def test_compare_is_for_one_process(archive: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends training with exit code 75 and no traceback; resumed, it ends the same to the bit."""

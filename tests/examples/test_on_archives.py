@@ -14,6 +14,7 @@ import pytest
 from mamldata.archive.index import read_archive
 
 Run = Callable[..., str]
+pytestmark = pytest.mark.slow
 
 
 def numbers(pattern: str, text: str) -> list[float]:

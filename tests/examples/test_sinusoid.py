@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 
 def test_maml_learns_to_adapt_and_joint_training_does_not(run_example: Callable[..., str], tmp_path: Path) -> None:
     """After a few hundred steps MAML's error falls with adaptation, and to well below the other's."""

@@ -23,6 +23,7 @@ from trainer.runs import checkpoint as checkpoint_module
 from trainer.runs.checkpoint import Checkpoint, find_last, load_checkpoint
 from trainer.settings import TrainSettings
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SETTINGS = TrainSettings(
     steps=40, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=2, log_every=1, seed=3, device="cpu"

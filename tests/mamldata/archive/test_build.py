@@ -242,6 +242,7 @@ class TestSameBytes:
 
 
 class TestInterrupted:
+    @pytest.mark.slow
     def test_killed_at_every_operation_on_a_file(self, reference, glyphs_root, tmp_path):
         """Killed before any single open, rename or deletion, the next build ends with the same bytes."""
         done = run(KILLED_EVERYWHERE, glyphs_root, tmp_path / "out")
@@ -258,6 +259,7 @@ class TestInterrupted:
         assert all(there - kept <= 1 for there, kept in finished)
         assert max(kept for _, kept in finished[:-1]) == 5
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for surviving workers in /proc")
     @pytest.mark.parametrize("workers", [1, 2])
     def test_killed_from_outside(self, script, glyphs_root, tmp_path, workers, glyphs_manifest, glyphs_bank):
@@ -425,6 +427,7 @@ class TestPortions:
         with pytest.raises(RequestError, match=message):
             Portion(number, of)
 
+    @pytest.mark.slow
     def test_at_the_same_time_and_beside_a_whole_build(self, reference, script, glyphs_root, tmp_path):
         """Portions, some of them twice, and builds of the whole, all at once: all succeed, and the bytes are right."""
         out = tmp_path / "out"
@@ -664,6 +667,7 @@ class TestPlaces:
         assert done.returncode == 0, done.stderr
         assert contents(out) == contents(reference)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [1, 2])
     def test_a_disk_that_fills_up(self, reference, glyphs_manifest, glyphs_bank, small_disk, workers):
         """Of a real one, too, each time a little larger: it never holds half an archive, and at last the whole."""
@@ -688,6 +692,7 @@ class TestPlaces:
         finally:
             tmp_path.chmod(0o755)
 
+    @pytest.mark.slow
     def test_processes_that_build_the_same_at_once(self, reference, script, glyphs_root, tmp_path):
         """All succeed, with the same digest, and the bytes are right."""
         args = [sys.executable, str(script), str(glyphs_root), str(tmp_path / "out")]

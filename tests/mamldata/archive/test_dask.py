@@ -23,6 +23,7 @@ from mamldata.archive.plan import BuildRequest
 from mamldata.archive.store import BUILD
 from mamldata.errors import DataMissingError, MamldataError, RequestError
 
+pytestmark = pytest.mark.slow
 REQUEST = BuildRequest(n_way=3, k_query=2, episodes={"train": 360, "val": 2}, seed=3, episodes_per_shard=3)
 
 

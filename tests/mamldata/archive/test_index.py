@@ -255,6 +255,7 @@ class TestArchiveJson:
         data = (folder / INDEX).read_bytes()
         assert parse_archive(data).to_json() == data
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("flip", [0x01, 0x80])
     def test_any_flipped_byte_is_found(self, own, flip):
         """Whatever byte of archive.json is flipped, reading it is refused and the file named."""

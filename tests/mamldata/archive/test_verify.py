@@ -72,6 +72,7 @@ class TestFlippedBytes:
         for cited in (digest, f"sha256:{digest}", digest.upper()):
             assert verify_archive(reference, digest=cited) == []
 
+    @pytest.mark.slow
     @given(data=st.data())
     @settings(max_examples=150)
     def test_any_byte_of_a_shard(self, reference, data):

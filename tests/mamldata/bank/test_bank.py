@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 
 from mamldata.bank import make as bank
-from mamldata.bank.format import Bank, check_bank, open_bank
+from mamldata.bank.format import Bank, check_bank, described, open_bank
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
@@ -276,6 +276,7 @@ for root in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_many_processes_open_a_folder_at_once(tmp_path: Path) -> None:
     """As the processes of one job do: all get the bank, whoever is the first to hash the folder and to make it."""
     for position in range(9):
@@ -433,7 +434,7 @@ if moment == "within piece 3":
 if moment == "before rename":
     bank.commit = die
 if moment == "before description":
-    bank._described = die
+    bank.described = die
 bank.make_bank(load_manifest(manifest), Path(root), progress=Bar)
 """
 
@@ -701,7 +702,7 @@ def test_a_description_made_up_to_fit_is_of_another_version(make_dataset: Make) 
     path = tiny.folder.bank_json(8)
     description = json.loads(path.read_bytes())
     del description["description_sha256"]
-    path.write_bytes(bank._described({**description, "format": "mamldata-bank/1"}))
+    path.write_bytes(described({**description, "format": "mamldata-bank/1"}))
     with pytest.raises(DamagedError, match="or of another version"):
         open_bank(tiny.folder, 8)
 

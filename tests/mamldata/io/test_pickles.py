@@ -147,7 +147,6 @@ def test_a_payload_does_not_run(protocol: int, tmp_path: Path):
         Path("x"),
         complex(1, 2),
     ],
-    ids=str,
 )
 def test_everything_else_is_refused(value: Any):
     """Harmless or not: only what images and labels need."""

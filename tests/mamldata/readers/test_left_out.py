@@ -14,7 +14,7 @@ from PIL import Image
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
 from mamldata.bank import make as banks
-from mamldata.bank.format import Bank
+from mamldata.bank.format import Bank, described
 from mamldata.bank.inventory import files_left_out_of
 from mamldata.bank.make import files_left_out, make_bank
 from mamldata.datasets.load import load_manifest
@@ -183,7 +183,7 @@ def without_note(bank: Bank) -> None:
     path = bank.path.with_suffix(".json")
     description = json.loads(path.read_bytes())
     del description["description_sha256"], description["files_left_out"]
-    path.write_bytes(banks._described(description))
+    path.write_bytes(described(description))
 
 
 def test_a_bank_of_an_earlier_version(tmp_path: Path):

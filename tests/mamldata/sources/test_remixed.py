@@ -243,14 +243,15 @@ class TestStream:
         for batch, reference in zip(joined, alone, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(batch, reference, strict=True))
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-    @pytest.mark.parametrize("workers", [0, 1, 4])
-    def test_workers_change_nothing(self, folder, workers):
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+    @pytest.mark.parametrize(("workers", "context"), [(0, None), (1, "spawn"), (4, "fork")])
+    def test_workers_change_nothing(self, folder, workers, context):
         """A DataLoader of any number of workers gives the same epoch."""
         alone, inside = stream(folder), stream(folder)
         expected = [kept(alone) for _ in range(2)][1]
         inside.set_epoch(1)
-        context = "spawn" if workers else None
         loader = DataLoader(inside, batch_size=None, num_workers=workers, multiprocessing_context=context)
         assert kept(loader) == expected
 

@@ -254,6 +254,7 @@ class TestReading:
             parts.append([index for index, _ in kept(part)])
         assert [list(itertools.chain(*rows)) for rows in zip(*parts, strict=True)] == whole[1:]
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
     def test_in_a_data_loader(self, server, tmp_path):
         """Workers share the cache and keep the order."""
@@ -824,6 +825,7 @@ class TestCache:
         assert kept(stream) == kept(EpisodeStream(folder, batch_size=1, shuffle=False))
         assert any(begin for _, begin in server.asked)
 
+    @pytest.mark.slow
     def test_two_processes_share_it(self, server, tmp_path):
         """Each shard is fetched once, however many processes want it at the same moment."""
         code = (
@@ -840,6 +842,7 @@ class TestCache:
         assert outputs == {f"{[list(range(at, min(at + 4, 23))) for at in range(0, 23, 4)]}\n"}
         assert sorted(shards_asked(server)) == [f"train-{number:05d}.tar" for number in range(5)]
 
+    @pytest.mark.slow
     def test_killed_in_mid_download(self, folder, server, tmp_path):
         """After kill -9 the next process goes on from what came, and nobody waits for the dead one's lock."""
 

@@ -493,6 +493,7 @@ class TestDataLoader:
         for _ in range(2):
             assert same(kept(loader), kept(alone))
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
     @pytest.mark.parametrize("workers", [3])
     def test_with_workers(self, folder, workers):
@@ -503,6 +504,7 @@ class TestDataLoader:
         inside.set_epoch(1)
         assert same(list(loader), expected[1])
 
+    @pytest.mark.slow
     def test_with_workers_that_resume(self, folder):
         """A loaded state is where the workers go on, too."""
         alone, inside = (EpisodeStream(folder, batch_size=BATCH, seed=3) for _ in range(2))
@@ -511,6 +513,7 @@ class TestDataLoader:
         loader = DataLoader(inside, batch_size=None, num_workers=2, multiprocessing_context="spawn")
         assert [batch.index.tolist() for batch in loader] == [batch[4].tolist() for batch in expected[2:]]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("context", ["spawn", "fork"])
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
     def test_with_workers_that_stay(self, folder, context):
@@ -586,6 +589,7 @@ class TestMisuseOfADataLoader:
             next(iter(loader))  # a warning is an error here, and in workers that are forked
         assert next(iter(loader)).index.tolist() == first
 
+    @pytest.mark.slow
     def test_nobody_tells_spawned_workers_the_epoch(self, folder, capfd):
         """Spawned workers know of those before them, too."""
         stream = EpisodeStream(folder, None, BATCH)
@@ -707,6 +711,7 @@ class TestStatefulDataLoader:
         assert order_of(itertools.islice(resumed, 1)) == expected[0][1:2]
         assert order_of(resumed) == expected[1]
 
+    @pytest.mark.slow
     def test_spawned_workers(self, folder, loader):
         """What forked workers saved, spawned ones take up."""
         expected = order_of(EpisodeStream(folder, None, BATCH))

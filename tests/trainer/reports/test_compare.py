@@ -157,6 +157,7 @@ def test_a_comparison_takes_two(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.usefixtures("peak_given")
 def test_another_comparison_is_not_mixed_in(compared) -> None:
     """A folder with other runs is refused, and stays as it is."""
     _, out = compared
@@ -167,6 +168,7 @@ def test_another_comparison_is_not_mixed_in(compared) -> None:
     assert (out / "compare.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("peak_given")
 def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
     """One of many has failed: the message says which."""
     plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml", inner_lr=1e30)}
@@ -174,6 +176,7 @@ def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
         compare(plans, Synthetic(), tmp_path, episodes=4)
 
 
+@pytest.mark.usefixtures("peak_given")
 def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
     """What is saved is said in the words of a comparison, and the same call ends as if nothing had happened."""
     expected, _ = compared
@@ -201,6 +204,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("peak_given")
 def test_killed_it_goes_on(compared, tmp_path: Path) -> None:
     """After kill -9 in the midst of the second run, the same call ends with the same weights and accuracies."""
     expected, _ = compared

@@ -109,6 +109,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_as_with_one_process(tmp_path: Path, alone: Path, world_size: int) -> None:
     """Loss curve, validations and final weights are those of one process; and evaluations, to the bit."""
@@ -141,6 +142,7 @@ def evaluate_in_float64(run_dir: Path) -> object:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_fewer_go_on(tmp_path: Path, float64: None) -> None:
     """One of two gets kill -9: torchrun ends with an error, the other one says what to do; one process goes on."""
     process = torchrun(2, tmp_path, "slow")
@@ -162,6 +164,7 @@ def test_a_killed_process_ends_the_job_and_fewer_go_on(tmp_path: Path, float64: 
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in rows(tmp_path / "undisturbed")]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     """SIGUSR1 to one of two: both save at the same step and end with 75; resumed, they end the same to the bit."""
     processes = by_hand(2, tmp_path, "slow")
@@ -183,6 +186,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == rows(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_torchrun_hands_sigterm_on(tmp_path: Path) -> None:
     """SIGTERM to torchrun stops its processes with a checkpoint between validations."""
     process = torchrun(2, tmp_path, "slow")
@@ -197,6 +201,7 @@ def test_torchrun_hands_sigterm_on(tmp_path: Path) -> None:
     assert saved.accuracy is None
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
     """A process that cannot go on ends the others, too, whenever that is; it says why, and they say who."""
     finish(torchrun(2, tmp_path, "failing"))

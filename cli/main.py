@@ -13,23 +13,23 @@ from typing import Any
 
 import click
 
-import mamldata
 from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
+from mamldata.version import __version__
 
-# verb: the module that has it as ``command``, and its line in the overview.
+# verb: its line in the overview. The module of the same name in ``cli.commands`` has it as ``command``.
 VERBS = {
-    "datasets": ("cli.datasets", "List the datasets, and what of them is here."),
-    "fetch": ("cli.fetch", "Get a dataset's raw files and verify them."),
-    "verify": ("cli.verify", "Hash everything of a dataset or an archive again."),
-    "build": ("cli.build", "Build an archive of episodes."),
-    "inspect": ("cli.inspect", "Show what is in an archive, and its digest."),
-    "preview": ("cli.preview", "Draw an episode as a picture."),
-    "recipes": ("cli.recipes", "List the settings of published experiments."),
-    "train": ("cli.train", "Train on an archive or on live episodes."),
-    "eval": ("cli.eval", "Evaluate a checkpoint."),
-    "compare": ("cli.compare", "Train with several algorithms on the same episodes."),
-    "manifest": ("cli.manifest", "Write a manifest for files of your own."),
-    "doctor": ("cli.doctor", "Print what a bug report needs."),
+    "datasets": "List the datasets, and what of them is here.",
+    "fetch": "Get a dataset's raw files and verify them.",
+    "verify": "Hash everything of a dataset or an archive again.",
+    "build": "Build an archive of episodes.",
+    "inspect": "Show what is in an archive, and its digest.",
+    "preview": "Draw an episode as a picture.",
+    "recipes": "List the settings of published experiments.",
+    "train": "Train on an archive or on live episodes.",
+    "eval": "Evaluate a checkpoint.",
+    "compare": "Train with several algorithms on the same episodes.",
+    "manifest": "Write a manifest for files of your own.",
+    "doctor": "Print what a bug report needs.",
 }
 
 EPILOG = """\b
@@ -62,13 +62,13 @@ class Verbs(click.Group):
         """Import a verb."""
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(VERBS[cmd_name][0]).command
+        command: click.Command = import_module(f"cli.commands.{cmd_name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """The overview, from the table above instead of from the modules."""
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+            formatter.write_dl(list(VERBS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line, and end the process."""
@@ -147,6 +147,6 @@ def _tell_torchrun(error: Exception) -> None:
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(mamldata.__version__, prog_name="mamldata")
+@click.version_option(__version__, prog_name="mamldata")
 def main() -> None:
     """Few-shot datasets as verified, bit-reproducible episode archives; and a lean MAML trainer."""

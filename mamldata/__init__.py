@@ -2,6 +2,8 @@
 
 ``fetch`` and ``build`` make an archive; ``EpisodeStream`` reads it:
 
+    mamldata.fetching.act("omniglot")
+    mamldata.archive.build("omniglot", "omniglot-5w1s")
     for batch in mamldata.EpisodeStream("omniglot-5w1s", split="train", batch_size=32, seed=0).to("cuda"):
         ...
 """
@@ -14,14 +16,29 @@ from typing import TYPE_CHECKING, Any
 from mamldata.version import __version__
 
 if TYPE_CHECKING:
-    from mamldata.archive.index import Archive, read_archive
+    from mamldata.archive.index import Archive
     from mamldata.datasets.load import load_manifest
     from mamldata.datasets.manifest import Manifest
     from mamldata.errors import MamldataError
+    from mamldata.pipeline import build, fetch, read_archive
     from mamldata.sources.live import live
     from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
     from mamldata.streaming.stream import EpisodeStream
+
+_HOME = {
+    "Archive": "archive.index",
+    "EpisodeBatch": "streaming.batch",
+    "EpisodeInfo": "sources.source",
+    "EpisodeStream": "streaming.stream",
+    "Manifest": "datasets.manifest",
+    "MamldataError": "errors",
+    "build": "pipeline",
+    "fetch": "pipeline",
+    "live": "sources.live",
+    "load_manifest": "datasets.load",
+    "read_archive": "pipeline",
+}
 
 __all__ = [
     "Archive",
@@ -31,22 +48,12 @@ __all__ = [
     "MamldataError",
     "Manifest",
     "__version__",
+    "build",
+    "fetch",
     "live",
     "load_manifest",
     "read_archive",
 ]
-
-_HOME = {
-    "Archive": "archive.index",
-    "EpisodeBatch": "streaming.batch",
-    "EpisodeInfo": "sources.source",
-    "EpisodeStream": "streaming.stream",
-    "Manifest": "datasets.manifest",
-    "MamldataError": "errors",
-    "live": "sources.live",
-    "load_manifest": "datasets.load",
-    "read_archive": "archive.index",
-}
 
 
 def __getattr__(name: str) -> Any:

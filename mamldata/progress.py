@@ -1,10 +1,13 @@
-"""How long work reports its progress: the library counts, whoever calls it draws."""
+"""How long work tells of its progress: the library counts and speaks, and whoever calls it draws and prints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+Advance = Callable[[int], object]  # called with the number of units that were just done
+Notify = Callable[[str], object]  # called with a line of text
 
 
 class Progress(Protocol):
@@ -13,12 +16,16 @@ class Progress(Protocol):
     ``unit`` is ``"B"`` for bytes, else a plural noun such as ``"images"``; ``total`` is None when unknown.
     """
 
-    def __call__(self, label: str, total: int | None, unit: str, /) -> AbstractContextManager[Callable[[int], object]]:
+    def __call__(self, label: str, total: int | None, unit: str, /) -> AbstractContextManager[Advance]:
         """Start one bar."""
         ...
 
 
 @contextmanager
-def silent(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int], object]]:  # noqa: ARG001
+def silent(label: str, total: int | None, unit: str, /) -> Iterator[Advance]:  # noqa: ARG001
     """The default: no output at all."""
     yield lambda _: None
+
+
+def silence(line: str) -> None:
+    """The default of ``notify``: the line is dropped."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -92,3 +94,31 @@ def test_a_rival_of_our_names_is_named(python: Path, tmp_path: Path, name: str):
     if name != "cli":
         report = subprocess.run([*command, "doctor"], cwd=tmp_path, capture_output=True, text=True)
         assert f"name conflicts: Another package has written its own {ours.resolve()}" in report.stdout
+
+
+SMALL = {  # what keeps a command of the README short here
+    "build": ["--train", "6", "--val", "3", "--test", "3"],
+    "train": ["--steps", "2", "--meta-batch-size", "2", "--eval-episodes", "2", "--filters", "2"],
+    "eval": ["--episodes", "3"],
+}
+
+
+def test_the_readme_runs_from_the_wheel(python: Path, tmp_path: Path):
+    """The commands and the loop of the README, in order, on the embedded data in place of Omniglot."""
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8").replace("omniglot", "glyphs")
+    first: dict[str, list[str]] = {}  # command with each verb, in the README's order
+    for line in re.findall(r"^    (mamldata .*)", readme, re.MULTILINE):
+        first.setdefault(line.split()[1], line.split()[1:])
+    environment = {**os.environ, "MAMLDATA_ROOT": str(tmp_path / "root"), "OMP_NUM_THREADS": "1"}
+    for verb in ("fetch", "build", "verify", "preview", "train", "eval"):
+        command = [
+            str(python.with_name("mamldata")),
+            *first[verb],
+            *SMALL.get(verb, []),
+        ]  # the last of an option counts
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+    (loop,) = re.findall(r"```python\n(import mamldata\n.*?)```", readme, re.DOTALL)
+    loop = loop.replace('"cuda"', '"cpu"').replace("batch_size=32", "batch_size=2") + "    print(batch.query_x.shape)\n"
+    ran = subprocess.run([str(python), "-c", loop], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.stdout.startswith("torch.Size([2, 75, 1, 28, 28])"), ran.stderr

@@ -5,7 +5,7 @@
     import trainer
 
     data = trainer.archive_data("omniglot-5w1s")
-    trainer.train(trainer.TrainSettings(steps=1000), data, "runs/first", report=print)
+    trainer.train(trainer.TrainSettings(steps=1000), data, "runs/first", notify=print)
     print(trainer.evaluate("runs/first", data, split="test", episodes=600))
 
 ``data`` is anything with the methods of ``TrainData``.

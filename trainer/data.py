@@ -13,7 +13,7 @@ from torch import Tensor
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sources.live import LiveSource, live
 from mamldata.sources.open import open_archive
 from mamldata.sources.source import Source
@@ -53,9 +53,9 @@ class EpisodeData:
         seed: int,
         device: torch.device,
         *,
-        normalise: bool = False,
+        normalize: bool = False,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> DeviceStream:
         """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
         stream = EpisodeStream(
@@ -63,9 +63,9 @@ class EpisodeData:
             batch_size=batch_size,
             seed=seed,
             remix=self.remix,
-            normalise=normalise,
+            normalize=normalize,
             rank=rank,
-            ranks=ranks,
+            world_size=world_size,
         )
         self._trained_on = stream.source
         return stream.to(device)
@@ -77,9 +77,9 @@ class EpisodeData:
         batch_size: int,
         device: torch.device,
         *,
-        normalise: bool | Normalisation = False,
+        normalize: bool | Normalization = False,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once and in order.
 
@@ -90,7 +90,12 @@ class EpisodeData:
         if source.episodes is not None and source.episodes < episodes:
             raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} are asked for.")
         stream = EpisodeStream(
-            source.view(episodes), batch_size=batch_size, shuffle=False, normalise=normalise, rank=rank, ranks=ranks
+            source.view(episodes),
+            batch_size=batch_size,
+            shuffle=False,
+            normalize=normalize,
+            rank=rank,
+            world_size=world_size,
         )
         return stream.to(device)
 
@@ -133,11 +138,12 @@ class EpisodeData:
 
     def _describe(self, source: Source) -> dict[str, Any]:
         info = asdict(source.info)
-        del info["split"]
+        del info["split"], info["normalization"]
         digest = info["archive_sha256"] or info["bank_sha256"]
         plain = {
             "image_shape": list(info["image_shape"]),
-            "normalisation": {key: list(value) for key, value in source.info.normalisation._asdict().items()},
+            # The spelling of files, as in archive.json.
+            "normalisation": {key: list(value) for key, value in source.info.normalization._asdict().items()},
         }
         return {**info, **plain, "digest": digest, "remix": self.remix, "source": self.place}
 

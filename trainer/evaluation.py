@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.errors import RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.intervals import half_width
 from trainer.maml.adapt import Method, adapt
@@ -131,7 +131,7 @@ def evaluate_network(
             index.append(batch.index)
     # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
     table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
-    if world.ranks > 1:
+    if world.world_size > 1:
         # In the order of the episodes, so that sums come out the same to the bit for any number of processes.
         parts = world.gather((torch.cat(index).cpu() if index else torch.empty(0, dtype=torch.int64), table))
         order = torch.cat([places for places, _ in parts]).argsort()
@@ -225,7 +225,7 @@ def evaluate(
             if here != there:
                 raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
         settings = saved_settings(checkpoint.settings, path)
-        normalise = settings.normalize and _normalisation_of(path, checkpoint, about)
+        normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
@@ -233,8 +233,10 @@ def evaluate(
         keep_large_buffers()
         where = world.device(pick_device(device))
         # So that each process has an episode of every meta-batch, whose size makes no difference here.
-        size = max(settings.meta_batch_size, world.ranks)
-        batches = data.eval(split, episodes, size, where, normalise=normalise, rank=world.rank, ranks=world.ranks)
+        size = max(settings.meta_batch_size, world.world_size)
+        batches = data.eval(
+            split, episodes, size, where, normalize=normalize, rank=world.rank, world_size=world.world_size
+        )
         network, learned = checkpoint.restored(path, where)
         # What was trained in tf32 is evaluated in fp32 where there is no tf32.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
@@ -250,14 +252,14 @@ def _origin(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 
 
-def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalisation:
+def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalization:
     """What to normalise by, so that images are what they were in training.
 
     Raises:
         RequestError: the checkpoint does not say, and these are other data.
     """
     if (known := checkpoint.data.get("normalisation")) is not None:
-        return Normalisation(tuple(known["mean"]), tuple(known["std"]))
+        return Normalization(tuple(known["mean"]), tuple(known["std"]))
     # The first checkpoints do not say; the data that they were trained on do.
     if any(checkpoint.data[key] != about[key] for key in ("digest", "split_scheme")):
         raise RequestError(

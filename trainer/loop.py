@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mamldata.errors import RequestError, StoppedError
+from mamldata.progress import Notify, silence
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate_network
 from trainer.learner import Learner
@@ -33,7 +34,7 @@ def train(
     run_dir: Path | str,
     *,
     resume: bool = False,
-    report: Callable[[str], object] = lambda _: None,
+    notify: Notify = silence,
     world: World = ALONE,
 ) -> RunResult:
     """Meta-train a network; what comes of it is in ``run_dir``.
@@ -47,7 +48,7 @@ def train(
         data: the episodes.
         run_dir: made if need be.
         resume: go on with the run in ``run_dir``; start it if there is nothing yet.
-        report: told of the threads on a CPU, and of the progress, a line at a time.
+        notify: told of the threads on a CPU, and of the progress, a line at a time.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             ``run_dir`` need not be there for the others.
 
@@ -61,12 +62,12 @@ def train(
         WriteError: ``run_dir`` cannot be written to.
     """
     run_dir = Path(run_dir)
-    report = report if world.first else _silent
+    notify = notify if world.first else silence
     with world.together():
         about = data.describe()
         learner = _fit_to_train(settings, data, about, world)  # before anything is written
     require_agreement(world, settings, about)
-    with stop_at_signals(keyboard=world.ranks == 1) as stop, ExitStack() as held:
+    with stop_at_signals(keyboard=world.world_size == 1) as stop, ExitStack() as held:
         with world.together():
             if world.first:
                 held.enter_context(alone_in(run_dir))
@@ -74,42 +75,38 @@ def train(
         # One process looks which checkpoint is the last: all go on from that one, wherever they run.
         last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
-            report(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
+            notify(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
             return run_result(run_dir, last, world)
         with world.together():
             stream = data.train(
                 settings.meta_batch_size,
                 settings.seed,
                 learner.device,
-                normalise=settings.normalize,
+                normalize=settings.normalize,
                 rank=world.rank,
-                ranks=world.ranks,
+                world_size=world.world_size,
             )
             if last:
                 learner.load(last.weights, last.optimizer, run_dir / last.name)
                 stream.load_state_dict(last.stream)
-            recorder = Recorder(run_dir, learner, about, writes=world.first, report=report, last=last)
+            recorder = Recorder(run_dir, learner, about, writes=world.first, notify=notify, last=last)
             held.enter_context(recorder)
         world.spread_(learner.learned)
         if learner.device.type == "cpu":
-            report(f"Computing with {threads}.")
+            notify(f"Computing with {threads}.")
         run = _Run(learner, data, about, stream, recorder, world)
         step = last.step if last else 0
         last = run.steps(step, stop) if step < settings.outer_steps else run.validate(step)
         for line in rate_lines(learner.parameters, settings.point.rates):
-            report(line)
+            notify(line)
         return run_result(run_dir, last, world)
-
-
-def _silent(line: str) -> None:
-    """The report of all processes but the first."""
 
 
 def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World) -> Learner:
     """What is to be trained, if all that it takes is there."""
-    if world.ranks > settings.meta_batch_size:
+    if world.world_size > settings.meta_batch_size:
         raise RequestError(
-            f"{world.ranks} processes cannot share a meta-batch of {settings.meta_batch_size}: each must get an "
+            f"{world.world_size} processes cannot share a meta-batch of {settings.meta_batch_size}: each must get an "
             f"episode. Start at most {settings.meta_batch_size}, or raise meta_batch_size."
         )
     device = world.device(pick_device(settings.device))
@@ -129,9 +126,9 @@ def _validation(learner: Learner, data: TrainData, world: World) -> Iterable[Epi
         settings.eval_episodes,
         settings.meta_batch_size,
         learner.device,
-        normalise=settings.normalize,
+        normalize=settings.normalize,
         rank=world.rank,
-        ranks=world.ranks,
+        world_size=world.world_size,
     )
 
 
@@ -164,7 +161,7 @@ class _Run:
 
                 validating = (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
                 logging = (step + 1) % settings.log_every == 0 or validating
-                share = len(batch.index) / settings.meta_batch_size if world.ranks > 1 else 1.0
+                share = len(batch.index) / settings.meta_batch_size if world.world_size > 1 else 1.0
                 outcome = learner.gradient(batch, step, share, world, every_step=logging)
                 recorder.window.add(batch, outcome, waited, share)  # before a clip can hide an infinite gradient
                 learner.descend(outcome, step)

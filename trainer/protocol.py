@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamldata.errors import RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
 
 
@@ -49,7 +49,7 @@ class TrainData(ClassData, Protocol):
     """Episodes to train and to evaluate on."""
 
     def train(
-        self, batch_size: int, seed: int, device: torch.device, *, normalise: bool, rank: int, ranks: int
+        self, batch_size: int, seed: int, device: torch.device, *, normalize: bool, rank: int, world_size: int
     ) -> TrainStream:
         """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``.
 
@@ -65,9 +65,9 @@ class TrainData(ClassData, Protocol):
         batch_size: int,
         device: torch.device,
         *,
-        normalise: bool | Normalisation,
+        normalize: bool | Normalization,
         rank: int,
-        ranks: int,
+        world_size: int,
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice.
 
@@ -80,9 +80,9 @@ class TrainData(ClassData, Protocol):
         """What the episodes are, fit for JSON.
 
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
-        ``digest`` and ``source``; and what ``normalise=True`` means, ``normalisation``, with lists ``mean`` and ``std``
+        ``digest`` and ``source``; and what ``normalize=True`` means, ``normalization``, with lists ``mean`` and ``std``
         of a number for each channel. A run goes on only with data whose description is the same, ``source`` (the
-        place) and ``normalisation``, which follows from the rest, aside.
+        place) and ``normalization``, which follows from the rest, aside.
         """
         ...
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mamldata.progress import Notify
 from trainer.evaluation import Evaluation
 from trainer.learner import Learner
 from trainer.protocol import TrainStream
@@ -23,7 +23,7 @@ class Recorder:
         learner: what is trained.
         data: what the episodes are.
         writes: whether this is rank 0.
-        report: told of the progress, a line at a time.
+        notify: told of the progress, a line at a time.
         last: the checkpoint that the run goes on from.
 
     Attributes:
@@ -41,13 +41,13 @@ class Recorder:
         data: dict[str, Any],
         *,
         writes: bool,
-        report: Callable[[str], object],
+        notify: Notify,
         last: Checkpoint | None,
     ) -> None:
         self.run_dir, self._learner, self._data = run_dir, learner, data
         self._settings = learner.settings
         self._writes = writes
-        self._report = report
+        self._report = notify
         self._best = (last.best_step, last.best_accuracy) if last else (0, -1.0)
         step = last.step if last else 0
         begun = {name: value.to(learner.device) for name, value in last.window.items()} if last else {}

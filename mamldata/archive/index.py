@@ -17,7 +17,7 @@ from mamldata.archive.layout import MOST_EPISODES, EpisodeLayout
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import read_whole
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.sampling.splits import SPLITS
 
@@ -58,7 +58,7 @@ class Archive:
         dataset, dataset_version, bank_sha256: where the images come from.
         split_scheme, rotations, seed, n_way, k_shot, k_query: what the episodes are.
         image_shape: ``(H, W, C)``.
-        normalisation: mean and deviation of all images of the train split's classes.
+        normalization: mean and deviation of all images of the train split's classes.
         splits: by name.
     """
 
@@ -72,7 +72,7 @@ class Archive:
     k_shot: int
     k_query: int
     image_shape: tuple[int, int, int]
-    normalisation: Normalisation
+    normalization: Normalization
     splits: Mapping[str, ArchiveSplit]
 
     @cached_property
@@ -144,7 +144,7 @@ class Archive:
                 "k_shot": self.k_shot,
                 "k_query": self.k_query,
                 "image_shape": list(self.image_shape),
-                "normalisation": {key: list(value) for key, value in self.normalisation._asdict().items()},
+                "normalisation": {key: list(value) for key, value in self.normalization._asdict().items()},
                 "splits": {name: _split_json(split) for name, split in self.splits.items()},
             }
         )
@@ -267,7 +267,7 @@ def _from_json(document: dict[str, Any]) -> Archive:
         k_shot=document["k_shot"],
         k_query=document["k_query"],
         image_shape=(height, width, channels),
-        normalisation=Normalisation(**{key: tuple(value) for key, value in document["normalisation"].items()}),
+        normalization=Normalization(**{key: tuple(value) for key, value in document["normalisation"].items()}),
         # JSON sorts them by name; ours is the order of work. A split of another name is noticed by the caller.
         splits={name: _split_from_json(document["splits"][name]) for name in SPLITS if name in document["splits"]},
     )
@@ -295,7 +295,7 @@ def _plain(archive: Archive) -> bool:
     shards = [shard for split in splits for shard in split.shards]
     names = [name for split in splits for name in split.classes.names]
     texts = (archive.dataset, archive.dataset_version, archive.bank_sha256, archive.split_scheme, *names)
-    moments = (*archive.normalisation.mean, *archive.normalisation.std)
+    moments = (*archive.normalization.mean, *archive.normalization.std)
     digests = (archive.bank_sha256, *(shard.sha256 for shard in shards))
     counts = [archive.n_way, archive.k_shot, archive.k_query, *archive.image_shape]
     counts += [split.episodes for split in splits] + [shard.episodes for shard in shards]
@@ -306,8 +306,8 @@ def _plain(archive: Archive) -> bool:
         and all(0 < count < MOST_EPISODES for count in counts)
         and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
         and all(type(value) is float and 0 <= value <= 1 for value in moments)
-        and all(archive.normalisation.std)
-        and {len(values) for values in archive.normalisation} == {archive.image_shape[2]}
+        and all(archive.normalization.std)
+        and {len(values) for values in archive.normalization} == {archive.image_shape[2]}
         and archive.rotations in ROTATIONS
         and len(archive.splits) > 0
     )

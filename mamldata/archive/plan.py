@@ -85,7 +85,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
         k_shot=request.k_shot,
         k_query=request.k_query,
         image_shape=image_shape,
-        normalisation=bank.normalisation(division["train"]),
+        normalization=bank.normalization(division["train"]),
         splits=splits,
     )
     for name, split_plan in archive.splits.items():

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,17 +33,26 @@ from mamldata.archive.index import (
     parse_archive,
 )
 from mamldata.errors import DamagedError, FetchError, WriteError
-from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeError, Writable, open_session, transfer
+from mamldata.fetching.http import (
+    GaveUpError,
+    Network,
+    Part,
+    SourceError,
+    UnusableRangeError,
+    Writable,
+    keep_trying,
+    open_session,
+    transfer,
+)
 from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
-from mamldata.io.urls import is_http, join, require_address, shown_place
+from mamldata.io.urls import is_http, join, require_address, shown_error, shown_place
 
 _log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
 Opened = TypeVar("Opened")
 
 _REMEDY = "Check the address and the network, and try again."
 WRONG_COPY = "The copy at that address is damaged, or of another archive: tell who keeps it."
-_HEADWAY = 1 << 20  # bytes that make a try worth its while
 _OWN = re.compile(r"[0-9a-f]{64}\.tar(\.part)?")  # the names of shards in a cache, whole and under way
 _TAG = b"""\
 Signature: 8a477f597d28d172789f06886806bc55
@@ -295,22 +303,21 @@ def _obtain(
         FetchError: it could not be had.
         WriteError: the place cannot be written to.
     """
-    vain, most = 0, part.size
-    while True:
+
+    def attempt(source: str) -> None:
         try:
-            _attempt(url, part, bound, network)
+            _attempt(source, part, bound, network)
             check()
-            break
         except SourceError as error:
-            vain = 0 if part.size >= most + _HEADWAY else vain + 1
-            most = max(most, part.size)
-            if error.final or error.refused or vain >= network.rounds:
-                remedy = WRONG_COPY if error.wrong else _REMEDY
-                raise FetchError(f"{shown_place(url)} could not be had: {error}. {remedy}") from error
-            pause = network.pause(vain, error.retry_after)
-            # Its text: a handler that keeps records would keep alive whatever the error's traceback holds.
-            _log.warning("%s: %s; trying again in %.0f s", shown_place(url), str(error), pause)
-            time.sleep(pause)
+            error.final |= error.refused  # there is no other source
+            raise
+
+    try:
+        keep_trying([url], attempt, part, network, _log.warning)
+    except GaveUpError as error:
+        reason = error.failures[url]
+        remedy = WRONG_COPY if reason.wrong else _REMEDY
+        raise FetchError(f"{shown_place(url)} could not be had: {reason}. {remedy}") from reason
     with writing(final):
         commit(final, lasting=lasting)
     part.forget()
@@ -344,7 +351,7 @@ def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
         stream = fsspec.open(url, "rb").open()
     except Exception as error:  # each of fsspec's file systems has exceptions of its own
         final = isinstance(error, FileNotFoundError | PermissionError)
-        raise SourceError(f"it cannot be read ({error or type(error).__name__})", final=final) from error
+        raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error
     with stream, part.writer(had) as target:
         for chunk in _remaining(stream, had):
             had += len(chunk)
@@ -358,7 +365,7 @@ def _remaining(stream: Any, start: int) -> Any:
         stream.seek(start)
         yield from chunks(stream)
     except Exception as error:  # as above
-        raise SourceError(f"reading it broke off ({error or type(error).__name__})") from error
+        raise SourceError(f"reading it broke off ({shown_error(error)})") from error
 
 
 def _require_digest(part: _HashedPart, shard: Shard) -> None:

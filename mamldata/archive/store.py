@@ -21,7 +21,7 @@ from mamldata.archive.index import MOST_INDEX_BYTES
 from mamldata.errors import MamldataError, RequestError, WriteError
 from mamldata.io.atomic import locked, make_folder, publish, read_whole, writing
 from mamldata.io.digest import chunks, sha256_file
-from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_place
+from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_error, shown_place
 
 BUILD = ".build"  # what an unfinished build needs, and nobody else
 _LOCK = ".lock"
@@ -303,7 +303,7 @@ class AddressStore:
             raise
         except Exception as error:
             raise WriteError(
-                f"{self} cannot be used ({str(error) or type(error).__name__}). Check the address, your credentials "
+                f"{self} cannot be used ({shown_error(error)}). Check the address, your credentials "
                 "and the network, and run the same command again: it goes on from what is there."
             ) from error
 

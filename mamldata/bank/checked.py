@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mamldata.datasets.paths import cache_folder
 from mamldata.errors import WriteError
 from mamldata.io.atomic import make_folder, write_atomic
 from mamldata.io.digest import canonical_json, sha256_file
+from mamldata.progress import Advance
 
 # Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
 _TICK_NS = 2_000_000_000
@@ -32,7 +32,7 @@ def is_noted(path: Path, sha256: str) -> bool:
         return False
 
 
-def hash_and_note(path: Path, sha256: str, advance: Callable[[int], object] | None = None) -> str:
+def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> str:
     """Hash a file whatever was noted. If the digest is the expected one, note it; if not, remove the note.
 
     A file that changed within the last two seconds is not noted, because a later change could leave the same time

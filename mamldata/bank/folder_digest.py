@@ -9,13 +9,14 @@ from pathlib import Path
 from mamldata.errors import DamagedError, DatasetError, Fault
 from mamldata.io.atomic import MOST_NOTE, NOT_REGULAR, locked, make_folder, read_whole, write_atomic
 from mamldata.io.containers import MOST_IMAGE_BYTES, list_members
-from mamldata.io.digest import canonical_json, digest_of_contents, parse_json, sha256_bytes, sha256_file
+from mamldata.io.content_digest import digest_of_contents
+from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
 from mamldata.progress import Progress, silent
 from mamldata.readers.image import is_image
 
 
 def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) -> str:
-    """The content digest of a folder's images (see ``mamldata.io.digest.content_sha256``).
+    """The content digest of a folder's images (see ``mamldata.io.content_digest.content_sha256``).
 
     Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and time of
     change of every file: while those stay, so does the digest. Where nothing can be noted, it is computed each time.

@@ -20,7 +20,7 @@ from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from mamldata.io.npy import npy_bytes, npy_header
 from mamldata.progress import Progress, silent
 from mamldata.readers.left_out import LeftOut
-from mamldata.sampling.normalization import Normalisation, normalisation
+from mamldata.sampling.normalization import Normalization, normalization
 
 FORMAT = "mamldata-bank/3"  # goes up when the same raw images come out as other pixels
 _MOST_BYTES = 1 << 28  # of a bank's JSON
@@ -60,14 +60,14 @@ class Bank:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""
         return _mapped(self.path, self.shape)
 
-    def normalisation(self, classes: Sequence[int]) -> Normalisation:
+    def normalization(self, classes: Sequence[int]) -> Normalization:
         """Mean and deviation over the classes at these positions; of none, 0 and 1."""
         images = sum(self.class_offsets[c + 1] - self.class_offsets[c] for c in classes)
         sums = [
             (sum(self.class_sums[c][channel][0] for c in classes), sum(self.class_sums[c][channel][1] for c in classes))
             for channel in range(self.shape[3])
         ]
-        return normalisation(sums, images * self.shape[1] * self.shape[2])
+        return normalization(sums, images * self.shape[1] * self.shape[2])
 
 
 def open_bank(folder: DatasetFolder, size: int) -> Bank:

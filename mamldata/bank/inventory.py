@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mamldata.archive.index import Archive
 from mamldata.bank.format import noted_left_out, read_description
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import DatasetFolder
@@ -40,18 +39,18 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
     }
 
 
-def files_left_out(archive: Archive, root: Path) -> tuple[LeftOut, ...] | None:
-    """What was left out when an archive's bank was made; None where no bank under the root says it.
+def files_left_out_of(dataset: str, size: int, bank_sha256: str, root: Path) -> tuple[LeftOut, ...] | None:
+    """What was left out when a bank was made; None where no bank under the root says it.
 
     Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
     """
     noted = []
-    for path in sorted(root.glob(f"*/*-{archive.image_shape[0]}.json")):
+    for path in sorted(root.glob(f"*/*-{size}.json")):
         try:
             description = read_description(path)
         except (MamldataError, OSError):
             continue  # whoever needs this one is told
-        if (description["name"], description["sha256"]) == (archive.dataset, archive.bank_sha256):
+        if (description["name"], description["sha256"]) == (dataset, bank_sha256):
             noted.append(noted_left_out(description))
     known = [groups for groups in noted if groups is not None]
     return max(known, key=lambda groups: sum(group.count for group in groups), default=None)

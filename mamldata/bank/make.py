@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ from mamldata.io.atomic import commit, locked, make_folder, require_space, tempo
 from mamldata.io.digest import canonical_json, sha256_bytes
 from mamldata.io.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
-from mamldata.progress import Progress, silent
+from mamldata.progress import Advance, Progress, silent
 from mamldata.readers.image import ImageRef, read_images
 from mamldata.readers.index import ImageIndex, index_images
 from mamldata.readers.left_out import LeftOut, group
@@ -300,7 +300,7 @@ def _drop_rows(path: Path, shape: tuple[int, int, int, int], rows: Iterable[int]
 
 
 def _measure(
-    part: Path, shape: tuple[int, int, int, int], class_sizes: Sequence[int], advance: Callable[[int], object]
+    part: Path, shape: tuple[int, int, int, int], class_sizes: Sequence[int], advance: Advance
 ) -> tuple[str, list[list[list[int]]]]:
     """The bank's sha256, and for each class and channel the sum of values and of squares, in one pass."""
     digest, sums = hashlib.sha256(), []

@@ -26,7 +26,7 @@ class SourceFile:
         sha256: the digest of its bytes, in hex; None where only an MD5 is published.
         urls: mirrors, tried in turn; empty for a generated file, and for one that must be got by hand.
         how: how to get it by hand.
-        content_sha256: the digest of a zip's or tar's members (see ``mamldata.io.digest.content_sha256``), so that a
+        content_sha256: the digest of a zip's or tar's members (see ``content_sha256``), so that a
             repacked container with genuine members is accepted too.
         content_bytes: what the members unpack to, in bytes: the bound on reading a repacked container.
         generator: the name of the program that draws the file, for embedded datasets.

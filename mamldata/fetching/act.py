@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +36,11 @@ from mamldata.fetching.receipts import (
 from mamldata.io.atomic import commit, locked, make_folder, require_space, temporary, writing
 from mamldata.io.digest import sha256_file
 from mamldata.io.urls import shown_place
-from mamldata.progress import Progress, silent
+from mamldata.progress import Advance, Notify, Progress, silence, silent
 
 __all__ = ["Action", "Fetched", "Network", "fetch", "plan"]
 _PATIENT = Network()
 How = Literal["had", "checked", "copied", "downloaded", "resumed", "generated", "collected"]
-Notify = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def fetch(
     offline: bool = False,
     progress: Progress = silent,
     network: Network = _PATIENT,
-    notify: Notify | None = None,
+    notify: Notify = silence,
 ) -> list[Fetched]:
     """Get every raw file of a dataset. What is there is left alone; what was broken off goes on.
 
@@ -99,7 +98,6 @@ def fetch(
         FetchError: files that could not be had, or are not the right ones; all are named, with every source tried.
         WriteError: the root cannot be written to, or the disk is full.
     """
-    say = notify or (lambda _: None)
     actions = plan(manifest, root, sources, offline=offline)
     if any(action.kind != "have" for action in actions):
         _require_sources(manifest, root, actions, sources, offline)
@@ -107,12 +105,12 @@ def fetch(
         make_folder(folder.raw)
 
         def waiting() -> None:
-            say(f"Another process is at work on {folder.path}; waiting until it is done.")
+            notify(f"Another process is at work on {folder.path}; waiting until it is done.")
 
         with locked(folder.lock, waiting), closing(open_session()) as session:
             # Again, because whoever held the lock may have done it all.
             actions = plan(manifest, root, sources, offline=offline)
-            work = _Work(manifest, folder, fetch_command(manifest, root), session, network, progress, say)
+            work = _Work(manifest, folder, fetch_command(manifest, root), session, network, progress, notify)
             return work.all(actions)
     return [_had(manifest.home(root), action.file) for action in actions]
 
@@ -153,7 +151,7 @@ def _require_sources(
 class _Meter:
     """A bar that is told where a file stands, which may be less than before."""
 
-    def __init__(self, advance: Callable[[int], object]) -> None:
+    def __init__(self, advance: Advance) -> None:
         self._advance = advance
         self._position = 0
 
@@ -175,7 +173,7 @@ class _Work:
     session: requests.Session
     network: Network
     progress: Progress
-    say: Notify
+    notify: Notify
 
     def all(self, actions: Sequence[Action]) -> list[Fetched]:
         """Every file that can be had.
@@ -328,7 +326,9 @@ class _Work:
         file, part = action.file, Part(action.path)
         meter.at(part.size)
         require_space(action.path, action.file.bytes - part.size)
-        got = Mirrors(file, action.sources, part, self.session, self.network, meter.at, self.say, self.command).obtain()
+        got = Mirrors(
+            file, action.sources, part, self.session, self.network, meter.at, self.notify, self.command
+        ).obtain()
         return got.how, got.source, got.verdict
 
     def _seal(self, action: Action, receipt: Receipt) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from mamldata.bank.decode import open_image
 from mamldata.datasets.image_folder import FOLDER_IMAGES, folder_name, lie_in_splits, seeded_counts
 from mamldata.datasets.manifest import ImageForm, ImageRecipe, Manifest
 from mamldata.datasets.toml import parse_manifest
@@ -18,7 +17,9 @@ from mamldata.fetching.layouts import find_images, list_images
 from mamldata.fetching.receipts import Collected
 from mamldata.io.atomic import make_folder, write_atomic
 from mamldata.io.containers import ARCHIVE_SUFFIXES, MOST_IMAGE_BYTES, Member, list_members, read_members
-from mamldata.io.digest import content_sha256, sha256_file
+from mamldata.io.content_digest import content_sha256
+from mamldata.io.digest import sha256_file
+from mamldata.io.images import open_image
 from mamldata.progress import Progress, silent
 from mamldata.readers.image import is_image
 from mamldata.sampling.splits import SPLITS

@@ -20,8 +20,9 @@ from mamldata.fetching.layouts import Found, Item, list_images
 from mamldata.fetching.receipts import Collected
 from mamldata.io.atomic import require_space, temporary, writing
 from mamldata.io.containers import MOST_IMAGE_BYTES, list_members, read_members
-from mamldata.io.digest import digest_of_contents, sha256_bytes
-from mamldata.progress import Progress, silent
+from mamldata.io.content_digest import digest_of_contents
+from mamldata.io.digest import sha256_bytes
+from mamldata.progress import Advance, Progress, silent
 from mamldata.readers.image import as_text
 from mamldata.readers.split_files import Row, check_classes, read_rows
 from mamldata.sampling.splits import SPLITS
@@ -97,7 +98,7 @@ def _hash(
     images: Iterable[tuple[str, bytes | str]],
     place: Path,
     report: Report,
-    advance: Callable[[int], object],
+    advance: Advance,
     keep: Callable[[str, bytes], object] = lambda _name, _data: None,
 ) -> list[tuple[str, str]]:
     """Each image's name and SHA-256; those that cannot be read are reported, the others kept."""

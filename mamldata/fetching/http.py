@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import requests
 from urllib3.exceptions import HTTPError
@@ -26,15 +26,19 @@ from mamldata.fetching.deadlines import TimedAdapter
 from mamldata.io.atomic import MOST_NOTE, read_whole, temporary, write_atomic, writing
 from mamldata.io.digest import parse_json
 from mamldata.io.urls import shown_place, shown_text
+from mamldata.progress import Advance, Notify
 from mamldata.version import __version__
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
 _LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
 _SAID = 200  # characters of a server's own words in a message
 _HEAD = 1 << 10  # a page's first bytes, however much white space it begins with
+_HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
 _MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
 _TAG = re.compile(r"[\x20-\x7e]+")  # what may be sent back to a server in a header
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,18 @@ class SourceError(Exception):
         return self.status is not None and 400 <= self.status < 500 and self.status not in _LATER
 
 
+class GaveUpError(Exception):
+    """No source gave the file.
+
+    Args:
+        failures: the last failure of each source.
+    """
+
+    def __init__(self, failures: Mapping[str, SourceError]) -> None:
+        super().__init__("; ".join(map(str, failures.values())))
+        self.failures = failures
+
+
 class UnusableRangeError(SourceError):
     """The server cannot go on from where the file stopped."""
 
@@ -170,6 +186,46 @@ class Part:
         self.forget()
 
 
+def keep_trying(
+    sources: Iterable[str], attempt: Callable[[str], Result], part: Part, network: Network, notify: Notify
+) -> Result:
+    """Ask sources in turn, pause, and ask those again that may do better then.
+
+    Args:
+        sources: paths and addresses, in order.
+        attempt: one try of one source; raises ``SourceError``.
+        part: the bytes so far.
+        network: how patient to be.
+        notify: told of failed tries and of pauses, a line each.
+
+    Raises:
+        GaveUpError: none gave the file.
+    """
+    alive, failures, vain_rounds, most = list(sources), dict[str, SourceError](), 0, part.size
+    while alive:
+        asked = 0.0
+        for source in tuple(alive):
+            try:
+                return attempt(source)
+            except SourceError as error:
+                # Without its traceback, which would keep alive whatever the try holds.
+                failures[source] = error.with_traceback(None)
+                notify(f"{shown_place(source)}: {error}")
+                asked = max(asked, error.retry_after)
+                if error.final:
+                    alive.remove(source)
+        # A bad line that brings some of a large file each time will bring all of it.
+        vain_rounds = 0 if part.size >= most + _HEADWAY else vain_rounds + 1
+        most = max(most, part.size)
+        if vain_rounds >= network.rounds:
+            break
+        if alive:
+            pause = network.pause(vain_rounds, asked)
+            notify(f"trying again in {pause:.0f} s")
+            time.sleep(pause)
+    raise GaveUpError(failures)
+
+
 def open_session() -> requests.Session:
     """A session that asks for files as they are. The caller closes it."""
     session = requests.Session()
@@ -191,9 +247,7 @@ def _leave_body(response: requests.Response, **_: object) -> None:
         response.close()
 
 
-def transfer(
-    session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Callable[[int], object]
-) -> bool:
+def transfer(session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Advance) -> bool:
     """Get the rest of a file into its part, or all of it if the server has no ranges or another version.
 
     Args:

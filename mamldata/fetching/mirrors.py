@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +10,19 @@ import requests
 
 from mamldata.datasets.manifest import SourceFile
 from mamldata.errors import FetchError
-from mamldata.fetching.http import Network, Part, SourceError, UnusableRangeError, transfer
+from mamldata.fetching.http import (
+    GaveUpError,
+    Network,
+    Part,
+    SourceError,
+    UnusableRangeError,
+    keep_trying,
+    transfer,
+)
 from mamldata.fetching.receipts import Verdict, most_bytes, verify_file
 from mamldata.io.digest import chunks
-from mamldata.io.urls import is_http, is_local, open_source, shown_place, shown_text
-
-_HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
+from mamldata.io.urls import is_http, is_local, open_source, shown_error, shown_place
+from mamldata.progress import Advance, Notify
 
 
 class WrongContentError(SourceError):
@@ -43,7 +49,7 @@ class Mirrors:
         session: for the http(s) sources.
         network: how patient to be.
         at: told of the number of bytes that there are.
-        say: told of failed tries, a line each.
+        notify: told of failed tries, a line each.
         command: the command that fetches the dataset, for messages.
     """
 
@@ -52,8 +58,8 @@ class Mirrors:
     part: Part
     session: requests.Session
     network: Network
-    at: Callable[[int], object]
-    say: Callable[[str], object]
+    at: Advance
+    notify: Notify
     command: str
 
     def obtain(self) -> Obtained:
@@ -65,28 +71,13 @@ class Mirrors:
         """
         if (finished := self._finished()) is not None:
             return finished
-        failures = dict.fromkeys(self.sources, "")
-        alive = list(self.sources)
-        vain_rounds, most = 0, self.part.size
-        while True:
-            asked = 0.0
-            for source in tuple(alive):
-                try:
-                    return self._attempt(source)
-                except SourceError as error:
-                    failures[source] = str(error)
-                    self.say(f"{self.file.name}: {shown_place(source)}: {error}")
-                    asked = max(asked, error.retry_after)
-                    if error.final:
-                        alive.remove(source)
-            # A bad line that brings some of a large file each time will bring all of it.
-            vain_rounds = 0 if self.part.size >= most + _HEADWAY else vain_rounds + 1
-            most = max(most, self.part.size)
-            if not alive or vain_rounds >= self.network.rounds:
-                raise FetchError(self._nothing_helped(failures))
-            pause = self.network.pause(vain_rounds, asked)
-            self.say(f"{self.file.name}: trying again in {pause:.0f} s")
-            time.sleep(pause)
+        try:
+            return keep_trying(self.sources, self._attempt, self.part, self.network, self._tell)
+        except GaveUpError as error:
+            raise FetchError(self._nothing_helped(error.failures)) from error
+
+    def _tell(self, line: str) -> None:
+        self.notify(f"{self.file.name}: {line}")
 
     def _finished(self) -> Obtained | None:
         """What an earlier run left, if that is the whole file already; what can never become it is dropped."""
@@ -114,7 +105,7 @@ class Mirrors:
         if had := self.part.size:
             if (obtained := self._go_on(source)) is not None:
                 return obtained
-            self.say(f"{self.file.name}: the first {had:,} bytes, from before, are of no use; starting anew")
+            self._tell(f"the first {had:,} bytes, from before, are of no use; starting anew")
             self.part.drop()
         self._transfer(source)
         return Obtained("downloaded", shown, self._accept())
@@ -180,7 +171,7 @@ class Mirrors:
                 self.at(size)
         return self._accept(ended=True)
 
-    def _nothing_helped(self, failures: dict[str, str]) -> str:
+    def _nothing_helped(self, failures: Mapping[str, SourceError]) -> str:
         name, size = self.file.name, self.part.size
         lines = [f"{name} could not be had. Tried:"]
         lines += [f"  {shown_place(source)}: {failure}" for source, failure in failures.items()]
@@ -198,5 +189,4 @@ def _source_chunks(source: str) -> Iterator[bytes]:
             yield from chunks(stream)
     except Exception as error:  # each of fsspec's file systems has exceptions of its own
         final = is_local(source) or isinstance(error, FileNotFoundError)
-        why = shown_text(str(error)) or type(error).__name__
-        raise SourceError(f"it cannot be read ({why})", final=final) from error
+        raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error

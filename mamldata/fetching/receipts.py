@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,7 +12,9 @@ from mamldata.datasets.manifest import COLLECTED, PIN, ImageCollection, Manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DamagedError
 from mamldata.io.atomic import MOST_NOTE, read_whole, write_atomic
-from mamldata.io.digest import canonical_json, content_sha256, md5_file, parse_json, sha256_file
+from mamldata.io.content_digest import content_sha256
+from mamldata.io.digest import canonical_json, md5_file, parse_json, sha256_file
+from mamldata.progress import Advance
 
 CheckedBy = Literal["sha256", "md5", "content_sha256"]
 
@@ -42,7 +43,7 @@ def most_bytes(file: SourceFile) -> int:
     return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
 
 
-def verify_file(path: Path, file: SourceFile, advance: Callable[[int], object] | None = None) -> Verdict:
+def verify_file(path: Path, file: SourceFile, advance: Advance | None = None) -> Verdict:
     """Whether ``path`` holds the file that the manifest means: by its sha256 or md5, or its members' content digest.
 
     Args:
@@ -156,7 +157,7 @@ class Collected:
 
     Attributes:
         images: how many.
-        content_sha256: their content digest (see ``mamldata.io.digest.content_sha256``), whatever their order.
+        content_sha256: their content digest (see ``mamldata.io.content_digest.content_sha256``), whatever their order.
     """
 
     images: int

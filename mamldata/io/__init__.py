@@ -1,1 +1,1 @@
-"""Bytes on this machine: atomic files, containers, digests, npy, pickles, addresses, TOML. It knows no dataset."""
+"""Files and bytes: atomic writes, containers, digests, npy, pickles, images, addresses, TOML. It knows no dataset."""

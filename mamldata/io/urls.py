@@ -72,6 +72,11 @@ def shown_text(text: str) -> str:
     return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: shown_place(found[0]), text, flags=re.IGNORECASE)
 
 
+def shown_error(error: BaseException) -> str:
+    """What another library's error says, without keys in addresses; its type if it says nothing."""
+    return shown_text(str(error)) or type(error).__name__
+
+
 def needs_network(source: str) -> bool:
     """Whether reading this source may touch a network."""
     return _scheme(source) not in ("", *_HERE)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """Mean and standard deviation of each channel over all pixels of some classes, in units of the range [0, 1].
 
     What torchvision's ``Normalize`` takes. Rounded to six decimals, so that they are the same on every machine.
@@ -18,7 +18,7 @@ class Normalisation(NamedTuple):
     std: tuple[float, ...]
 
 
-def normalisation(sums: Iterable[tuple[int, int]], pixels: int) -> Normalisation:
+def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization:
     """From each channel's sum of values and sum of squares, values being 0 to 255.
 
     Args:
@@ -26,7 +26,7 @@ def normalisation(sums: Iterable[tuple[int, int]], pixels: int) -> Normalisation
         pixels: that the sums are over; of none, mean 0 and deviation 1.
     """
     pairs = [_mean_and_std(total, squares, pixels) if pixels else (0.0, 1.0) for total, squares in sums]
-    return Normalisation(tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs))
+    return Normalization(tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs))
 
 
 def _mean_and_std(total: int, squares: int, pixels: int) -> tuple[float, float]:

@@ -102,12 +102,12 @@ def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indic
     return numbers, ends
 
 
-def share(indices: Indices, rank: int, ranks: int) -> Indices:
+def share(indices: Indices, rank: int, world_size: int) -> Indices:
     """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
 
     The parts of all ranks, one after the other, are the whole meta-batch, however many ranks there are.
     """
-    return indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks]
+    return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
 
 
 def permute(seed: int, epoch: int, count: int, order: str) -> Indices:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from bisect import bisect, bisect_left
 
 import numpy as np
+import numpy.typing as npt
 
 from mamldata.errors import DamagedError
 from mamldata.sampling.order import Indices, permute
-from mamldata.sources.source import Classes
+
+Classes = npt.NDArray[np.int32]
 
 _STEPS = 32  # episodes that are looked at before a list is made
 

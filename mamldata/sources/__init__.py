@@ -1,1 +1,1 @@
-"""Where a stream's episodes come from: an archive in a folder or at an address, remixed, or live. No torch."""
+"""Where a stream's episodes come from: an archive in a folder or at an address, remixed, or live. No torch here."""

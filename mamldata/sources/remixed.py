@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mamldata.sampling.order import Indices
-from mamldata.sampling.remix import remix
+from mamldata.sampling.remix import Classes, remix
 from mamldata.sampling.sampler import ClassTable
-from mamldata.sources.source import Classes, EpisodeInfo, Images, WaySource
+from mamldata.sources.source import EpisodeInfo, Images, WaySource
 
 _KEPT = 2  # epochs; read-ahead and a second pass look at neighbours
 

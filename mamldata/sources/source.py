@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from mamldata.archive.index import Archive
 from mamldata.errors import RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
+from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
 
 Images = npt.NDArray[np.uint8]
-Classes = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EpisodeInfo:
         bank_sha256: the digest of the images.
         episode_seed: the seed that the episodes were drawn with.
         archive_sha256: the digest of the archive, None for live episodes.
-        normalisation: mean and deviation of the train split, for images in [0, 1].
+        normalization: mean and deviation of the train split, for images in [0, 1].
     """
 
     dataset: str
@@ -44,7 +44,7 @@ class EpisodeInfo:
     bank_sha256: str
     episode_seed: int
     archive_sha256: str | None
-    normalisation: Normalisation
+    normalization: Normalization
 
 
 class Source(Protocol):
@@ -139,7 +139,7 @@ def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInf
         bank_sha256=archive.bank_sha256,
         episode_seed=archive.seed,
         archive_sha256=digest,
-        normalisation=archive.normalisation,
+        normalization=archive.normalization,
     )
 
 

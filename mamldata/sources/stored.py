@@ -20,8 +20,9 @@ from mamldata.archive.shard import REMEDY, check_size, open_maps, open_shard
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import FileVersion
 from mamldata.sampling.order import Indices
+from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
-from mamldata.sources.source import Classes, EpisodeInfo, Images, at_most, draw, episode_info
+from mamldata.sources.source import EpisodeInfo, Images, at_most, draw, episode_info
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mamldata.errors import RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices, Order, shard_runs, share
 from mamldata.sources.source import Source
 from mamldata.streaming.buffers import BufferPool
@@ -69,8 +69,8 @@ class BatchReader:
         order: which episodes a meta-batch holds.
         dtype: of the images.
         device: where finished meta-batches are.
-        rank, ranks: which part of each meta-batch is read, see ``mamldata.sampling.order.share``.
-        normalise: by this mean and deviation; None: images stay in [0, 1].
+        rank, world_size: which part of each meta-batch is read, see ``mamldata.sampling.order.share``.
+        normalize: by this mean and deviation; None: images stay in [0, 1].
     """
 
     def __init__(
@@ -80,29 +80,29 @@ class BatchReader:
         dtype: torch.dtype,
         device: torch.device,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         *,
-        normalise: Normalisation | None = None,
+        normalize: Normalization | None = None,
     ) -> None:
         self.source = source
         self.order = order
         self.dtype = dtype
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         self._shards = source.fetched_shards  # listed once a reader: an archive may have many thousand
-        self.batch_size = len(share(np.arange(order.batch_size), rank, ranks))
+        self.batch_size = len(share(np.arange(order.batch_size), rank, world_size))
         info = source.info
         counts = (info.k_shot, info.k_query)
         self.shapes = tuple((self.batch_size, info.n_way * k, *info.image_shape) for k in counts)
         self._labels = tuple(
             torch.arange(info.n_way).repeat_interleave(k).repeat(self.batch_size, 1).to(device) for k in counts
         )
-        self._affine = _affine(normalise) if normalise else None
+        self._affine = _affine(normalize) if normalize else None
         self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 
     def indices(self, t: int) -> Indices:
         """The episodes of meta-batch ``t`` that are this rank's: int64, of one dimension."""
-        return share(self.order.indices(t), self.rank, self.ranks)
+        return share(self.order.indices(t), self.rank, self.world_size)
 
     def look_ahead(self, t: int) -> None:
         """Tell a source that fetches shards which ones meta-batch ``t`` and those after it need.
@@ -162,9 +162,9 @@ class BatchReader:
         return EpisodeBatch(support, support_y, query, query_y, index)
 
 
-def _affine(normalisation: Normalisation) -> tuple[torch.Tensor, torch.Tensor]:
+def _affine(normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:
     """What stored images are multiplied by, and what is added then: float32 ``[C]`` each."""
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalisation)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
     return (1 / (255 * std)).float(), (-mean / std).float()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mamldata.errors import RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Order
 from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
@@ -42,12 +42,13 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
         remix: form the episodes of each epoch anew from the ways of all stored ones, for training on an archive;
             see ``mamldata.sources.remixed``.
-        rank, ranks: of several processes, this one takes its part of each meta-batch; what the meta-batches are does
-            not depend on how many there are.
+        rank, world_size: of several processes, this one takes its part of each meta-batch; which episodes a meta-batch
+            has does not depend on how many there are.
         dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
-        normalise: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
-            channel; ``info.normalisation`` says what they are. Or by another mean and deviation, such as those that
+        normalize: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
+            channel; ``info.normalization`` says what they are. Or by another mean and deviation, such as those that
             a network was trained with.
+        normalise: the former spelling of ``normalize``.
         verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
         cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
         cache_bytes: upper bound on the shards there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
@@ -68,9 +69,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         shuffle: bool | None = None,
         remix: bool = False,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         dtype: torch.dtype = torch.float32,
-        normalise: bool | Normalisation = False,
+        normalize: bool | Normalization = False,
+        normalise: bool | Normalization = False,
         verify: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
@@ -82,12 +84,13 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             batch_size = operator.index(batch_size)  # NumPy's whole numbers, too
         except TypeError as error:
             raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
-        if normalise and dtype == torch.uint8:
-            raise RequestError("Normalised images are no bytes: leave normalise or dtype=torch.uint8 out.")
-        if not 0 <= rank < ranks <= max(batch_size, 1):
+        normalize = normalize or normalise
+        if normalize and dtype == torch.uint8:
+            raise RequestError("Normalized images are not bytes. Leave out normalize or dtype=torch.uint8.")
+        if not 0 <= rank < world_size <= max(batch_size, 1):
             raise RequestError(
-                f"rank {rank} of {ranks} cannot share a meta-batch of {batch_size}: ranks count from 0, and each must "
-                "get an episode."
+                f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
+                "each must get an episode."
             )
         self.source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
         if remix:
@@ -99,9 +102,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
         shards = (self.source.fetched_shards or None) if shuffle else None
         self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         self.dtype = dtype
-        self.normalise = _normalisation(normalise, self.source.info)
+        self.normalize = _normalisation(normalize, self.source.info)
         self.next_batch = 0
         self._resumed = False
         self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
@@ -139,7 +142,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     def reader(self, device: torch.device) -> BatchReader:
         """What reads this rank's part of the meta-batches for a device."""
-        return BatchReader(self.source, self.order, self.dtype, device, self.rank, self.ranks, normalise=self.normalise)
+        return BatchReader(
+            self.source, self.order, self.dtype, device, self.rank, self.world_size, normalize=self.normalize
+        )
 
     def start_pass(self) -> range:
         """The meta-batches of the pass that begins now, counted through all epochs."""
@@ -226,7 +231,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         order["shards"] = list(self.order.shards or ())  # as it comes back from JSON
         info = asdict(self.info)
         # It follows from the bank and the split scheme, which are compared.
-        del info["normalisation"]
+        del info["normalization"]
         return {**order, **info, "image_shape": list(info["image_shape"])}
 
 
@@ -324,18 +329,18 @@ def _repetition(stream: EpisodeStream) -> str:
     )
 
 
-def _normalisation(asked: bool | Normalisation, info: EpisodeInfo) -> Normalisation | None:
+def _normalisation(asked: bool | Normalization, info: EpisodeInfo) -> Normalization | None:
     """The mean and deviation to normalise by.
 
     Raises:
         RequestError: they are of images with another number of channels, or no channel can be divided by them.
     """
-    if not isinstance(asked, Normalisation):
-        return info.normalisation if asked else None
+    if not isinstance(asked, Normalization):
+        return info.normalization if asked else None
     channels = info.image_shape[2]
     if {len(values) for values in asked} != {channels} or not all(value > 0 for value in asked.std):
         raise RequestError(
-            f"normalise={asked}: it takes a mean and a deviation above 0 for each channel, of which these images "
+            f"normalize={asked}: it takes a mean and a deviation above 0 for each channel, of which these images "
             f"have {channels}."
         )
     return asked

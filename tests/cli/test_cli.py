@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cli.common import train_command
 from cli.main import VERBS, main
+from cli.output import train_command
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import MamldataError
 from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
@@ -802,7 +802,7 @@ class TestBadInput:
 
 def test_every_setting_is_an_option():
     """Of its name, with its choices and its default; a flag can be turned off, and a former name is not in the help."""
-    from cli.train import command
+    from cli.commands.train import command
 
     options = {parameter.name: parameter for parameter in command.params if isinstance(parameter, click.Option)}
     for name, setting in SETTINGS.items():
@@ -822,7 +822,7 @@ def test_every_setting_is_an_option():
 
 
 def test_a_former_name_is_an_option(archive: Path, tmp_path: Path):
-    """``--normalise`` is ``--normalize``, and what a user gives is above what a recipe says."""
+    """``--normalize`` is ``--normalize``, and what a user gives is above what a recipe says."""
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         'title = "Mine"\ndataset = "glyphs"\nsource = "a paper"\npublished = "99 %"\n'
@@ -842,7 +842,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cli.datasets.list_datasets", interrupt)
+    monkeypatch.setattr("cli.commands.datasets.list_datasets", interrupt)
     refused(run("datasets"), 1, "Interrupted", "it goes on")
 
 
@@ -855,5 +855,5 @@ def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OwnError("what and how")
 
-    monkeypatch.setattr("cli.datasets.list_datasets", fail)
+    monkeypatch.setattr("cli.commands.datasets.list_datasets", fail)
     refused(run("datasets"), 1, "Error: what and how")

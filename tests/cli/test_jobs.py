@@ -101,7 +101,7 @@ def test_what_a_process_of_a_job_shows(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cli.datasets.list_datasets", fail)
+    monkeypatch.setattr("cli.commands.datasets.list_datasets", fail)
     monkeypatch.setattr("cli.main._PATIENCE", 0)
     told = tmp_path / "error.json"
     environment = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "TORCHELASTIC_ERROR_FILE": str(told)}

@@ -50,8 +50,13 @@ class Places:
     cache: Path
     root: Path
 
-    def stream(self, source: str, order: str, rank: int = 0, ranks: int = 1) -> EpisodeStream:
-        options: dict[str, Any] = {"rank": rank, "ranks": ranks, "dtype": torch.uint8, "remix": order == "remixed"}
+    def stream(self, source: str, order: str, rank: int = 0, world_size: int = 1) -> EpisodeStream:
+        options: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "dtype": torch.uint8,
+            "remix": order == "remixed",
+        }
         if source == "live":
             episodes = live("glyphs", n_way=3, k_shot=2, k_query=3, seed=9, episodes=EPISODES, root=self.root)
             return EpisodeStream(episodes, None, BATCH, 5, shuffle=True, **options)
@@ -131,11 +136,11 @@ def test_ranks_change_nothing(places, expected, kind, before, after, at):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_workers_change_nothing(places, expected, kind, workers):
     """Worker processes give the same meta-batches in the same order, also of a rank among several, and resumed."""
-    for rank, ranks in ((0, 1), (1, 3)):
-        stream = places.stream(*kind, rank, ranks)
+    for rank, world_size in ((0, 1), (1, 3)):
+        stream = places.stream(*kind, rank, world_size)
         next(iter(stream))  # what is open and under way here stays here
         stream.load_state_dict(stream.state_dict() | {"next_batch": PER_EPOCH + 1})
         loader = DataLoader(stream, batch_size=None, num_workers=workers, multiprocessing_context="fork")
-        share = slice(BATCH * rank // ranks, BATCH * (rank + 1) // ranks)
+        share = slice(BATCH * rank // world_size, BATCH * (rank + 1) // world_size)
         found = [batch.index.tolist() for batch in loader]
         assert found == [index[share] for index, _, _ in expected[kind][PER_EPOCH + 1 : 2 * PER_EPOCH]]

@@ -54,7 +54,7 @@ def slow(folder: Path, world: World) -> None:
         print(line, flush=True)
         time.sleep(0.1)
 
-    train(SLOW, Synthetic(size=8), folder / "run", resume=True, report=tell, world=world)
+    train(SLOW, Synthetic(size=8), folder / "run", resume=True, notify=tell, world=world)
 
 
 def rest(folder: Path, world: World) -> None:
@@ -70,9 +70,9 @@ class DamagedInTheMiddle(Synthetic):
         super().__init__(size=8)
         self.split, self.rank = split, rank
 
-    def train(self, *arguments: Any, rank: int = 0, ranks: int = 1, **more: Any) -> SyntheticStream:
+    def train(self, *arguments: Any, rank: int = 0, world_size: int = 1, **more: Any) -> SyntheticStream:
         self.broken = rank == self.rank
-        return super().train(*arguments, rank=rank, ranks=ranks, **more)
+        return super().train(*arguments, rank=rank, world_size=world_size, **more)
 
     def batch(self, split: str, indices: list[int]) -> EpisodeBatch:
         if self.broken and split == self.split and len(set(indices) & {11, 12}):

@@ -63,11 +63,11 @@ class Synthetic:
         seed: int,
         device: torch.device,  # noqa: ARG002
         *,
-        normalise: bool = False,  # noqa: ARG002
+        normalize: bool = False,  # noqa: ARG002
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> SyntheticStream:
-        return SyntheticStream(self, batch_size, seed, rank, ranks)
+        return SyntheticStream(self, batch_size, seed, rank, world_size)
 
     def eval(
         self,
@@ -76,12 +76,12 @@ class Synthetic:
         batch_size: int,
         device: torch.device,  # noqa: ARG002
         *,
-        normalise: bool = False,  # noqa: ARG002
+        normalize: bool = False,  # noqa: ARG002
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> Iterator[EpisodeBatch]:
         for start in range(0, episodes, batch_size):
-            if mine := part(range(start, min(start + batch_size, episodes)), rank, ranks):
+            if mine := part(range(start, min(start + batch_size, episodes)), rank, world_size):
                 yield self.batch(split, mine)
 
     def describe(self) -> dict[str, Any]:
@@ -97,9 +97,9 @@ class Synthetic:
         }
 
 
-def part(indices: range, rank: int, ranks: int) -> list[int]:
+def part(indices: range, rank: int, world_size: int) -> list[int]:
     """Those of one of several processes."""
-    return list(indices[len(indices) * rank // ranks : len(indices) * (rank + 1) // ranks])
+    return list(indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size])
 
 
 class SyntheticStream:
@@ -107,16 +107,16 @@ class SyntheticStream:
 
     EPOCH = 7
 
-    def __init__(self, data: Synthetic, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, data: Synthetic, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         self.next_batch = 0
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
         for t in range(self.next_batch, (self.next_batch // self.EPOCH + 1) * self.EPOCH):
             first = (self.seed * 100_000 + t) * self.batch_size
             self.next_batch = t + 1
-            yield self.data.batch("train", part(range(first, first + self.batch_size), self.rank, self.ranks))
+            yield self.data.batch("train", part(range(first, first + self.batch_size), self.rank, self.world_size))
 
     def state_dict(self) -> dict[str, Any]:
         return {"next_batch": self.next_batch, "seed": self.seed}

@@ -28,7 +28,7 @@ from mamldata.archive.plan import BuildRequest
 from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import DamagedError, RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sources.open import open_archive
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.stream import EpisodeStream
@@ -164,11 +164,11 @@ class TestEvaluation:
         torch.testing.assert_close(query, expected / 255)
 
     def test_normalised_by_the_train_split_or_as_told(self, data: EpisodeData, archive: Path) -> None:
-        """``normalise=True`` takes the archive's own mean and deviation, and numbers take their place."""
+        """``normalize=True`` takes the archive's own mean and deviation, and numbers take their place."""
         plain = kept(data.eval("val", 4, 2, CPU))
-        own, other = read_archive(archive).normalisation, Normalisation((0.25,), (0.5,))
-        for normalise, (mean, std) in ((True, own), (other, other)):
-            batches = kept(data.eval("val", 4, 2, CPU, normalise=normalise))
+        own, other = read_archive(archive).normalization, Normalization((0.25,), (0.5,))
+        for normalize, (mean, std) in ((True, own), (other, other)):
+            batches = kept(data.eval("val", 4, 2, CPU, normalize=normalize))
             for one, expected in zip(batches, plain, strict=True):
                 for part in ("support_x", "query_x"):
                     wanted = (getattr(expected, part) - mean[0]) / std[0]
@@ -177,7 +177,7 @@ class TestEvaluation:
     def test_processes_share_each_meta_batch(self, data: EpisodeData) -> None:
         """Two ranks have the episodes of one, each its own, and none of the last meta-batch if there is but one."""
         whole = kept(data.eval("val", 5, 2, CPU))
-        parts = [kept(data.eval("val", 5, 2, CPU, rank=rank, ranks=2)) for rank in range(2)]
+        parts = [kept(data.eval("val", 5, 2, CPU, rank=rank, world_size=2)) for rank in range(2)]
         assert [a + b for a, b in zip(*map(indices, parts), strict=True)] == indices(whole)
         assert same(whole, joined(*parts))
 
@@ -221,7 +221,7 @@ class TestTraining:
 
     def test_normalised(self, data: EpisodeData) -> None:
         """By the mean and deviation that the description says."""
-        plain, other = (kept(islice(data.train(2, 0, CPU, normalise=on), 3)) for on in (False, True))
+        plain, other = (kept(islice(data.train(2, 0, CPU, normalize=on), 3)) for on in (False, True))
         (mean,), (std,) = data.describe()["normalisation"].values()
         for one, expected in zip(other, plain, strict=True):
             torch.testing.assert_close(one.support_x, (expected.support_x - mean) / std, atol=2e-6, rtol=0)
@@ -229,7 +229,7 @@ class TestTraining:
     def test_processes_share_each_meta_batch(self, data: EpisodeData) -> None:
         """Two ranks have the meta-batches of one."""
         whole = kept(islice(data.train(3, 1, CPU), 3))
-        parts = [kept(islice(data.train(3, 1, CPU, rank=rank, ranks=2), 3)) for rank in range(2)]
+        parts = [kept(islice(data.train(3, 1, CPU, rank=rank, world_size=2), 3)) for rank in range(2)]
         assert same(whole, joined(*parts))
 
     def test_classes_are_those_stored(self, data: EpisodeData, archive: Path) -> None:
@@ -287,9 +287,9 @@ class TestOpening:
     def test_a_server_that_goes_away_ends_no_run(self, server: Server, tmp_path: Path) -> None:
         """What is here is enough: the run ends as it would have."""
 
-        def go(name: str, report: Callable[[str], object]) -> dict[str, torch.Tensor]:
+        def go(name: str, notify: Callable[[str], object]) -> dict[str, torch.Tensor]:
             data = archive_data(server.url, remix=False)
-            result = train(TrainSettings(steps=8, seed=1, **QUICK), data, tmp_path / name, report=report)
+            result = train(TrainSettings(steps=8, seed=1, **QUICK), data, tmp_path / name, notify=notify)
             return load_checkpoint(result.last).weights
 
         def leave(line: str) -> None:
@@ -383,7 +383,7 @@ class TestDescription:
         data.available("train")
         assert data.describe() == about == json.loads(json.dumps(about))
         found = read_archive(archive)
-        assert about["normalisation"] == {key: list(value) for key, value in found.normalisation._asdict().items()}
+        assert about["normalisation"] == {key: list(value) for key, value in found.normalization._asdict().items()}
         assert (about["dataset"], about["n_way"], about["image_shape"]) == ("glyphs", 3, [28, 28, 1])
         assert about["digest"] == (about["archive_sha256"] or found.bank_sha256)
         assert "split" not in about
@@ -420,14 +420,14 @@ class TestNormalisedCheckpoints:
         return live_data(str(tiny.manifest_path), tiny.root, OPTIONS)
 
     @staticmethod
-    def by_hand(run: Path, data: EpisodeData, normalise: bool | Normalisation) -> Evaluation:
+    def by_hand(run: Path, data: EpisodeData, normalize: bool | Normalization) -> Evaluation:
         """What is found on images that are normalised as told here."""
 
         class Told:
             describe = staticmethod(data.describe)
 
             def eval(self, *asked: Any, **how: Any) -> Iterable[EpisodeBatch]:
-                return data.eval(*asked, **{**how, "normalise": normalise})
+                return data.eval(*asked, **{**how, "normalize": normalize})
 
         return evaluate(run, Told(), episodes=4, device="cpu")
 
@@ -445,7 +445,7 @@ class TestNormalisedCheckpoints:
     def test_other_data_are_normalised_as_in_training(self, trained: Path, others: EpisodeData, archive: Path) -> None:
         """By the training data's numbers, and not by their own."""
         found = evaluate(trained, others, episodes=4, device="cpu")
-        assert found == self.by_hand(trained, others, read_archive(archive).normalisation)
+        assert found == self.by_hand(trained, others, read_archive(archive).normalization)
         assert found.loss != self.by_hand(trained, others, True).loss
         assert found.loss != self.by_hand(trained, others, False).loss
 

@@ -87,14 +87,14 @@ def test_what_is_learned_beside_the_weights_is_evaluated_with(tmp_path: Path, al
 def test_learned_rates_are_printed(tmp_path: Path) -> None:
     """At the end of a run each layer's rates are told, by step or by their spread; fixed ones are not."""
     lines: list[str] = []
-    train(settings_of("maml++", meta_lr=1e-30), Synthetic(), tmp_path / "a", report=lines.append)
+    train(settings_of("maml++", meta_lr=1e-30), Synthetic(), tmp_path / "a", notify=lines.append)
     assert lines[-7] == "learned inner learning rates, by layer and step:"
     assert lines[-6] == "  blocks.0.kernel: 0.1, 0.1"
     lines.clear()
-    train(settings_of("meta-sgd", meta_lr=1e-30), Synthetic(), tmp_path / "b", report=lines.append)
+    train(settings_of("meta-sgd", meta_lr=1e-30), Synthetic(), tmp_path / "b", notify=lines.append)
     assert lines[-1] == "  head_bias: mean 0.1, from 0.1 to 0.1"
     lines.clear()
-    train(settings_of("maml"), Synthetic(), tmp_path / "c", report=lines.append)
+    train(settings_of("maml"), Synthetic(), tmp_path / "c", notify=lines.append)
     assert not [line for line in lines if "rates" in line]
 
 

@@ -99,7 +99,7 @@ def test_run_folder(tmp_path: Path) -> None:
 def test_report_lines_say_it_all(tmp_path: Path) -> None:
     """Progress shows loss, accuracy before and after adaptation, speed and waiting; validation its conditions."""
     lines: list[str] = []
-    train(replace(SETTINGS, steps=2, bn="support"), Synthetic(), tmp_path, report=lines.append)
+    train(replace(SETTINGS, steps=2, bn="support"), Synthetic(), tmp_path, notify=lines.append)
     threads, progress, validation = lines
     assert threads.startswith("Computing with 1 thread (")
     for part in ("step 2/2  loss ", "accuracy ", " → ", " ms/step  ", " images/s  data wait "):
@@ -168,7 +168,7 @@ def test_more_steps_go_on_as_if_never_stopped(tmp_path: Path) -> None:
     train(replace(settings, steps=3), Synthetic(), tmp_path / "b")
     lines: list[str] = []
     later = train(
-        replace(settings, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, report=lines.append
+        replace(settings, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, notify=lines.append
     )
     assert lines[0] == "Going on after step 3 of 9."
     assert_equal_weights(at_once.last, later.last)
@@ -194,7 +194,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
             raise AssertionError("data was read")
 
     lines: list[str] = []
-    assert train(SETTINGS, NoData(), tmp_path, resume=True, report=lines.append) == done
+    assert train(SETTINGS, NoData(), tmp_path, resume=True, notify=lines.append) == done
     assert lines == [f"{tmp_path} is done: 6 of 6 steps."]
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
 
@@ -365,7 +365,7 @@ def test_interrupt_keeps_the_last_checkpoint_and_closes_the_stream(tmp_path: Pat
 
     # While the error is looked at, its traceback keeps the loop's variables alive.
     with pytest.raises(KeyboardInterrupt) as caught:
-        train(SETTINGS, Data(), tmp_path / "a", report=interrupt)
+        train(SETTINGS, Data(), tmp_path / "a", notify=interrupt)
     assert (closed, caught.type) == ([True], KeyboardInterrupt)
     resumed = train(SETTINGS, Synthetic(), tmp_path / "a", resume=True)
     assert_equal_weights(resumed.last, train(SETTINGS, Synthetic(), tmp_path / "b").last)

@@ -44,7 +44,7 @@ def go_on(run_dir: str, pace: str = "", algorithm: str = "") -> None:
     if pace == "slow":
         checkpoint_module.write_atomic = crawl
     settings = settings_of(algorithm) if algorithm else SETTINGS
-    train(settings, Synthetic(size=8), run_dir, resume=True, report=lambda line: print(line, flush=True))
+    train(settings, Synthetic(size=8), run_dir, resume=True, notify=lambda line: print(line, flush=True))
 
 
 def settings_of(algorithm: str) -> TrainSettings:

@@ -46,7 +46,7 @@ def joint(
     x = torch.cat([batch.support_x.flatten(0, 1), batch.query_x.flatten(0, 1)])
     labels = [classes.to(part.device).gather(1, part).flatten() for part in (batch.support_y, batch.query_y)]
     y = torch.cat(labels)
-    norm = batch_statistics if world.ranks == 1 else statistics_of_all(len(x))
+    norm = batch_statistics if world.world_size == 1 else statistics_of_all(len(x))
     logits = call(network, parameters.weights | parameters.joint, x, norm)
     loss = F.cross_entropy(logits, y)
     gradient = parameters.like(torch.autograd.grad(loss, parameters.tensors()))

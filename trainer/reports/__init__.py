@@ -1,4 +1,4 @@
-"""What is told of runs: comparisons, costs and pictures.
+"""What is reported of runs: comparisons, costs and pictures.
 
-Stands on everything else; nothing else in ``trainer`` may import it.
+May import all other rooms; nothing else in ``trainer`` may import it.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
+from mamldata.progress import Notify, silence
 from trainer.evaluation import Evaluation, evaluate
 from trainer.intervals import half_width
 from trainer.loop import train
@@ -83,7 +84,7 @@ def compare(
     *,
     split: str = "test",
     episodes: int = 600,
-    report: Callable[[str], object] = lambda _: None,
+    notify: Notify = silence,
 ) -> Comparison:
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
@@ -96,7 +97,7 @@ def compare(
         data: the episodes.
         out: made if need be.
         split, episodes: to evaluate on.
-        report: told of the progress, a line at a time.
+        notify: told of the progress, a line at a time.
 
     Raises:
         RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
@@ -109,20 +110,20 @@ def compare(
     _require_comparable(plans)
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
-    normalise = next(iter(plans.values())).normalize
+    normalize = next(iter(plans.values())).normalize
     for what, count in asked:  # refused now rather than after hours of training
-        data.eval(what, count, 1, torch.device("cpu"), normalise=normalise, rank=0, ranks=1)
+        data.eval(what, count, 1, torch.device("cpu"), normalize=normalize, rank=0, world_size=1)
     make_folder(out)
-    report(f"Measuring an outer step of {', '.join(plans)}, in turn.")
+    notify(f"Measuring an outer step of {', '.join(plans)}, in turn.")
     with limited_threads():
         costs = measure_costs(plans, data)
     minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
-    report(f"Training will take about {minutes:.0f} min, and evaluation some more.")
+    notify(f"Training will take about {minutes:.0f} min, and evaluation some more.")
     runs, evaluations = {}, {}
     for name, settings in plans.items():
-        say = _prefixed(report, name)
+        say = _prefixed(notify, name)
         try:
-            runs[name] = train(settings, data, out / name, resume=True, report=say)
+            runs[name] = train(settings, data, out / name, resume=True, notify=say)
         except DivergedError as error:
             raise DivergedError(f"{name}: {error}") from error
         except StoppedError as error:
@@ -140,8 +141,8 @@ def compare(
     return result
 
 
-def _prefixed(report: Callable[[str], object], name: str) -> Callable[[str], object]:
-    return lambda line: report(f"{name}  {line}")
+def _prefixed(notify: Notify, name: str) -> Notify:
+    return lambda line: notify(f"{name}  {line}")
 
 
 def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:

@@ -95,8 +95,8 @@ class _Sample:
         return self.labels
 
 
-def _sample(batch_size: int, seed: int, normalise: bool, data: TrainData) -> _Sample:
-    batches = iter(data.train(batch_size, seed, torch.device("cpu"), normalise=normalise, rank=0, ranks=1))
+def _sample(batch_size: int, seed: int, normalize: bool, data: TrainData) -> _Sample:
+    batches = iter(data.train(batch_size, seed, torch.device("cpu"), normalize=normalize, rank=0, world_size=1))
     batch = EpisodeBatch(*(part.clone() for part in next(batches)))
     return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import mamldata
 from mamldata.archive.index import INDEX
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import MOST_NOTE, locked, make_folder, read_whole, write_atomic
 from mamldata.io.digest import parse_json
+from mamldata.version import __version__
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
 from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
@@ -140,7 +140,7 @@ def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], chec
 
 def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
     versions = {
-        "mamldata": mamldata.__version__,
+        "mamldata": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -30,12 +30,12 @@ class World:
 
     Attributes:
         rank: of this process, from 0. The one with rank 0 writes and speaks for all.
-        ranks: how many there are.
+        world_size: how many there are.
         local_rank: of this process among those of its machine; it chooses the GPU.
     """
 
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
@@ -49,7 +49,7 @@ class World:
         Raises:
             RequestError: there are too few, or processes cannot exchange gradients from there.
         """
-        if self.ranks == 1 or chosen.type == "cpu":
+        if self.world_size == 1 or chosen.type == "cpu":
             return chosen
         if chosen.type != "cuda":
             raise RequestError(f"Several processes train on cpu or cuda, not on {chosen.type}. Give --device cpu.")
@@ -73,7 +73,7 @@ class World:
         Raises:
             PeerError: another rank has failed, and raises what happened.
         """
-        if self.ranks == 1:
+        if self.world_size == 1:
             yield
             if stop is not None:
                 stop.agreed = stop.asked
@@ -110,7 +110,7 @@ class World:
         with self.together():
             if self.first:
                 made = [make()]
-        if self.ranks > 1:
+        if self.world_size > 1:
             with _talking():
                 dist.broadcast_object_list(made, src=0)
         result: T = made[0]
@@ -118,9 +118,9 @@ class World:
 
     def gather(self, thing: T) -> list[T]:
         """What each rank gives, in the order of ranks, on every rank. Called by all."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return [thing]
-        things: list[Any] = [None] * self.ranks
+        things: list[Any] = [None] * self.world_size
         with _talking():
             dist.all_gather_object(things, thing)
         return things
@@ -135,7 +135,7 @@ class World:
             tensors: of the same shapes and dtypes on each rank, on one device; they are not changed.
             share: this rank's part of all episodes, in [0, 1].
         """
-        if self.ranks == 1:
+        if self.world_size == 1:
             return list(tensors)
         means = [torch.empty_like(tensor) for tensor in tensors]
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -150,7 +150,7 @@ class World:
 
     def spread_(self, tensors: Sequence[Tensor]) -> None:
         """Put rank 0's values into the tensors of all. Called by all."""
-        if self.ranks == 1:
+        if self.world_size == 1:
             return
         with torch.no_grad(), _talking():
             for tensor in tensors:
@@ -164,7 +164,7 @@ class World:
         Raises:
             MamldataError: they do not.
         """
-        if self.ranks == 1:
+        if self.world_size == 1:
             return
         digest = hashlib.sha256()
         for tensor in tensors:
@@ -223,7 +223,7 @@ def joined() -> Iterator[World]:
         LostPeerError: the others cannot be reached.
     """
     world = world_of(os.environ)
-    if world.ranks == 1:
+    if world.world_size == 1:
         yield world
         return
     with _talking():

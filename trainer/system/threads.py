@@ -80,7 +80,7 @@ def each_task(
     """
     threads = torch.get_num_threads()
     crew = min(threads, len(tasks)) if device.type == "cpu" else 1
-    if crew == 1:
+    if crew <= 1:  # several processes can leave one of them without a task
         yield from (work(network, task) for task in tasks)
         return
     copies: SimpleQueue[nn.Module] = SimpleQueue()

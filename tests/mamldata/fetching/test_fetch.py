@@ -30,7 +30,7 @@ from mamldata.fetching.plan import plan
 from mamldata.fetching.receipts import Receipt, write_receipt
 from mamldata.fetching.verify import check_raw
 from mamldata.io.atomic import temporary
-from mamldata.io.digest import content_sha256
+from mamldata.io.content_digest import content_sha256
 
 DATA = hashlib.shake_256(b"the file").digest(300_000)
 QUICK = Network(

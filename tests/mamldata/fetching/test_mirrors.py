@@ -26,7 +26,7 @@ from mamldata.fetching.plan import plan
 from mamldata.fetching.receipts import Receipt, write_receipt
 from mamldata.fetching.verify import check_raw
 from mamldata.io.atomic import temporary
-from mamldata.io.digest import content_sha256
+from mamldata.io.content_digest import content_sha256
 
 Wire = Any  # the class in conftest.py
 Answer = Callable[..., bytes]

@@ -28,7 +28,7 @@ from mamldata.fetching.receipts import (
     write_receipt,
 )
 from mamldata.fetching.verify import check_raw
-from mamldata.io.digest import content_sha256
+from mamldata.io.content_digest import content_sha256
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": b"two" * 50}
 

@@ -21,7 +21,7 @@ import pytest
 from mamldata.errors import DamagedError
 from mamldata.io import containers
 from mamldata.io.containers import Member, is_inside, list_members, read_members
-from mamldata.io.digest import content_sha256
+from mamldata.io.content_digest import content_sha256
 
 FILES = {f"images/{name}": bytes([number]) * (number * 300) for number, name in enumerate(["b.jpg", "a.jpg", "é.png"])}
 KINDS = ("folder", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "gnu", "v7")

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mamldata.errors import DamagedError
 from mamldata.io.containers import list_members, safe_member_name
-from mamldata.io.digest import canonical_json, content_sha256, parse_json, sha256_bytes, sha256_file
+from mamldata.io.content_digest import content_sha256
+from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
 
 MEMBERS = {"a/1.png": b"one" * 50, "a/2.png": bytes(range(256)), "b/ä.png": b"", "b/z.png": b"x" * 300}
 LIMIT = 10_000

@@ -154,7 +154,7 @@ def test_statistics_are_those_of_the_pixels(beasts: Made):
             values = images[start:stop, :, :, channel]
             assert (total, squares) == (values.sum(), (values**2).sum())
     train = images[7:15].reshape(-1, 3) / 255
-    mean, std = bank.normalisation((2, 3))
+    mean, std = bank.normalization((2, 3))
     assert np.allclose(mean, train.mean(0), atol=5e-7)
     assert np.allclose(std, train.std(0), atol=5e-7)
 
@@ -170,7 +170,7 @@ def test_episodes_of_unequal_classes(beasts: Made, tmp_path: Path, monkeypatch: 
         start, stop = {0: (7, 10), 1: (10, 15)}[int(way[0])]
         assert all(start <= row < stop for row in way[1:])
         assert len(set(way[1:].tolist())) == 3
-    assert source.info.normalisation == bank.normalisation((2, 3))
+    assert source.info.normalization == bank.normalization((2, 3))
 
 
 # --- every fault

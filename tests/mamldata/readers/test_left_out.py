@@ -15,7 +15,7 @@ from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
 from mamldata.bank import make as banks
 from mamldata.bank.format import Bank, described
-from mamldata.bank.inventory import files_left_out as left_out_of_archive
+from mamldata.bank.inventory import files_left_out_of
 from mamldata.bank.make import files_left_out, make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
@@ -170,10 +170,12 @@ def test_a_bank_notes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     archive = build(manifest, bank, tmp_path / "archive", request)
     monkeypatch.setattr(banks, "index_images", None)
     assert files_left_out(manifest, make_bank(manifest, root), root) == bank.files_left_out
-    assert left_out_of_archive(archive, root) == bank.files_left_out
-    assert left_out_of_archive(archive, tmp_path / "elsewhere") is None
+    assert files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, root) == bank.files_left_out
+    assert (
+        files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, tmp_path / "elsewhere") is None
+    )
     bank.path.with_suffix(".json").write_text("{}")
-    assert left_out_of_archive(archive, root) is None
+    assert files_left_out_of(archive.dataset, archive.image_shape[0], archive.bank_sha256, root) is None
 
 
 def without_note(bank: Bank) -> None:

@@ -227,15 +227,15 @@ class TestStream:
         assert all(len(set(row)) == N_WAY for row in episodes)
         assert any(len({name.partition(",")[0] for name in row}) < N_WAY for row in episodes)
 
-    @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
     @pytest.mark.parametrize("device", [None, "cpu"])
     @pytest.mark.parametrize("remixed", [True, False])
-    def test_ranks_share_the_meta_batches(self, folder, ranks, device, remixed):
+    def test_ranks_share_the_meta_batches(self, folder, world_size, device, remixed):
         """The parts of all ranks, put together, are the meta-batches of one process."""
         whole = [batch.index.tolist() for batch in EpisodeStream(folder, None, BATCH, 3, remix=remixed)]
         parts = []
-        for rank in range(ranks):
-            part = EpisodeStream(folder, None, BATCH, 3, remix=remixed, rank=rank, ranks=ranks)
+        for rank in range(world_size):
+            part = EpisodeStream(folder, None, BATCH, 3, remix=remixed, rank=rank, world_size=world_size)
             parts.append([tuple(t.clone() for t in batch) for batch in (part.to(device) if device else part)])
         joined = [[torch.cat(tensors) for tensors in zip(*of_t, strict=True)] for of_t in zip(*parts, strict=True)]
         assert [batch[4].tolist() for batch in joined] == whole
@@ -269,7 +269,7 @@ class TestStream:
             start = state["next_batch"]
             stop = (start // PER_EPOCH + 1) * PER_EPOCH
             assert kept(again) == expected[start:stop]
-            part = stream(folder, rank=1, ranks=3)
+            part = stream(folder, rank=1, world_size=3)
             part.load_state_dict(state)
             found = [batch.index.tolist() for batch in part]
             assert found == [share(np.array(index), 1, 3).tolist() for index, _ in expected[start:stop]]
@@ -299,19 +299,22 @@ class TestStream:
             (lambda: EpisodeStream(folder, "val", remix=True), "results on val are those of the archive's own"),
             (lambda: EpisodeStream(folder, remix=True, shuffle=True), "has an order of its own"),
             (lambda: EpisodeStream(folder, None, 24, remix=True), "batch_size is 24, but there are only 23"),
-            (lambda: EpisodeStream(folder, None, 4, rank=4, ranks=4), "rank 4 of 4 cannot share"),
-            (lambda: EpisodeStream(folder, None, 4, rank=0, ranks=5), "rank 0 of 5 cannot share a meta-batch of 4"),
+            (lambda: EpisodeStream(folder, None, 4, rank=4, world_size=4), "rank 4 of 4 cannot share"),
+            (
+                lambda: EpisodeStream(folder, None, 4, rank=0, world_size=5),
+                "rank 0 of 5 cannot share a meta-batch of 4",
+            ),
         ]:
             with pytest.raises(RequestError, match=message):
                 call()
 
 
 class TestShare:
-    @given(size=st.integers(0, 100), ranks=st.integers(1, 20))
-    def test_all_parts_are_the_whole(self, size, ranks):
+    @given(size=st.integers(0, 100), world_size=st.integers(1, 20))
+    def test_all_parts_are_the_whole(self, size, world_size):
         """Parts follow one another, and differ by at most one."""
         whole = np.arange(size)
-        parts = [share(whole, rank, ranks) for rank in range(ranks)]
+        parts = [share(whole, rank, world_size) for rank in range(world_size)]
         assert np.array_equal(np.concatenate(parts), whole)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

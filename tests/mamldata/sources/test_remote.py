@@ -241,14 +241,14 @@ class TestReading:
             assert len(runs) == len(set(runs)) >= 4
         assert orders[0] != orders[1] != orders[2]
 
-    @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-    def test_elastic(self, server, tmp_path, ranks):
+    @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+    def test_elastic(self, server, tmp_path, world_size):
         """All ranks together see the same meta-batches, and any of them resumes anywhere."""
         cache = tmp_path / "cache"
         whole = [index for index, _ in kept(EpisodeStream(remote(server, cache_dir=cache), batch_size=BATCH, seed=2))]
         parts = []
-        for rank in range(ranks):
-            part = EpisodeStream(remote(server, cache_dir=cache), None, BATCH, 2, rank=rank, ranks=ranks)
+        for rank in range(world_size):
+            part = EpisodeStream(remote(server, cache_dir=cache), None, BATCH, 2, rank=rank, world_size=world_size)
             state = json.loads(json.dumps(part.state_dict() | {"next_batch": 1}))
             part.load_state_dict(state)
             parts.append([index for index, _ in kept(part)])
@@ -321,9 +321,10 @@ class TestFaults:
         """Whoever waits learns what for."""
         server.faults = [busy]
         kept(EpisodeStream(remote(server), shuffle=False))
-        (told,) = [record.getMessage() for record in caplog.records if record.name == "mamldata.sources.remote"]
+        told, pause = [record.getMessage() for record in caplog.records if record.name == "mamldata.archive.remote"]
         address = rf"{re.escape(server.url)}/train-0000\d\.tar"  # of those under way, the one that met it
-        assert re.fullmatch(rf"{address}: HTTP 503 Service Unavailable; trying again in 0 s", told)
+        assert re.fullmatch(rf"{address}: HTTP 503 Service Unavailable", told)
+        assert pause == "trying again in 0 s"
 
     def test_a_broken_transfer_goes_on_where_it_stopped(self, folder, server):
         """What came is not asked for again."""

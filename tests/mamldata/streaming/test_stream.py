@@ -28,7 +28,7 @@ from mamldata.archive.plan import BuildRequest
 from mamldata.archive.shard import open_shard
 from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError, RequestError
-from mamldata.sampling.normalization import Normalisation
+from mamldata.sampling.normalization import Normalization
 from mamldata.sources.stored import ArchiveSource
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4
@@ -191,7 +191,7 @@ class TestBatches:
         )
         seen, sizes = [], []
         for rank in range(4):
-            part = EpisodeStream(source, batch_size=4, shuffle=False, rank=rank, ranks=4)
+            part = EpisodeStream(source, batch_size=4, shuffle=False, rank=rank, world_size=4)
             for batch in part.to(device) if device else part:
                 seen += batch.index.tolist()
                 sizes.append(len(batch.query_y))
@@ -240,8 +240,8 @@ class TestNormalised:
     def test_by_the_train_splits_mean_and_deviation(self, colours, split, device):
         """As torchvision's Normalize does it, for every split, on both roads."""
         plain = EpisodeStream(colours, split, BATCH, shuffle=False)
-        stream = EpisodeStream(colours, split, BATCH, shuffle=False, normalise=True)
-        mean, std = (torch.tensor(values)[:, None, None] for values in stream.info.normalisation)
+        stream = EpisodeStream(colours, split, BATCH, shuffle=False, normalize=True)
+        mean, std = (torch.tensor(values)[:, None, None] for values in stream.info.normalization)
         for expected, batch in zip(plain, stream.to(device) if device else stream, strict=True):
             for part in ("support_x", "query_x"):
                 wanted = (getattr(expected, part) - mean) / std
@@ -250,7 +250,7 @@ class TestNormalised:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_the_reference_road_and_the_devices_agree(self, colours, dtype):
         """To the bit."""
-        stream = EpisodeStream(colours, "test", BATCH, normalise=True, dtype=dtype)
+        stream = EpisodeStream(colours, "test", BATCH, normalize=True, dtype=dtype)
         reader = stream.reader(torch.device("cpu"))
         one = [part.clone() for part in reader.read(0)[:4]]
         other = reader.finish(reader.read_stored(0))
@@ -261,24 +261,24 @@ class TestNormalised:
         tiny = make_dataset(name="other", sizes={f"{c}/{d}": 9 for c in "abcd" for d in "xyz"}, channels=3)
         archive = read_archive(self.built(tiny, tmp_path / "archive"))
         source = live(str(tiny.manifest_path), "val", n_way=3, k_shot=2, k_query=4, root=tiny.root)
-        assert source.info.normalisation == archive.normalisation
-        assert all(0 < value < 1 for values in archive.normalisation for value in values)
+        assert source.info.normalization == archive.normalization
+        assert all(0 < value < 1 for values in archive.normalization for value in values)
 
     def test_by_given_numbers(self, colours):
         """In place of the train split's own; it takes one for each channel, and nothing is divided by 0."""
-        given = Normalisation((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+        given = Normalization((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
         mean, std = (torch.tensor(values)[:, None, None] for values in given)
         plain = EpisodeStream(colours, "test", BATCH)
-        for expected, batch in zip(plain, EpisodeStream(colours, "test", BATCH, normalise=given), strict=True):
+        for expected, batch in zip(plain, EpisodeStream(colours, "test", BATCH, normalize=given), strict=True):
             torch.testing.assert_close(batch.query_x, (expected.query_x - mean) / std, atol=2e-6, rtol=0)
-        for wrong in (Normalisation((0.1,), (0.5,)), given._replace(std=(0.5, 0.0, 0.5))):
+        for wrong in (Normalization((0.1,), (0.5,)), given._replace(std=(0.5, 0.0, 0.5))):
             with pytest.raises(RequestError, match="above 0 for each channel, of which these images have 3"):
-                EpisodeStream(colours, "test", BATCH, normalise=wrong)
+                EpisodeStream(colours, "test", BATCH, normalize=wrong)
 
     def test_bytes_cannot_be_normalised(self, folder):
         """There is no such dtype."""
         with pytest.raises(RequestError, match=r"leave normalise or dtype=torch\.uint8 out"):
-            EpisodeStream(folder, normalise=True, dtype=torch.uint8)
+            EpisodeStream(folder, normalize=True, dtype=torch.uint8)
 
 
 class TestEpochs:

@@ -187,12 +187,12 @@ def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
     """What is saved is said in the words of a comparison, and the same call ends as if nothing had happened."""
     expected, _ = compared
 
-    def report(line: str) -> None:
+    def notify(line: str) -> None:
         if line.startswith("maml  step 1/"):
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.raises(StoppedError, match=rf"maml: stopped. What is done is in {tmp_path}; the same command goes on"):
-        compare(PLANS, Synthetic(), tmp_path, episodes=12, report=report)
+        compare(PLANS, Synthetic(), tmp_path, episodes=12, notify=notify)
     result = compare(PLANS, Synthetic(), tmp_path, episodes=12)
     assert [entry.evaluation for entry in result.entries] == [entry.evaluation for entry in expected.entries]
 

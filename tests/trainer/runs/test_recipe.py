@@ -136,7 +136,7 @@ def test_ones_own(tmp_path: Path):
 
 
 def test_former_names_are_read(tmp_path: Path):
-    """A recipe that says ``normalise`` sets ``normalize``."""
+    """A recipe that says ``normalize`` sets ``normalize``."""
     path = tmp_path / "mine.toml"
     path.write_text(GOOD + "normalise = true\n")
     assert load_recipe(str(path)).settings == {"steps": 10, "inner_lr": 0.1, "normalize": True}

@@ -38,8 +38,8 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def torchrun(ranks: int, folder: Path, what: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(world_size: int, folder: Path, what: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     return subprocess.Popen(
         [*launcher, job.__file__, str(folder), what],
         stdout=subprocess.PIPE,
@@ -49,11 +49,11 @@ def torchrun(ranks: int, folder: Path, what: str) -> subprocess.Popen[str]:
     )
 
 
-def by_hand(ranks: int, folder: Path, what: str) -> list[subprocess.Popen[str]]:
+def by_hand(world_size: int, folder: Path, what: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**CALM, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**CALM, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
             [sys.executable, job.__file__, str(folder), what],
@@ -62,7 +62,7 @@ def by_hand(ranks: int, folder: Path, what: str) -> list[subprocess.Popen[str]]:
             text=True,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(ranks)
+        for rank in range(world_size)
     ]
 
 
@@ -110,10 +110,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_as_with_one_process(tmp_path: Path, alone: Path, ranks: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_as_with_one_process(tmp_path: Path, alone: Path, world_size: int) -> None:
     """Loss curve, validations and final weights are those of one process; and evaluations, to the bit."""
-    finish(torchrun(ranks, tmp_path, "equal"))
+    finish(torchrun(world_size, tmp_path, "equal"))
     for name in job.EQUAL:
         ours, theirs = weights(tmp_path / name), weights(alone / name)
         assert ours.keys() == theirs.keys()
@@ -128,7 +128,7 @@ def test_as_with_one_process(tmp_path: Path, alone: Path, ranks: int) -> None:
         for row in timed(tmp_path / name):
             # Each step's images are those of all processes: 5 episodes of 5 classes with 1 + 5 images.
             assert row["images_per_second"] * row["ms_per_step"] / 1000 == pytest.approx(5 * 5 * 6)
-        told = {(tmp_path / f"{name}.{rank}.json").read_text() for rank in range(ranks)}
+        told = {(tmp_path / f"{name}.{rank}.json").read_text() for rank in range(world_size)}
         evaluation = evaluate_in_float64(tmp_path / name)
         assert [json.loads(one) for one in told] == [evaluation]
 

@@ -73,6 +73,13 @@ def test_an_error_in_a_task_is_the_callers() -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_no_tasks_give_nothing() -> None:
+    """As where several processes share a batch that has fewer episodes than there are processes."""
+    torch.set_num_threads(2)
+    assert list(each_task(lambda _, task: task, nn.Identity(), [], CPU)) == []
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_number_of_threads_changes_no_bit(order, steps) -> None:

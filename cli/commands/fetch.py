@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from cli.common import bars, build_command, json_option, next_command, print_json, root_option, say, size_text
+from cli.options import json_option, root_option
+from cli.output import bars, build_command, next_command, print_json, say, size_text
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root

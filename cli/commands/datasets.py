@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cli.common import json_option, next_command, print_json, root_option
+from cli.options import json_option, root_option
+from cli.output import next_command, print_json
 from mamldata.bank.inventory import list_datasets
 from mamldata.datasets.paths import data_root
 

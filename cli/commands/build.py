@@ -11,17 +11,9 @@ from typing import Any
 
 import click
 
-from cli.common import (
-    bars,
-    episode_options,
-    json_option,
-    next_command,
-    print_json,
-    root_option,
-    say,
-    train_command,
-)
-from cli.inspect import describe, left_out_values, print_archive, say_left_out
+from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
+from cli.options import episode_options, json_option, root_option
+from cli.output import bars, next_command, print_json, say, train_command
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.bank.make import files_left_out, make_bank

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from cli.common import json_option, next_command, print_json
+from cli.options import json_option
+from cli.output import next_command, print_json
 from mamldata.datasets.toml import builtin_names
 from trainer.runs.recipe import load_recipe, recipe_names
 

@@ -7,15 +7,9 @@ from typing import Any
 
 import click
 
-from cli.common import (
-    episode_data,
-    episode_options,
-    evaluated_episodes,
-    json_option,
-    print_json,
-    root_option,
-    say,
-)
+from cli.options import episode_options, json_option, root_option
+from cli.output import print_json, say
+from cli.targets import episode_data, evaluated_episodes
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
 

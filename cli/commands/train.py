@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from cli.common import as_words, episode_options, json_option, next_command, print_json, root_option, say
-from cli.settings import begin, setting_options
+from cli.options import as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say
+from cli.train_options import begin, setting_options
 
 
 @click.command(
@@ -52,7 +53,7 @@ def command(
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
     start = time.monotonic()
-    result = train(settings, data, out, resume=resume, report=say, world=world)
+    result = train(settings, data, out, resume=resume, notify=say, world=world)
     if not world.first:
         return
     if have_matplotlib():

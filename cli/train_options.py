@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.common import archive_folder, episode_data, option_name, options_as, say
+from cli.options import option_name, options_as
+from cli.output import say
+from cli.targets import archive_folder, episode_data
 from trainer.settings import OLD_NAMES, SETTINGS, Setting, TrainSettings, renamed
 
 if TYPE_CHECKING:

@@ -7,17 +7,9 @@ from typing import Any
 
 import click
 
-from cli.common import (
-    archive_cache,
-    archive_folder,
-    episode_options,
-    json_option,
-    next_command,
-    print_json,
-    refuse_with_archive,
-    root_option,
-    train_command,
-)
+from cli.options import episode_options, json_option, root_option
+from cli.output import next_command, print_json, train_command
+from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
 from mamldata.preview import contact_sheet, episode, save, title

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from cli.common import json_option, next_command, print_json, root_option, say, size_text
-from mamldata.archive.index import Archive, ArchiveSplit, read_archive
-from mamldata.archive.remote import read_remote_archive
-from mamldata.bank.inventory import files_left_out
+from cli.options import json_option, root_option
+from cli.output import next_command, print_json, say, size_text
+from mamldata.archive.index import Archive, ArchiveSplit
+from mamldata.bank.inventory import files_left_out_of
 from mamldata.datasets.paths import data_root
-from mamldata.io.urls import is_remote, shown_place
+from mamldata.io.urls import shown_place
+from mamldata.pipeline import read_archive
 from mamldata.readers.left_out import LeftOut
 
 
@@ -28,8 +29,8 @@ def command(archive: str, root: str | None, as_json: bool) -> None:
 
     Where the bank that it was built from is under the root, also which files were left out.
     """
-    content = read_remote_archive(archive) if is_remote(archive) else read_archive(Path(archive))
-    left_out = files_left_out(content, data_root(root))
+    content = read_archive(archive)
+    left_out = files_left_out_of(content.dataset, content.image_shape[0], content.bank_sha256, data_root(root))
     if as_json:
         print_json(describe(content, shown_place(archive), left_out))
         return

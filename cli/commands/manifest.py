@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from cli.common import bars, json_option, next_command, print_json
+from cli.options import json_option
+from cli.output import bars, next_command, print_json
 from mamldata.datasets.image_folder import folder_name
 from mamldata.fetching.author import write_manifest
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from cli.common import json_option, print_json, root_option, size_text
+from cli.options import json_option, root_option
+from cli.output import print_json, size_text
 from mamldata.datasets.paths import data_root
 from mamldata.doctor import examine
 

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import click
 
-from cli.common import (
-    archive_folder,
-    bars,
-    build_command,
-    json_option,
-    next_command,
-    print_json,
-    root_option,
-    train_command,
-)
+from cli.options import json_option, root_option
+from cli.output import bars, build_command, next_command, print_json, train_command
+from cli.targets import archive_folder
 from mamldata.archive.index import read_archive
 from mamldata.archive.remote import read_remote_archive
 from mamldata.archive.verify import verify_archive

@@ -11,17 +11,10 @@ from typing import Any
 
 import click
 
-from cli.common import (
-    as_words,
-    episode_options,
-    evaluated_episodes,
-    json_option,
-    next_command,
-    print_json,
-    root_option,
-    say,
-)
-from cli.settings import begin, setting_options
+from cli.options import as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say
+from cli.targets import evaluated_episodes
+from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
 from trainer.maml.algorithms import ALGORITHMS
@@ -79,7 +72,7 @@ def command(
     from trainer.reports.plots import have_matplotlib, plot_comparison
     from trainer.system.distributed import world_of
 
-    if world_of(os.environ).ranks > 1:
+    if world_of(os.environ).world_size > 1:
         raise click.UsageError("compare works in one process: start it without torchrun.")
     names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
     for name in names:
@@ -98,7 +91,7 @@ def command(
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
-    result = compare(plans, data, out, split=split, episodes=number, report=say)
+    result = compare(plans, data, out, split=split, episodes=number, notify=say)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")

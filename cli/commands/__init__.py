@@ -1,0 +1,1 @@
+"""The verbs, a module each: parse, call one public function, print."""

@@ -1,0 +1,84 @@
+"""The options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mamldata.sampling.sampler import ROTATIONS
+
+if TYPE_CHECKING:
+    pass
+
+root_option = click.option(
+    "--root",
+    type=click.Path(file_okay=False),
+    envvar="MAMLDATA_ROOT",
+    show_envvar=True,
+    help="Where datasets are kept.  [default: the user's cache folder]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+# The settings of episodes: None means that the user did not say.
+_EPISODE_OPTIONS = {
+    "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
+    "k_shot": click.option("--k-shot", type=click.IntRange(1), help="Support images per class.  [default: 1]"),
+    "k_query": click.option("--k-query", type=click.IntRange(1), help="Query images per class.  [default: 15]"),
+    "split_scheme": click.option("--split-scheme", help="How the classes are divided.  [default: the dataset's own]"),
+    "rotations": click.option(
+        "--rotations", type=click.Choice(ROTATIONS), help="Turned classes.  [default: the dataset's own]"
+    ),
+    "image_size": click.option(
+        "--image-size", type=click.IntRange(1, 4096), help="In pixels.  [default: the dataset's own]"
+    ),
+    "seed": click.option("--seed", type=click.IntRange(0), help="Of the episodes.  [default: 0]"),
+}
+
+
+def episode_options(*, seed: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say what episodes are; the command gets those that were given as ``episodes``, a dict.
+
+    Args:
+        seed: whether ``--seed`` is one of them.
+    """
+    return options_as("episodes", {name: one for name, one in _EPISODE_OPTIONS.items() if seed or name != "seed"})
+
+
+def options_as(
+    argument: str, options: Mapping[str, Callable[..., Any]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add options to a command, which gets those that were given as one argument, a dict.
+
+    Args:
+        argument: its name.
+        options: click's decorators, by the names of their parameters.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collect(**arguments: Any) -> Any:
+            chosen = given(**{name: arguments.pop(name) for name in options})
+            return command(**{argument: chosen}, **arguments)
+
+        for option in reversed(list(options.values())):
+            collect = option(collect)
+        return collect
+
+    return decorate
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def as_words(options: Mapping[str, Any]) -> list[object]:
+    """Options by their parameters' names, as the command line has them."""
+    return [word for name, value in options.items() for word in (option_name(name), value)]
+
+
+def option_name(name: str) -> str:
+    """The option of a parameter."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,96 @@
+"""What the verbs print: lines on stderr, results on stdout, progress bars, and the next command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from mamldata.io.urls import is_remote, shown_place
+
+if TYPE_CHECKING:
+    pass
+from cli.options import as_words
+
+
+def say(message: str) -> None:
+    """A message for people, on stderr."""
+    click.echo(message, err=True)
+
+
+def next_command(*commands: Sequence[object]) -> None:
+    """The closing line: what one would do next, as a shell takes it.
+
+    Args:
+        commands: the verb and its arguments, each; a ``--root`` of the command under way is added.
+    """
+    context = click.get_current_context()
+    given_root = context.get_parameter_source("root") is click.core.ParameterSource.COMMANDLINE
+    root = ["--root", context.params["root"]] if given_root else []
+    lines = [shlex.join(["mamldata", *(shown_place(str(word)) for word in words), *root]) for words in commands]
+    say(f"Next: {' && '.join(lines)}")
+
+
+def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:
+    """For ``next_command``: train with the defaults, into a new folder called after the data.
+
+    Args:
+        target: an archive, or a dataset.
+        episodes: the options for live episodes that the user gave.
+    """
+    name = _name(target)
+    names = chain([f"{name}-maml"], (f"{name}-maml-{number}" for number in count(2)))
+    out = next(one for one in names if not Path(one).exists())
+    shape = {option: value for option, value in episodes.items() if option != "seed"}  # train's own is of the weights
+    return ["train", target, *as_words(shape), "--out", out]
+
+
+def _name(target: Path | str) -> str:
+    if is_remote(target):
+        return shown_place(target).partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(target).absolute().name.removesuffix(".toml")
+
+
+def build_command(dataset: str) -> list[object]:
+    """For ``next_command``: build with the defaults, which are 5 ways and 1 shot."""
+    return ["build", dataset, "--out", f"{_name(dataset)}-5w1s"]
+
+
+def print_json(value: Any) -> None:
+    """A result for programs, on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+@contextmanager
+def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int], object]]:
+    """Progress as a bar on stderr with rate and time left; nothing at all where stderr is no terminal."""
+    scale = unit == "B"
+    with tqdm(
+        total=total,
+        desc=label,
+        unit=unit if scale else f" {unit}",
+        unit_scale=scale,
+        unit_divisor=1024,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar.update
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,89 @@
+"""What a verb works on: a dataset or an archive, and the episodes of either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mamldata.archive.index import is_archive
+from mamldata.datasets.paths import data_root
+from mamldata.datasets.toml import builtin_names
+from mamldata.errors import RequestError, did_you_mean
+from mamldata.io.urls import is_remote, shown_place
+
+if TYPE_CHECKING:
+    from trainer.data import EpisodeData
+from cli.options import option_name
+
+
+def archive_folder(target: str) -> Path | str | None:
+    """The folder or the address if ``target`` is an archive, None if it is a dataset.
+
+    Datasets are a name, a manifest, or a folder of images.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if is_remote(target):
+        return target
+    path = Path(target)
+    if is_archive(path):
+        return path
+    if target.endswith(".toml") or target in builtin_names():
+        return None
+    if path.is_dir():
+        # Of what was an archive once, whoever reads it says what is wrong with it.
+        return path if (path / ".build").is_dir() or any(path.glob("*-00000.tar")) else None
+    raise RequestError(
+        f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
+        f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."
+    )
+
+
+def archive_cache(folder: Path | str, root: str | None) -> Path | None:
+    """Where the shards of an archive at an address are kept between commands; None for a folder."""
+    return data_root(root) / "archive-cache" if is_remote(folder) else None
+
+
+def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
+    """An archive's episodes are what they are: options that would change them are wrong usage.
+
+    Raises:
+        click.UsageError: some were given.
+    """
+    if options:
+        names = ", ".join(option_name(name) for name in options)
+        raise click.UsageError(
+            f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave the option out."
+        )
+
+
+def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
+    """The episodes that a command trains or evaluates on. Imports torch.
+
+    Args:
+        target: an archive, or a dataset's name or manifest.
+        root: the data root.
+        episodes: the options that the user gave for live episodes.
+        remix: whether to train on remixed episodes, if the user said.
+
+    Raises:
+        RequestError: ``target`` is neither an archive nor a dataset.
+        click.UsageError: options for episodes with an archive, or for an archive with live episodes.
+    """
+    from trainer.data import archive_data, live_data
+
+    folder = archive_folder(target)
+    if folder is None:
+        if remix is not None:
+            raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
+        return live_data(target, root, episodes)
+    refuse_with_archive(folder, episodes)
+    return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
+
+
+def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
+    """How many episodes to evaluate on: those asked for, else all of an archive, else 600, the field's custom."""
+    return asked or data.available(split) or 600

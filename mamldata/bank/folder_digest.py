@@ -78,8 +78,8 @@ def _listing(folder: Path, names: list[str]) -> str:
         if not stat.S_ISREG(status.st_mode):
             faults.append(Fault("image", f"{folder / name}: {NOT_REGULAR}"))
         elif status.st_size > MOST_IMAGE_BYTES:
-            size = f"{status.st_size:,} bytes, more than the {MOST_IMAGE_BYTES:,}"
-            faults.append(Fault("image", f"{folder / name}: it has {size} that an image may have"))
+            size = f"{status.st_size:,} bytes; the limit for an image is {MOST_IMAGE_BYTES:,}"
+            faults.append(Fault("image", f"{folder / name}: it has {size}"))
         entries.append([name, status.st_size, status.st_mtime_ns])
     if faults:  # before any of them is hashed, which may never end
         raise DatasetError(folder.name, faults, "Mend or remove these files, and run the same command again.")

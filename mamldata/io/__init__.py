@@ -1,1 +1,1 @@
-"""Bytes on this machine: atomic files, containers, digests, npy, pickles, addresses, TOML. It knows no dataset."""
+"""Bytes on this machine: atomic files, containers, digests, npy, pickles, addresses, TOML. It knows no datasets."""

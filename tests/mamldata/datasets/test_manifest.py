@@ -276,7 +276,7 @@ def test_a_manifest_that_is_too_long(tmp_path: Path) -> None:
         load_manifest(str(tmp_path / "mine.toml"))
     (fault,) = faults(listed("classes.txt"), folder=tmp_path)
     assert "cannot read the class list 'classes.txt'" in fault
-    assert "67,108,865 bytes, more than the 67,108,864" in fault
+    assert "67,108,865 bytes, more than the limit of 67,108,864" in fault
 
 
 def test_not_toml() -> None:

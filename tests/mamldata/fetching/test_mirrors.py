@@ -141,7 +141,7 @@ class TestRounds:
     @pytest.mark.parametrize("place", ["http://me:secret@", "nosuch://me:secret@host/a", "http://me:secret@/a?secret"])
     def test_a_place_that_is_refused_keeps_its_password(self, place: str, tmp_path: Path):
         """Nor is it in the message that says what is wrong with a place, or where a file is not."""
-        with pytest.raises(RequestError, match=r"--from (http|nosuch)://") as raised:
+        with pytest.raises(RequestError, match=r"Source (http|nosuch)://") as raised:
             get(tmp_path, entry(), sources=[place])
         assert "secret" not in str(raised.value)
         with pytest.raises(FetchError, match=r"to be had from http://host/a\?…") as missing:

@@ -200,7 +200,7 @@ def test_splits_by_other_names(tmp_path: Path):
     """``valid`` is no split here; rather than to take its classes for others, that is said."""
     for split in ("train", "valid", "test"):
         photos(tmp_path / "p" / split, {split: 2})
-    with pytest.raises(RequestError, match=r"classes below test, train, but not all: 'valid' is none of train"):
+    with pytest.raises(RequestError, match=r"classes below test, train, but also 'valid', which is not train"):
         folder_manifest(tmp_path / "p")
 
 

@@ -363,9 +363,7 @@ def test_the_first_good_images_are_pinned(world: World, tmp_path: Path):
     one = place / "images" / "n0000000100000001.jpg"
     genuine = one.read_bytes()
     one.write_bytes(world.imagenet["n00000001"][3])
-    with pytest.raises(
-        FetchError, match=r"these are other images: .* pinned in .*images\.json at the first fetch"
-    ):
+    with pytest.raises(FetchError, match=r"these are other images: .* pinned in .*images\.json at the first fetch"):
         world.fetch(root, place)
     assert sorted(path.name for path in raw.iterdir() if "images" in path.name) == ["images.json", "images.tar.sha256"]
     one.write_bytes(genuine)
@@ -528,8 +526,8 @@ def test_an_incomplete_imagenet(world: World, tmp_path: Path):
         path.unlink()
     report = refused(world, tmp_path / "root", place)
     assert (
-        "train.csv, line 5: n0000000100000010.jpg is image 10 of its class, which has only 9 in folders: the class is incomplete"
-        in report
+        "train.csv, line 5: n0000000100000010.jpg is image 10 of its class, which has only 9 in folders: "
+        "the class is incomplete" in report
     )
     assert "val.csv, line 2: there is no class n00000003 in folders" in report
 

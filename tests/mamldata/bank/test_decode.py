@@ -65,7 +65,7 @@ def test_16_bit_greys_are_turned_upright() -> None:
 @pytest.mark.parametrize("values", [np.arange(256, dtype=np.int32), np.linspace(0, 1, 256, dtype=np.float32)])
 def test_numbers_without_a_known_range_are_refused(values: np.ndarray) -> None:
     """Nobody knows which of them is white."""
-    with pytest.raises(ValueError, match="32-bit numbers, of which nothing says which is white; save it with 8 or 16"):
+    with pytest.raises(ValueError, match="32-bit numbers without a known white value; save it with 8 or 16"):
         decoded(encoded(Image.fromarray(values.reshape(16, 16)), "TIFF"))
 
 

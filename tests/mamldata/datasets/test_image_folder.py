@@ -230,7 +230,7 @@ def test_damaged_images_are_all_named(tmp_path: Path):
         make_bank(load_manifest(str(folder)), tmp_path / "root", 8)
     assert "kind a/0.jpg: not an image in a supported format" in str(caught.value)
     assert "kind c/2.jpg: not an image in a supported format" in str(caught.value)
-    assert "Mend or remove these files" in str(caught.value)
+    assert "Repair or remove these files" in str(caught.value)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -247,7 +247,7 @@ def test_what_cannot_be_hashed_is_named_before_anything_is(tmp_path: Path):
     assert "kind a/pipe.jpg: not a regular file\n" in str(caught.value)
     assert "kind b/device.jpg: not a regular file\n" in str(caught.value)
     assert "kind c/sparse.jpg: it has 30,000,000,000 bytes; the limit for an image is 67,108,864" in str(caught.value)
-    assert "Mend or remove these files" in str(caught.value)
+    assert "Repair or remove these files" in str(caught.value)
 
 
 def test_a_link_to_nowhere(tmp_path: Path):

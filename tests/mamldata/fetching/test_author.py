@@ -171,9 +171,9 @@ def test_classes_in_archives(boxes: list[list[str]], classes: list[str], splits:
     [
         (
             ["p/train/x/cat", "p/val/dog", "p/test/emu"],
-            "numbers of folders below p/train, val and test: pack",
+            "different depths below p/train, val and test: pack",
         ),
-        (["p/train/cat", "p/val/dog", "p/more/emu"], "has classes below train, val, but not all: 'more' is none of"),
+        (["p/train/cat", "p/val/dog", "p/more/emu"], "has classes below train, val, but also 'more', which is not"),
     ],
 )
 def test_splits_that_cannot_be_described(homes: list[str], message: str, tmp_path: Path):

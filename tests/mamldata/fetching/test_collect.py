@@ -363,7 +363,7 @@ def test_the_first_good_images_are_pinned(world: World, tmp_path: Path):
     one = place / "images" / "n0000000100000001.jpg"
     genuine = one.read_bytes()
     one.write_bytes(world.imagenet["n00000001"][3])
-    with pytest.raises(FetchError, match=r"these are other images: .* pinned in .*images\.json at the first fetch"):
+    with pytest.raises(FetchError, match=r"these are other images: .*\(pinned in .*images\.json at the first fetch"):
         world.fetch(root, place)
     assert sorted(path.name for path in raw.iterdir() if "images" in path.name) == ["images.json", "images.tar.sha256"]
     one.write_bytes(genuine)

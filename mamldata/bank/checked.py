@@ -1,7 +1,7 @@
-"""Which files this user has found whole: a note of each, so that a bank is hashed once, not at every start.
+"""Notes on which files this user has found intact, so that a bank is hashed once, not at every start.
 
-A note holds the file's path, length, inode, times of change and SHA-256, and counts only while all of these stay. It is
-in the user's own cache folder, because a data root may be shared and read-only.
+A note holds the file's path, length, inode, mtime, ctime and SHA-256, and is valid only while none of them changes. It
+is in the user's own cache folder, because a data root may be shared and read-only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TICK_NS = 2_000_000_000
 
 
 def is_noted(path: Path, sha256: str) -> bool:
-    """Whether this user has found the file to have this digest, and its length, inode and times are still the same."""
+    """Whether this user has verified the file's digest, and its length, inode and times have not changed since."""
     try:
         wanted = _note(path, path.stat(), sha256)
         with _place(path).open("rb") as stream:
@@ -33,15 +33,15 @@ def is_noted(path: Path, sha256: str) -> bool:
 
 
 def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> str:
-    """Hash a file whatever was noted. If the digest is the expected one, note it; if not, remove the note.
+    """Hash a file regardless of its note. If the digest is the expected one, note it; if not, remove the note.
 
     A file that changed within the last two seconds is not noted, because a later change could leave the same time
-    (Git's "racy" rule); nor is one where the note cannot be written. It is then hashed again the next time.
+    (Git's "racy" rule). Without a note, or if it cannot be written, the file is hashed again the next time.
 
     Args:
         path: the file.
         sha256: the expected digest, in hex.
-        advance: told of hashed bytes.
+        advance: called with the numbers of hashed bytes.
 
     Returns:
         The file's SHA-256, in hex.
@@ -57,13 +57,13 @@ def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> st
             place.unlink(missing_ok=True)
         elif max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < now:
             make_folder(place.parent)
-            # Without a lock: a note that two processes spoil by writing it at once does not count.
+            # Without a lock: a note garbled by two processes writing at once is ignored.
             write_atomic(place, _note(path, status, sha256), lasting=False)
     return got
 
 
 def _note(path: Path, status: os.stat_result, sha256: str) -> bytes:
-    # Without the device: of a network file system its number changes with every mount.
+    # Without the device, whose number changes with every mount of a network file system.
     return canonical_json(
         {
             "path": str(path.absolute()),
@@ -77,7 +77,7 @@ def _note(path: Path, status: os.stat_result, sha256: str) -> bytes:
 
 
 def _place(path: Path) -> Path:
-    """The note of a file.
+    """The path of a file's note.
 
     Raises:
         RuntimeError: this user has no home folder.

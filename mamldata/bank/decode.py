@@ -1,4 +1,4 @@
-"""An image file as pixels of one size. What comes out here is what banks hold: see ``mamldata.bank.format.FORMAT``."""
+"""Decode an image file to pixels of one size, as banks store them; see ``mamldata.bank.format.FORMAT``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from PIL import Image, ImageOps
 
 from mamldata.io.images import Images, open_image
 
-_BAND_PIXELS = 1 << 22  # that are converted at once
+_BAND_PIXELS = 1 << 22  # converted at once
 
 
 def decode_image(
     data: bytes | Images, size: int, channels: int, resampling: str, invert: bool, upright: bool = False
 ) -> Images:
-    """An image as uint8 ``[size, size, channels]``: to grey or RGB, resized, inverted if asked for.
+    """Decode an image to uint8 ``[size, size, channels]``: grey or RGB, resized, optionally inverted.
 
-    What is transparent becomes white, as paper is, before anything is inverted. Of 16-bit grey the upper eight bits
-    are taken, as Pillow takes them of 16-bit colours.
+    Transparent pixels become white before any inversion. 16-bit grey keeps its upper eight bits, as Pillow does for
+    16-bit colours.
 
     Args:
         data: encoded, or its pixels, uint8 ``[H, W, 3]``.
         size, channels, resampling, invert, upright: see ``ImageRecipe``.
 
     Raises:
-        ValueError: not an image, a damaged one, one of too many pixels, or one of numbers without a known range.
+        ValueError: it is not an image, is damaged, has too many pixels, or has values without a known range.
     """
     with open_image(data) as image:
         if upright:
@@ -38,7 +38,7 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def _flat(image: Image.Image, mode: str) -> Image.Image:
-    """An image on white, in ``mode``. A large one in bands of rows, so that few copies of it are in memory at once."""
+    """An image on white, in ``mode``. Large images are converted in bands of rows, to save memory."""
     if image.mode == mode and not image.has_transparency_data:
         image.load()
         return image
@@ -54,20 +54,18 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _with_8_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Images of more bits with 8; Pillow would cut off at 255. ``kind`` is the file's format."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # which stretches all to 16 bits
+    """Convert images with more bits to 8; Pillow would clip at 255. ``kind`` is the file's format."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # Pillow scales PPM to 16 bits
         greys = np.asarray(image)
         small = (greys >> 8).astype(np.uint8)
         return Image.fromarray(np.where(greys == image.info.get("transparency", -1), np.uint8(255), small))
     if image.mode in {"I", "F"}:
-        raise ValueError(
-            "its pixels are 32-bit numbers, of which nothing says which is white; save it with 8 or 16 bits"
-        )
+        raise ValueError("its pixels are 32-bit numbers without a known white value; save it with 8 or 16 bits")
     return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Drawings often are ink on nothing, and what is stored where nothing is may be any colour: mostly ink's."""
+    """Put an image on white. Drawings are often ink on transparency, whose stored colour is mostly the ink's."""
     if not image.has_transparency_data:
         return image
     paper = Image.new("RGBA", image.size, "white")

@@ -1,4 +1,4 @@
-"""What a user's own folder of images holds: a digest that changes when anything in it does."""
+"""The digest of a user's own folder of images, which changes when any image in it changes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mamldata.readers.image import is_image
 def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) -> str:
     """The content digest of a folder's images (see ``mamldata.io.content_digest.content_sha256``).
 
-    Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and time of
-    change of every file: while those stay, so does the digest. Where nothing can be noted, it is computed each time.
+    Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and mtime of
+    every file, and used while these do not change. Without a writable place for the note, it is computed each time.
 
     Args:
         folder: the user's own, which is only read.
-        note: the file to note it in; None to hash all files whatever was noted.
+        note: the file in which to note it; None to hash all files regardless of any note.
         progress: told of hashed bytes.
 
     Raises:
-        DamagedError: a file that cannot be read.
-        DatasetError: what is no regular file, or larger than an image may be: all of them.
+        DamagedError: a file cannot be read.
+        DatasetError: files are not regular, or larger than the limit for an image; all are named.
         WriteError: the note cannot be written.
     """
     names = [member.name for member in list_members(folder) if is_image(member.name)]
@@ -39,12 +39,12 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
         return noted
     make_folder(note.parent)
     if not os.access(note.parent, os.W_OK):
-        return _hash(folder, names, progress)  # a bank that is there can still be read
-    # Of several processes that open the folder for the first time one hashes it, and the others wait for its note.
+        return _hash(folder, names, progress)  # an existing bank can still be read
+    # If several processes open the folder for the first time, one hashes it and the others wait for its note.
     with locked(note.with_suffix(".lock")):
         if not (content := _noted(note, listing)):
             content = _hash(folder, names, progress)
-            # Of what was there before the hashing: what changes meanwhile is noticed the next time.
+            # With the listing from before the hashing, so that a change meanwhile is noticed the next time.
             write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
     return content
 
@@ -56,7 +56,7 @@ def _hash(folder: Path, names: list[str], progress: Progress) -> str:
             for name in names:
                 digests.append((name, sha256_file(folder / name, advance)))
     except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Mend or remove it.") from error
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Repair or remove it.") from error
     return digest_of_contents(digests)
 
 
@@ -74,13 +74,13 @@ def _listing(folder: Path, names: list[str]) -> str:
         try:
             status = (folder / name).stat()
         except OSError as error:
-            raise DamagedError(f"{folder / name} cannot be read ({error.strerror}). Mend or remove it.") from error
+            raise DamagedError(f"{folder / name} cannot be read ({error.strerror}). Repair or remove it.") from error
         if not stat.S_ISREG(status.st_mode):
             faults.append(Fault("image", f"{folder / name}: {NOT_REGULAR}"))
         elif status.st_size > MOST_IMAGE_BYTES:
-            size = f"{status.st_size:,} bytes, more than the {MOST_IMAGE_BYTES:,}"
-            faults.append(Fault("image", f"{folder / name}: it has {size} that an image may have"))
+            size = f"{status.st_size:,} bytes; the limit for an image is {MOST_IMAGE_BYTES:,}"
+            faults.append(Fault("image", f"{folder / name}: it has {size}"))
         entries.append([name, status.st_size, status.st_mtime_ns])
-    if faults:  # before any of them is hashed, which may never end
-        raise DatasetError(folder.name, faults, "Mend or remove these files, and run the same command again.")
+    if faults:  # before hashing any of them, which may never end
+        raise DatasetError(folder.name, faults, "Repair or remove these files, and run the same command again.")
     return sha256_bytes(canonical_json(entries))

@@ -1,4 +1,4 @@
-"""The bank: an array of all images, memory-mapped, and its JSON. Opened, described and checked; never made here."""
+"""The bank: a memory-mapped array of all images, and its JSON description. Opened and checked here, but not made."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mamldata.progress import Progress, silent
 from mamldata.readers.left_out import LeftOut
 from mamldata.sampling.normalization import Normalization, normalization
 
-FORMAT = "mamldata-bank/3"  # goes up when the same raw images come out as other pixels
+FORMAT = "mamldata-bank/3"  # increased when the same raw images decode to other pixels
 _MOST_BYTES = 1 << 28  # of a bank's JSON
-_MOST_VALUES = 1 << 24  # in it: 10**6 classes have 13 million
+_MOST_VALUES = 1 << 24  # values in it: 10**6 classes have 13 million
 Images = npt.NDArray[np.uint8]
 
 
@@ -38,11 +38,11 @@ class Bank:
         sha256: the digest of that file, which is the bank's digest.
         shape: ``(images, H, W, C)``.
         class_names: the classes in canonical order.
-        class_offsets: the first row of each class, and the number of images at the end: ``classes + 1`` numbers.
-        class_splits: the split of each class, where the raw files say it; else empty.
+        class_offsets: the first row of each class, then the number of images: ``classes + 1`` numbers.
+        class_splits: the split of each class, if the raw files give it; else empty.
         class_sums: for each class and channel the sum of all values and the sum of their squares.
-        left_out: images that could not be read, where the manifest says to leave such out.
-        files_left_out: files of every kind that were left out when the bank was made; None where nobody noted them.
+        left_out: images that could not be read, if the manifest says to leave them out.
+        files_left_out: all files that were left out when the bank was made; None if they were not recorded.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Bank:
         return _mapped(self.path, self.shape)
 
     def normalization(self, classes: Sequence[int]) -> Normalization:
-        """Mean and deviation over the classes at these positions; of none, 0 and 1."""
+        """Mean and standard deviation over the classes at these positions; 0 and 1 without any."""
         images = sum(self.class_offsets[c + 1] - self.class_offsets[c] for c in classes)
         sums = [
             (sum(self.class_sums[c][channel][0] for c in classes), sum(self.class_sums[c][channel][1] for c in classes))
@@ -71,7 +71,7 @@ class Bank:
 
 
 def open_bank(folder: DatasetFolder, size: int) -> Bank:
-    """A bank that was made before. Checks its description and its length, not its pixels.
+    """Open an existing bank. Checks its description and its length, not its pixels.
 
     Raises:
         DataMissingError: there is none.
@@ -84,22 +84,23 @@ def open_bank(folder: DatasetFolder, size: int) -> Bank:
 
 
 def _require_right_to_read(path: Path) -> None:
-    """Others' files in a shared root may be private.
+    """Check read permission: in a shared root, files of other users may be private.
 
     Raises:
-        DataMissingError: this one is.
+        DataMissingError: the file exists but is not readable.
     """
     if path.exists() and not os.access(path, os.R_OK):
         raise DataMissingError(
-            f"{path} is there, and may not be read. Ask its owner for the right to, or choose another root with --root."
+            f"{path} exists but is not readable. Ask its owner for read permission, or choose another data root."
         )
 
 
 def described_bank(path: Path, description: dict[str, Any]) -> Bank:
-    """The bank that a description is of, whose array must have its length.
+    """The bank of a description; its array must have the described length.
 
     Raises:
-        DamagedError: it has another.
+        DamagedError: it has another length.
+        DataMissingError: the array exists but is not readable.
     """
     _require_right_to_read(path)
     shape: tuple[int, int, int, int] = tuple(description["shape"])
@@ -121,13 +122,13 @@ def described_bank(path: Path, description: dict[str, Any]) -> Bank:
 
 
 def noted_left_out(description: dict[str, Any]) -> tuple[LeftOut, ...] | None:
-    """What a bank's description says of files that were left out; older ones say nothing."""
+    """The files left out according to a bank's description; None in descriptions of older versions."""
     groups = description.get("files_left_out")
     return None if groups is None else tuple(LeftOut.from_values(values) for values in groups)
 
 
 def open_images(path: Path, sha256: str) -> Images:
-    """Map the images of a bank by its file and its digest, as another process named them.
+    """Map the images of a bank that another process named by file and digest.
 
     Args:
         path: the ``.npy`` file, its description beside it.
@@ -137,14 +138,14 @@ def open_images(path: Path, sha256: str) -> Images:
         uint8 ``[images, H, W, C]``, read-only.
 
     Raises:
-        DataMissingError: there is no such file, or it is another bank.
+        DataMissingError: there is no such file, it is not readable, or it is another bank.
         DamagedError: its description is not what was written.
     """
     return _mapped(path, _shape(path, sha256))
 
 
 def _mapped(path: Path, shape: tuple[int, int, int, int]) -> Images:
-    # A plain array over the map: np.memmap's own indexing is slower by half.
+    # A plain array over the map, because np.memmap's own indexing is slower by half.
     return np.asarray(np.memmap(path, np.uint8, "r", len(npy_header("|u1", shape)), shape))
 
 
@@ -157,16 +158,17 @@ def _shape(path: Path, sha256: str) -> tuple[int, int, int, int]:
         raise DataMissingError(f"The bank {path} cannot be read ({error.strerror}).") from error
     shape: tuple[int, int, int, int] = tuple(description["shape"])
     if description["sha256"] != sha256 or there != npy_bytes("|u1", shape):
-        raise DataMissingError(f"The bank {path} is another one: its digest is not {sha256}.")
+        raise DataMissingError(f"{path} is another bank: its digest is not {sha256}.")
     return shape
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """A bank's JSON, checked against the digest of itself that it carries.
+    """Read a bank's JSON and check it against the digest of itself that it contains.
 
     Raises:
-        DamagedError: a byte of it is not what was written.
-        DataMissingError: it is another user's, who keeps it private.
+        DamagedError: it has changed since it was written, or is of another version.
+        DataMissingError: it exists but is not readable.
+        FileNotFoundError: there is none.
     """
     _require_right_to_read(path)
     try:
@@ -183,8 +185,8 @@ def read_description(path: Path) -> dict[str, Any]:
         intact = False
     if not intact or description["format"] != FORMAT:
         raise DamagedError(
-            f"{path} is damaged, or of another version: it is not what was written when the bank was made. "
-            "Delete it and run the command again: the bank is made anew."
+            f"{path} is damaged, or of another version: it has changed since the bank was made. "
+            "Delete it and run the command again: the bank is made again."
         )
     return description
 
@@ -205,17 +207,17 @@ def check_bank(description_path: Path, progress: Progress = silent) -> list[str]
 
 
 def damage_of(path: Path, sha256: str, progress: Progress) -> str:
-    """What is wrong with a bank's file, hashed now whatever was noted before; empty if nothing is."""
+    """What is wrong with a bank's file, which is always hashed, regardless of notes; empty if it is intact."""
     try:
         with progress(path.name, path.stat().st_size, "B") as advance:
             got = hash_and_note(path, sha256, advance)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror}). Mend its disk, or delete it: the next build makes it again."
+        return f"{path} cannot be read ({error.strerror}). Check its disk, or delete it: the next build makes it again."
     if got == sha256:
         return ""
     return f"{path} is damaged: sha256 {got}, expected {sha256}. Delete it: the next build makes it again."
 
 
 def described(description: dict[str, Any]) -> bytes:
-    """The bytes of a bank's JSON: the description and the digest of itself."""
+    """The bytes of a bank's JSON: the description and its own digest."""
     return canonical_json({**description, "description_sha256": sha256_bytes(canonical_json(description))})

@@ -1,4 +1,4 @@
-"""What datasets there are, and what of them is on this machine."""
+"""List the datasets, and which parts of them are on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mamldata.readers.left_out import LeftOut
 
 
 def list_datasets(root: Path) -> list[dict[str, Any]]:
-    """Every built-in dataset as plain values; looks at which files exist and at their receipts."""
+    """Every built-in dataset as plain values; looks at which files exist and reads their receipts."""
     return [_entry(name, root) for name in builtin_names()]
 
 
@@ -40,16 +40,17 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
 
 
 def files_left_out_of(dataset: str, size: int, bank_sha256: str, root: Path) -> tuple[LeftOut, ...] | None:
-    """What was left out when a bank was made; None where no bank under the root says it.
+    """What was left out when a bank was made; None if no bank under the root records it.
 
-    Several datasets may have one bank, as a folder and the files that were collected from it: then the most is told.
+    Several datasets may have equal banks, such as a folder and the files collected from it: then the bank that left out
+    most files counts.
     """
     noted = []
     for path in sorted(root.glob(f"*/*-{size}.json")):
         try:
             description = read_description(path)
         except (MamldataError, OSError):
-            continue  # whoever needs this one is told
+            continue  # commands that need this bank report it
         if (description["name"], description["sha256"]) == (dataset, bank_sha256):
             noted.append(noted_left_out(description))
     known = [groups for groups in noted if groups is not None]

@@ -1,4 +1,4 @@
-"""Make a bank: decode all images of a dataset once, in pieces, going on where a killed process stopped."""
+"""Make a bank: decode all images of a dataset once, in pieces, and resume where a killed process stopped."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _CHUNK_BYTES = 4 << 20
 def make_bank(
     manifest: Manifest, root: Path, size: int | None = None, *, workers: int = 1, progress: Progress = silent
 ) -> Bank:
-    """The bank of a dataset at one image size: opened if it is there, else made from the raw files.
+    """The bank of a dataset at one image size: opened if it exists, else made from the raw files.
 
-    It is made anew only when the recipe or the raw files changed. If the process dies, the next call goes on.
-    Opening one that is there writes nothing in the root, and waits for no other process. It is hashed when it is
-    opened, unless this user has hashed it before and it has not changed since (see ``mamldata.bank.checked``).
+    It is made again only if the recipe or the raw files changed. If the process dies, the next call resumes.
+    Opening an existing bank writes nothing in the root and waits for no other process. It is hashed when opened,
+    unless this user has hashed it before and it has not changed since (see ``mamldata.bank.checked``).
 
     Args:
         manifest: the dataset.
@@ -57,10 +57,11 @@ def make_bank(
         progress: told of images and of hashed bytes.
 
     Raises:
-        DataMissingError: the raw files are not there, or not verified as the manifest describes them.
-        DatasetError: raw files that do not fit together, and images that cannot be decoded: all of them.
-        DamagedError: a raw file that cannot be read; or a bank whose digest is known came out different; or the bank
-            that is there has other bytes than were written.
+        RequestError: the size is not between 1 and 4096.
+        DataMissingError: the raw files are missing, or not verified for this manifest; or the bank is not readable.
+        DatasetError: raw files do not fit together, or images cannot be decoded; all are named.
+        DamagedError: a raw file cannot be read; a new bank differs from the known digest; or an existing bank has
+            changed since it was written.
         WriteError: the folder cannot be written to.
     """
     side = manifest.image.size if size is None else size
@@ -69,14 +70,14 @@ def make_bank(
     folder = manifest.home(root)
     identity = _identity(manifest, side, _source_digests(manifest, folder, progress))
     known = manifest.image.bank_sha256.get(side)
-    # Without the lock first: another process may hold it for an hour, and nobody can where the root is read-only.
+    # First without the lock: another process may hold it for an hour, and a read-only root has none.
     if (bank := _current(folder, side, identity, known)) is None:
         make_folder(folder.path)
         with locked(folder.lock):
-            # Again, because whoever held the lock may have made it.
+            # Again, because the process that held the lock may have made it.
             if (bank := _current(folder, side, identity, known)) is None:
                 _make(manifest, folder, side, identity, workers, progress)
-                return open_bank(folder, side)  # which was hashed when it was made
+                return open_bank(folder, side)  # hashed when it was made
     if not is_noted(bank.path, bank.sha256) and (problem := damage_of(bank.path, bank.sha256, progress)):
         command = f"mamldata verify {shlex.quote(manifest.reference)}"
         raise DamagedError(f"{problem} To check the raw files too, run: {command}")
@@ -94,12 +95,12 @@ def _source_files(manifest: Manifest, folder: DatasetFolder) -> list[Path]:
 
 
 def files_left_out(manifest: Manifest, bank: Bank, root: Path) -> tuple[LeftOut, ...]:
-    """Which of a dataset's files are not in its bank, because they are no images, or none that can be read.
+    """Which of a dataset's files are not in its bank because they are not images, or not readable ones.
 
     Args:
         manifest: the dataset.
-        bank: its bank, which notes them. But in a user's own folder such files come and go while the bank stays, so
-            that is listed again.
+        bank: its bank, which records them. A user's own folder is listed again, because such files may change there
+            while the bank stays valid.
         root: the data root.
 
     Raises:
@@ -150,24 +151,24 @@ def _make(
 
 def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
-        return "Mend or remove these files, and run the same command again."
+        return "Repair or remove these files, and run the same command again."
     if all(fault.of_one_image for fault in faults):
         return (
-            'Get these images anew; or put damaged = "leave-out" under [reader] in a manifest of your own, and the '
-            "bank lists what it lacks."
+            'Get these images again, or put damaged = "leave-out" under [reader] in a manifest of your own: the '
+            "bank then lists the missing images."
         )
-    return f"Mend the files, and run: mamldata fetch {manifest.reference} --from FOLDER"
+    return f"Repair the files, and run: mamldata fetch {manifest.reference} --from FOLDER"
 
 
 def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
-    """The sha256 of each raw file, as noted when it was verified.
+    """The SHA-256 of each raw file, as recorded when it was verified.
 
     Raises:
-        DataMissingError: files that are not there, or others than the manifest wants; the message names the command
-            that gets or verifies them.
+        DataMissingError: files are missing, or not those of the manifest; the message has the command that gets or
+            verifies them.
     """
     digests = verified_digests(manifest, folder)
-    unverified = " (there, but not verified as the manifest describes it)"
+    unverified = " (exists, but is not verified for this manifest)"
     missing = [name + unverified * (folder.raw / name).exists() for name in manifest.raw_names if name not in digests]
     if missing:
         raise DataMissingError(
@@ -179,7 +180,7 @@ def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Consecutive images for one worker, and where they go."""
+    """Consecutive images for one worker, and where to write them."""
 
     images: tuple[ImageRef, ...]
     first_row: int
@@ -189,7 +190,7 @@ class _Piece:
 
 
 def _write_piece(piece: _Piece) -> dict[int, str]:
-    """Decode a piece into its rows of the unfinished bank; gives the rows that cannot be, each with the reason."""
+    """Decode a piece into its rows of the unfinished bank; return the rows that cannot be decoded, with reasons."""
     _, size, _, channels = piece.shape
     recipe = piece.recipe
     start = len(npy_header("|u1", piece.shape))
@@ -216,7 +217,7 @@ def _preprocess(
     workers: int,
     progress: Progress,
 ) -> dict[int, str]:
-    """Fill the temporary file of the bank, going on from the pieces that an earlier process finished.
+    """Fill the temporary file of the bank, keeping the pieces that an earlier process finished.
 
     Returns:
         The rows of images that cannot be decoded, each with the reason.
@@ -242,22 +243,22 @@ def _preprocess(
 
 
 def _journal(path: Path) -> Path:
-    """Lists the finished pieces of an unfinished bank, below a line that says of what bank."""
+    """The file that lists the finished pieces of an unfinished bank, below a line that identifies the bank."""
     return path.with_name(path.name + ".journal")
 
 
 def _resume(
     part: Path, journal: Path, shape: tuple[int, int, int, int], work: dict[str, Any]
 ) -> dict[int, dict[int, str]]:
-    """The first rows of finished pieces, each with its damaged rows, if the unfinished file is of this very bank.
+    """The first rows of finished pieces, each with its damaged rows, if the unfinished file belongs to this bank.
 
-    Else a new one is started.
+    Otherwise start a new file.
     """
     key = sha256_bytes(canonical_json(work))
     if part.is_file() and journal.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
         first, *lines = journal.read_text().split("\n")
         if first == key:
-            # After the last newline stands nothing, or half a line: no next line may be joined to that.
+            # Drop a half-written last line, so that the next one is not appended to it.
             write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines[:-1]]).encode())
             pieces = [json.loads(line) for line in lines[:-1]]
             return {start: {int(row): why for row, why in damage.items()} for start, damage in pieces}
@@ -273,17 +274,17 @@ def _resume(
 
 
 def _claim_space(part: Path, shape: tuple[int, int, int, int]) -> None:
-    """Claim the blocks now: a memory-mapped write to a full disk ends a process without a word (SIGBUS)."""
+    """Allocate the blocks now: a memory-mapped write to a full disk kills the process without a message (SIGBUS)."""
     if hasattr(os, "posix_fallocate"):
         with part.open("rb+") as stream:
             os.posix_fallocate(stream.fileno(), 0, npy_bytes("|u1", shape))
 
 
 def _drop_rows(path: Path, shape: tuple[int, int, int, int], rows: Iterable[int]) -> tuple[int, int, int, int]:
-    """Take rows out of the unfinished bank, through a copy, so that a kill leaves no half-moved rows.
+    """Remove rows from the unfinished bank, through a copy, so that a kill leaves no half-moved rows.
 
     Returns:
-        The shape of what is left.
+        The new shape.
     """
     part, copy = temporary(path), path.with_name(path.name + ".kept.part")
     bounds = [-1, *sorted(rows), shape[0]]
@@ -302,7 +303,7 @@ def _drop_rows(path: Path, shape: tuple[int, int, int, int], rows: Iterable[int]
 def _measure(
     part: Path, shape: tuple[int, int, int, int], class_sizes: Sequence[int], advance: Advance
 ) -> tuple[str, list[list[list[int]]]]:
-    """The bank's sha256, and for each class and channel the sum of values and of squares, in one pass."""
+    """The bank's SHA-256, and for each class and channel the sum of values and of squares, in one pass."""
     digest, sums = hashlib.sha256(), []
     stride = math.prod(shape[1:])
     with part.open("rb") as stream:
@@ -322,14 +323,14 @@ def _measure(
 
 
 def _histogram(data: bytes, channels: int) -> npt.NDArray[np.int64]:
-    """How often each value stands in each channel, int64 ``[channels, 256]``; Pillow counts fastest."""
+    """How often each value occurs in each channel, int64 ``[channels, 256]``; Pillow counts fastest."""
     pixels = Image.frombuffer("L" if channels == 1 else "RGB", (len(data) // channels, 1), data)
     return np.array(pixels.histogram(), dtype=np.int64).reshape(channels, 256)
 
 
 def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> None:
     path, description_path = folder.bank(size), folder.bank_json(size)
-    # A description of the bank that is replaced would be wrong from here on.
+    # From here on, the description of the replaced bank would be wrong.
     with writing(description_path):
         description_path.unlink(missing_ok=True)
     with writing(path):
@@ -339,7 +340,7 @@ def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> No
 
 
 def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[str, Any]:
-    """What a bank is made of; while it stays the same, the bank need not be made again."""
+    """The inputs of a bank; while they stay the same, the bank need not be made again."""
     image = {key: value for key, value in asdict(manifest.image).items() if key != "bank_sha256"}
     return {
         "reader": asdict(manifest.reader),
@@ -349,9 +350,9 @@ def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[st
 
 
 def _current(folder: DatasetFolder, size: int, identity: dict[str, Any], known: str | None) -> Bank | None:
-    """The bank that is there, if it is of this identity and digest."""
+    """The existing bank, if it has this identity and digest."""
     try:
-        # Read once: a process that holds the lock may put that of another bank in its place meanwhile.
+        # Read once: meanwhile, a process that holds the lock may replace it.
         description = read_description(folder.bank_json(size))
         if all(description.get(key) == value for key, value in identity.items()):
             bank = described_bank(folder.bank(size), description)
@@ -366,7 +367,7 @@ def _check_known(manifest: Manifest, size: int, digest: str, part: Path) -> None
     if known is not None and digest != known:
         part.unlink()
         raise DamagedError(
-            f"{manifest.name} at {size} pixels came out as sha256 {digest}, where {known} is known to be right. "
+            f"{manifest.name} at {size} pixels has sha256 {digest}, but the known digest is {known}. "
             f"Either a raw file is damaged (run: mamldata verify {manifest.reference}), or this Pillow "
             f"({PIL.__version__}) computes other pixels: install another version of it."
         )

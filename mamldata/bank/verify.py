@@ -17,10 +17,10 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     """Hash a dataset's raw files and all its banks again.
 
     Returns:
-        One line for each problem: which file, expected and got, the remedy. Empty if all is well.
+        One line for each problem: the file, what was expected and found, the remedy. Empty if all is well.
 
     Raises:
-        DataMissingError: nothing of the dataset is there.
+        DataMissingError: nothing of the dataset is under the root.
     """
     folder = manifest.home(root)
     if manifest.folder is not None:
@@ -36,12 +36,12 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
         problems += check_bank(description, progress)
     for path in arrays:
         if path.with_suffix(".json") not in banks:
-            problems.append(f"{path} has no description {path.stem}.json. Delete it: the next build makes it anew.")
+            problems.append(f"{path} has no description {path.stem}.json. Delete it: the next build makes it again.")
     return problems
 
 
 def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> list[str]:
-    """Of a user's own folder nothing is known but what its banks were made of."""
+    """Compare a user's own folder with the sources recorded in its banks."""
     assert manifest.folder is not None
     banks = sorted(folder.path.glob(f"{folder.name}-*.json"))
     if not banks:
@@ -54,7 +54,7 @@ def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress
         found = check_bank(description, progress)
         if not found and read_description(description)["sources"][0]["sha256"] != digest:
             array = description.with_suffix(".npy").name
-            change = "an image in it was changed, added or removed. The next build makes the bank anew."
+            change = "an image in it was changed, added or removed. The next build makes the bank again."
             found = [f"{manifest.folder} is not what {array} was made of: {change}"]
         problems += found
     return problems

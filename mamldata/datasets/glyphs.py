@@ -1,9 +1,9 @@
 """The embedded dataset: characters of invented alphabets, drawn by this program with integers only.
 
 It has Omniglot's shape (alphabets of characters, each drawn twenty times, 105x105 pixels, black on white), needs no
-network, and goes through every step that a real dataset goes through. No floating point and no library random
-function is used, so every machine draws the same bits. A change to anything here changes the digests in
-``manifests/glyphs.toml`` and makes it another dataset: give it a new version.
+network, and goes through every step of a real dataset. It uses no floating point and no library's random functions, so
+every machine draws the same bits. Any change here changes the digests in ``manifests/glyphs.toml`` and makes it another
+dataset: give it a new version.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 def write_archive(path: Path) -> None:
     """Draw the whole dataset into a zip of 1-bit PBM images, the same bytes on every machine."""
-    # Stored, not deflated: compressors differ between machines, and their output with them.
+    # Stored, not deflated: the output of compressors differs between machines.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as container:
         for name, image in drawings():
             info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
@@ -41,7 +41,7 @@ def write_archive(path: Path) -> None:
 
 
 def drawings() -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Every image, in canonical order: its member name, and its pixels ``[SIZE, SIZE]``, True where there is ink."""
+    """Every image in canonical order: its member name, and its pixels, bool ``[SIZE, SIZE]``, True for ink."""
     for alphabet in range(ALPHABETS):
         style = _Draws(alphabet, 0)
         most_strokes, curvature = style.between(2, _STROKES), style.between(4, 30)
@@ -62,7 +62,7 @@ def pbm(image: npt.NDArray[np.bool_]) -> bytes:
 
 
 class _Draws:
-    """Random whole numbers from Philox's raw output, keyed by (alphabet, purpose)."""
+    """Random integers from Philox's raw output, keyed by (alphabet, purpose)."""
 
     def __init__(self, alphabet: int, purpose: int) -> None:
         self.source = np.random.Philox(key=[_SEED, alphabet << 32 | purpose])
@@ -80,7 +80,7 @@ def _character(draws: _Draws, most_strokes: int, curvature: int) -> Ints:
     """Control points ``[strokes, 3, 2]`` (x, y) of a character's strokes: quadratic curves on a coarse grid."""
     count = draws.between(2, most_strokes)
     grid = draws.numbers(0, 4, count, 2, 2)
-    # A stroke of no length would be a dot: move its end to another grid point.
+    # A stroke of length zero would be a dot: move its end to another grid point.
     still = (grid[:, 0] == grid[:, 1]).all(axis=1)
     grid[still, 1] = (grid[still, 0] + 2) % 5
     ends = (16 + grid * 18) * _UNIT
@@ -90,10 +90,10 @@ def _character(draws: _Draws, most_strokes: int, curvature: int) -> Ints:
 
 
 def _draw(strokes: Ints, draws: _Draws) -> npt.NDArray[np.bool_]:
-    """Twenty drawings ``[DRAWINGS, SIZE, SIZE]`` of one character, as twenty unsteady hands would make them."""
+    """Twenty drawings ``[DRAWINGS, SIZE, SIZE]`` of one character, each in a different unsteady hand."""
     points = strokes[None] + draws.numbers(-4 * _UNIT, 4 * _UNIT, DRAWINGS, *strokes.shape)
     centre = SIZE * _UNIT // 2
-    # Scale, shear and lean of each hand: a matrix in 1/256, near to the identity.
+    # Scale, shear and lean of each hand: a matrix in units of 1/256, close to the identity.
     hand = draws.numbers(-30, 30, DRAWINGS, 2, 2) + np.array([[250, 0], [0, 250]])
     points = np.einsum("dspc,dec->dspe", points - centre, hand) // 256 + centre
     points += draws.numbers(-5 * _UNIT, 5 * _UNIT, DRAWINGS, 1, 1, 2)

@@ -1,4 +1,4 @@
-"""A folder of one's own images as a dataset: ``[split/]class/image``, with no manifest to write."""
+"""A user's own folder of images as a dataset: ``[split/]class/image``, without a manifest."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from mamldata.readers.image import ReaderRecipe, as_text, is_image, why_not
 from mamldata.readers.left_out import Tally
 from mamldata.sampling.splits import SPLITS, SplitScheme
 
-# How the images of a folder come into a bank.
+# How the images of a folder are stored in a bank.
 FOLDER_IMAGES = ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True)
 # MiniImagenet's: 64 of 100 classes to train, 16 to validate, 20 to test.
 _SHARES = {"val": 16, "test": 20}
 _MOST_SHOWN = 5
-_ARCHIVE_INDEX = "archive.json"  # the word of mamldata.archive.index, which stands above this module
+_ARCHIVE_INDEX = "archive.json"  # as in mamldata.archive.index, which this module must not import
 
 
 def folder_manifest(folder: Path) -> Manifest:
-    """The dataset that a folder is.
+    """The manifest of a folder of images.
 
-    Its classes are the folders that images lie in. Are all of them below ``train``, ``val`` and ``test``, those are the
-    splits; else 64 % of the classes are train, 16 % val and 20 % test, drawn with the seed 0. Images become 84x84 RGB,
-    turned upright as the camera noted.
+    Its classes are the folders that contain images. If all of them are below ``train``, ``val`` and ``test``, those are
+    the splits; otherwise 64 % of the classes are train, 16 % val and 20 % test, drawn with seed 0. Images become 84x84
+    RGB, turned upright by their EXIF orientation.
 
     Raises:
-        RequestError: no images in folders of classes, or fewer than three classes.
+        RequestError: there are no images in class folders, or fewer than three classes.
     """
     folder = folder.resolve()
     if (folder / _ARCHIVE_INDEX).is_file():
@@ -39,7 +39,7 @@ def folder_manifest(folder: Path) -> Manifest:
     names = [member.name for member in members if is_image(member.name)]
     if no_text := [path for path in (str(folder), *names) if as_text(path) != path]:
         raise RequestError(
-            f"{as_text(str(folder))} has names that are not UTF-8, and would be others on another machine: "
+            f"{as_text(str(folder))} has names that are not UTF-8 and would differ on another machine: "
             f"{', '.join(map(as_text, no_text[:_MOST_SHOWN]))}{', …' if no_text[_MOST_SHOWN:] else ''}. Rename them "
             "(convmv does it for a whole folder)."
         )
@@ -47,8 +47,8 @@ def folder_manifest(folder: Path) -> Manifest:
     classes = sorted(home for home in homes if home)
     if not classes:
         raise RequestError(
-            f"{folder} is neither an archive (it has no archive.json) nor a folder of images: those lie in folders "
-            f"named after their classes, class/image or split/class/image.{_others(members)}"
+            f"{folder} is neither an archive (it has no archive.json) nor a folder of images in folders named after "
+            f"their classes: class/image or split/class/image.{_others(members)}"
         )
     by_split = lie_in_splits(classes, folder)
     scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes), members)
@@ -74,25 +74,25 @@ def lie_in_splits(classes: Collection[tuple[str, ...]], place: Path) -> bool:
     """Whether all classes lie below ``train``, ``val`` and ``test``.
 
     Args:
-        classes: the folders of each.
+        classes: the path components of each.
         place: where they are, for the message.
 
     Raises:
-        RequestError: some do, and others do not.
+        RequestError: some do and others do not.
     """
     tops = {home[0] for home in classes if len(home) > 1}
     by_split = tops <= set(SPLITS) and all(len(home) > 1 for home in classes)
     if not by_split and tops & set(SPLITS):
         inside, outside = sorted(tops & set(SPLITS)), sorted({home[0] for home in classes} - set(SPLITS))
         raise RequestError(
-            f"{place} has classes below {', '.join(inside)}, but not all: {outside[0]!r} is none of train, val, test. "
-            "Call the splits so, and put every class below one of them."
+            f"{place} has classes below {', '.join(inside)}, but also {outside[0]!r}, which is not train, val or test. "
+            "Put every class below one of these three."
         )
     return by_split
 
 
 def _others(members: Iterable[Member]) -> str:
-    """What is no image in a folder, for a message: its classes may be in a format that is not read."""
+    """The files of a folder that are not images, for a message: they may be images in an unsupported format."""
     tally = Tally()
     for member in members:
         if not is_image(member.name):
@@ -108,15 +108,15 @@ def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:
 def _seeded(folder: Path, classes: int, members: Iterable[Member]) -> SplitScheme:
     if classes < len(SPLITS):
         raise RequestError(
-            f"{folder} has images of {classes} classes; train, val and test need at least one each, and as many as "
-            f"n_way to build episodes.{_others(members)}"
+            f"{folder} has images of {classes} classes; train, val and test need at least one each, and n_way classes "
+            f"each to build episodes.{_others(members)}"
         )
     counts = seeded_counts(classes)
     return SplitScheme("seeded", f"{_counted(counts)} classes at random, seed 0", {}, counts, seed=0)
 
 
 def seeded_counts(classes: int) -> dict[str, int]:
-    """How many classes each split gets: of 100 classes 64, 16 and 20, and at least one.
+    """How many classes each split gets: 64, 16 and 20 of 100 classes, and at least one.
 
     Args:
         classes: at least three.
@@ -130,11 +130,11 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def folder_name(folder: Path) -> str:
-    """The name of the dataset that a folder is: made of its own, and none of a built-in dataset."""
+    """The dataset name of a folder: derived from the folder's name, and different from all built-in datasets."""
     name = dataset_name(folder.resolve().name)
     return name if name not in builtin_names() else f"my-{name}"
 
 
 def dataset_name(text: str) -> str:
-    """A dataset's name made of any text: small letters, digits and hyphens."""
+    """A dataset name derived from any text: lowercase letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "images"

@@ -1,4 +1,4 @@
-"""A dataset's manifest, by what the user calls it: a name, a TOML file, or a folder of images."""
+"""Load a dataset's manifest by the user's reference: a name, a TOML file, or a folder of images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_manifest(name_or_path: str) -> Manifest:
         name_or_path: a name such as ``omniglot``, a path that ends in ``.toml``, or a folder of images.
 
     Raises:
-        RequestError: no dataset of that name, or no such file.
+        RequestError: there is no dataset of that name, or no such file.
         ManifestError: the file has faults; all of them are listed.
     """
     if name_or_path.endswith(".toml"):
@@ -36,8 +36,8 @@ def load_manifest(name_or_path: str) -> Manifest:
         if Path(name_or_path).is_dir():
             return folder_manifest(Path(name_or_path))
         raise RequestError(
-            f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} Built in are "
-            f"{', '.join(names)}; your own dataset is given by the path of its .toml file or its folder of images."
+            f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} The built-in datasets "
+            f"are {', '.join(names)}; for your own, give the path of its .toml file or its folder of images."
         )
     folder = resources.files("manifests")
     file = f"{name_or_path}.toml"

@@ -1,4 +1,4 @@
-"""Manifests: what a dataset is made of, as data. A manifest is written as TOML, see ``docs/datasets.md``."""
+"""Manifests: the definition of a dataset as data. They are written in TOML, see ``docs/datasets.md``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PIN = "images.json"  # what was collected first
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One raw file: where it is had from and how it is known to be the right one.
+    """One raw file: where to get it and how to verify it.
 
     Attributes:
         name: its file name under ``raw/``.
-        bytes: its length; 0 where it is not published, which may only be of a file without addresses.
-        sha256: the digest of its bytes, in hex; None where only an MD5 is published.
-        urls: mirrors, tried in turn; empty for a generated file, and for one that must be got by hand.
+        bytes: its length; 0 if it is not published, which is only allowed for a file without addresses.
+        sha256: the digest of its bytes, in hex; None if only an MD5 is published.
+        urls: mirrors, tried in turn; empty for a generated file, and for one that must be fetched by hand.
         how: how to get it by hand.
         content_sha256: the digest of a zip's or tar's members (see ``content_sha256``), so that a
-            repacked container with genuine members is accepted too.
-        content_bytes: what the members unpack to, in bytes: the bound on reading a repacked container.
+            repacked container with genuine members is also accepted.
+        content_bytes: unpacked size of the members in bytes: the limit on reading a repacked container.
         generator: the name of the program that draws the file, for embedded datasets.
-        md5: the MD5 of its bytes, in hex; only where there is no SHA-256.
+        md5: the MD5 of its bytes, in hex; only if there is no SHA-256.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class ImageForm:
-    """One form in which users have the images of a dataset; ``mamldata.fetching.collect`` reads them.
+    """One layout in which users have the images of a dataset; ``mamldata.fetching.collect`` reads it.
 
     Attributes:
         type: ``by-name``: files with the dataset's own names, in a folder, zip or tar. ``by-position``: the last
@@ -55,7 +55,7 @@ class ImageForm:
             with ``image_data`` and ``class_dict``.
         container: the name of the tar of tars.
         digits: of the position.
-        files: for each split the names that its pickle may have.
+        files: for each split the possible names of its pickle.
     """
 
     type: str
@@ -66,12 +66,12 @@ class ImageForm:
 
 @dataclass(frozen=True)
 class ImageCollection:
-    """Images of which no hash is published: got from a place that the user names, checked, and pinned.
+    """Images without a published hash: collected from a place that the user names, checked, and pinned.
 
     Attributes:
-        forms: in which they may be there, tried in turn.
+        forms: their possible layouts, tried in turn.
         how: how to get them by hand.
-        content_sha256: the content digest of the collected images, where it is known.
+        content_sha256: the content digest of the collected images, if it is known.
     """
 
     forms: tuple[ImageForm, ...]
@@ -86,11 +86,11 @@ class ImageRecipe:
     Attributes:
         size: default height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
-        resampling: a Pillow filter's name.
+        resampling: the name of a Pillow filter.
         invert: replace each value v by 255 - v, so that ink is 255 and paper 0.
-        upright: turn photographs as their camera noted (EXIF); published datasets were made without.
-        bank_sha256: for each image size whose bank is known, its digest: a machine that makes
-            other pixels is told so instead of building archives that compare with nobody's.
+        upright: turn photographs by their EXIF orientation; published datasets were made without it.
+        bank_sha256: the known digest of the bank for image sizes: a machine that computes other
+            pixels gets an error instead of archives that compare with no others.
     """
 
     size: int
@@ -107,8 +107,8 @@ class Manifest:
 
     Attributes:
         reference: how the user named it, a built-in name or a path, for commands in messages.
-        images: images of which no hash is published; collected into ``raw/images.tar``.
-        folder: the user's own folder of images, read where it is; then there are no files.
+        images: images without a published hash; collected into ``raw/images.tar``.
+        folder: the user's own folder of images, read in place; then there are no files.
     """
 
     reference: str
@@ -129,11 +129,11 @@ class Manifest:
 
     @property
     def raw_names(self) -> tuple[str, ...]:
-        """What stands under ``raw/`` once all is fetched, in the order in which the reader gets it."""
+        """The file names under ``raw/`` once everything is fetched, in the order in which the reader gets them."""
         return tuple(file.name for file in self.files) + ((COLLECTED,) if self.images else ())
 
     def home(self, root: Path) -> DatasetFolder:
-        """Where the dataset is kept under a data root. Folders of one name at different places do not meet there."""
+        """Where the dataset is kept under a data root. User folders of the same name at different paths stay apart."""
         if self.folder is None:
             return DatasetFolder(root, self.name)
         return DatasetFolder(root, f"{self.name}-{sha256_bytes(str(self.folder).encode())[:8]}")
@@ -142,7 +142,7 @@ class Manifest:
         """The split scheme ``name``, or the default one.
 
         Raises:
-            RequestError: there is none of that name; the message lists those that there are.
+            RequestError: there is no scheme of that name; the message lists the existing ones.
         """
         chosen = name or self.split_scheme
         if chosen not in self.schemes:

@@ -19,7 +19,7 @@ def data_root(root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """What is only remembered to save time, and of one user: ``MAMLDATA_CACHE``, else the platform's user cache folder.
+    """The folder of one user's caches, safe to delete: ``MAMLDATA_CACHE``, else the platform's user cache folder.
 
     Raises:
         RuntimeError: this user has no home folder.
@@ -42,7 +42,7 @@ class DatasetFolder:
 
     @property
     def raw(self) -> Path:
-        """Where fetched files stand, unchanged and read-only."""
+        """The folder of fetched files, unchanged and read-only."""
         return self.path / "raw"
 
     @property
@@ -51,7 +51,7 @@ class DatasetFolder:
         return self.path / ".lock"
 
     def receipt(self, file: str) -> Path:
-        """Written once ``raw/<file>`` was verified, in the format of ``sha256sum``; see ``receipts.Receipt``."""
+        """The receipt written after verifying ``raw/<file>``, in ``sha256sum`` format; see ``receipts.Receipt``."""
         return self.raw / f"{file}.sha256"
 
     def bank(self, size: int) -> Path:

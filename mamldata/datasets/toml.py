@@ -1,4 +1,4 @@
-"""Manifests as TOML, checked as a whole: every fault is reported at once, with its place."""
+"""Read manifests from TOML and check them as a whole: all faults are reported at once, each with its place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mamldata.sampling.splits import SPLITS, SplitScheme
 FORMAT = "mamldata-manifest/1"
 RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 GENERATORS = ("glyphs",)
-FORMS: Mapping[str, tuple[str, ...]] = {  # form in which a user may have images: its options
+FORMS: Mapping[str, tuple[str, ...]] = {  # layout of a user's images: its options
     "by-name": (),
     "by-position": ("container", "digits"),
     "pickled-arrays": ("files",),
@@ -35,16 +35,16 @@ def builtin_names() -> list[str]:
 
 
 def parse_manifest(data: bytes, source: str, folder: Traversable, reference: str | None = None) -> Manifest:
-    """Check TOML as a whole and make a manifest of it. Reads nothing but the class lists that it names.
+    """Check TOML as a whole and return its manifest. Only reads the class lists that it names.
 
     Args:
         data: the TOML file's bytes.
         source: its name, for messages.
-        folder: where the text files stand that it names.
+        folder: where the text files that it names are.
         reference: how the user named it; ``source`` if None.
 
     Raises:
-        ManifestError: with every fault and its place.
+        ManifestError: the TOML has faults; all are listed with their places.
     """
     document = read_toml(data, source)
     faults: list[str] = []
@@ -80,15 +80,15 @@ def _manifest(top: Table, folder: Traversable, reference: str) -> Manifest:
 
 def _dataset_name(name: str) -> str | None:
     good = re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
-    return None if good else f"{name!r} may only have small letters, digits and single hyphens between them"
+    return None if good else f"{name!r} may only have lowercase letters, digits and single hyphens between them"
 
 
 def _sha256(text: str) -> str | None:
-    return None if re.fullmatch(r"[0-9a-f]{64}", text) else "must be 64 small hexadecimal digits"
+    return None if re.fullmatch(r"[0-9a-f]{64}", text) else "must be 64 lowercase hexadecimal digits"
 
 
 def _md5(text: str) -> str | None:
-    return None if re.fullmatch(r"[0-9a-f]{32}", text) else "must be 32 small hexadecimal digits"
+    return None if re.fullmatch(r"[0-9a-f]{32}", text) else "must be 32 lowercase hexadecimal digits"
 
 
 def _plain_name(name: str) -> str | None:
@@ -110,7 +110,7 @@ def _files(top: Table) -> tuple[SourceFile, ...]:
         files.append(_file(Table(entry, place, top.faults)))
     names = [file.name for file in files]
     for name in sorted({name for name in names if name and names.count(name) > 1}):
-        top.fault("files", f"the name {name!r} stands twice")
+        top.fault("files", f"the name {name!r} appears twice")
     return tuple(files)
 
 
@@ -130,7 +130,7 @@ def _file(table: Table) -> SourceFile:
             table.fault("urls", f"{url!r} is not an http(s) address")
     content = table.text("content_sha256", _sha256, required=False) or None
     if "md5" in table.values and "sha256" in table.values:
-        table.fault("md5", "is not needed where there is a sha256; leave it out")
+        table.fault("md5", "is not needed if there is a sha256; leave it out")
     file = SourceFile(
         name=table.text("name", _plain_name),
         bytes=table.whole("bytes", 1) if urls or generator or "bytes" in table.values else 0,
@@ -258,14 +258,14 @@ def _scheme(name: str, table: Table, folder: Traversable) -> SplitScheme:
         elif isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
             lists[split] = tuple(value)
         else:
-            table.fault(split, "must be a list of classes or the name of a text file with one class a line")
+            table.fault(split, "must be a list of classes or the name of a text file with one class per line")
     return SplitScheme(name, description, lists=lists, counts={})
 
 
 def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        table.fault(split, f"{name!r} must be a path below the manifest's own folder")
+        table.fault(split, f"{name!r} must be a path below the manifest's folder")
         return ()
     try:
         place = folder.joinpath(*path.parts)

@@ -1,1 +1,1 @@
-"""Raw files: fetched from wherever they are, verified, and kept with a receipt. Nothing here decodes an image."""
+"""Raw files: fetched from any source, verified, and kept with a receipt. Nothing here decodes an image."""

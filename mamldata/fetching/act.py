@@ -1,4 +1,4 @@
-"""Do what the plan says: get a dataset's raw files, verify each, and keep them read-only."""
+"""Carry out the plan: fetch a dataset's raw files, verify each, and keep them read-only."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ How = Literal["had", "checked", "copied", "downloaded", "resumed", "generated", 
 
 @dataclass(frozen=True)
 class Fetched:
-    """One file that is there now.
+    """One file that now exists.
 
     Attributes:
         name: its file name.
-        how: how it got there, in this run.
-        source: where from; empty if it was there.
+        how: what this run did to obtain it.
+        source: where it came from; empty if it existed before.
         bytes: its length.
-        sha256: its digest, which a repacked container has of its own.
-        checked_by: which of the manifest's digests is right; of collected images the pinned one.
+        sha256: its digest; a repacked container has its own.
+        checked_by: which of the manifest's digests matches; for collected images, the pinned one.
         seconds: how long it took.
-        images: how many were collected, or checked.
+        images: number of images collected or checked.
         content_sha256: their content digest, which is pinned.
     """
 
@@ -80,22 +80,22 @@ def fetch(
     network: Network = _PATIENT,
     notify: Notify = silence,
 ) -> list[Fetched]:
-    """Get every raw file of a dataset. What is there is left alone; what was broken off goes on.
+    """Fetch every raw file of a dataset. Existing files are left alone; interrupted downloads are resumed.
 
-    A file has its final name only when it is whole and verified. Killed at any moment, the same call goes on.
+    A file gets its final name only when it is complete and verified. If the process is killed, the same call resumes.
 
     Args:
         manifest: the dataset.
         root: the data root.
         sources: places to look in before the manifest's own: folders, http(s) addresses, fsspec URLs.
-        offline: touch no network.
-        progress: one bar of bytes per file; what a download that starts anew throws away is counted back.
-        network: how patient to be.
-        notify: told of waiting and of failed tries, a line each.
+        offline: do not use the network.
+        progress: one bar of bytes per file; if a download restarts, the discarded bytes are subtracted.
+        network: timeouts and retries.
+        notify: called with one line for each wait and each failed attempt.
 
     Raises:
-        RequestError: a place that is neither an existing folder nor a URL that can be read.
-        FetchError: files that could not be had, or are not the right ones; all are named, with every source tried.
+        RequestError: a place is neither an existing folder nor a URL that can be read.
+        FetchError: files could not be fetched or are the wrong ones; all are named, with every source tried.
         WriteError: the root cannot be written to, or the disk is full.
     """
     actions = plan(manifest, root, sources, offline=offline)
@@ -105,10 +105,10 @@ def fetch(
         make_folder(folder.raw)
 
         def waiting() -> None:
-            notify(f"Another process is at work on {folder.path}; waiting until it is done.")
+            notify(f"Another process is working on {folder.path}; waiting until it is done.")
 
         with locked(folder.lock, waiting), closing(open_session()) as session:
-            # Again, because whoever held the lock may have done it all.
+            # Again, because the process that held the lock may have fetched everything.
             actions = plan(manifest, root, sources, offline=offline)
             work = _Work(manifest, folder, fetch_command(manifest, root), session, network, progress, notify)
             return work.all(actions)
@@ -117,7 +117,7 @@ def fetch(
 
 def _had(folder: DatasetFolder, file: SourceFile) -> Fetched:
     receipt, size = read_receipt(folder, file.name), (folder.raw / file.name).stat().st_size
-    assert receipt is not None  # the plan has read it
+    assert receipt is not None  # the plan read it
     checked_by = receipt.match.checked_by if receipt.match else "sha256"
     pin = read_pin(folder.raw) if file.name == COLLECTED else None
     of_images = (pin.images, pin.content_sha256) if pin else ()
@@ -127,29 +127,29 @@ def _had(folder: DatasetFolder, file: SourceFile) -> Fetched:
 def _require_sources(
     manifest: Manifest, root: Path, actions: Sequence[Action], places: Sequence[str], offline: bool
 ) -> None:
-    """Files that nothing can be done for end the run before anything is done for the others.
+    """Stop the run before it starts if files have no source.
 
     Raises:
-        FetchError: there are some; each is named, with where it was looked for and where it is to be had by hand.
+        FetchError: some have none; each is named, with the places searched and where to get it by hand.
     """
     lines = []
     for action in actions:
         if action.kind == "missing":
             looked = ", ".join([str(action.path), *map(shown_place, places)])
             lines.append(f"  {action.file.name}: looked for in {looked}")
-            lines += [f"    to be had from {shown_place(url)}" for url in action.file.urls]
+            lines += [f"    available from {shown_place(url)}" for url in action.file.urls]
             lines += [f"    {line}" for line in action.file.how.splitlines()]
     if lines:
-        why = "and --offline forbids to download them" if offline else "and there is no source for them"
+        why = "and downloads are turned off (offline)" if offline else "and there is no source for them"
         raise FetchError(
-            f"Files of {manifest.name} are not here, {why}:\n"
+            f"Files of {manifest.name} are missing, {why}:\n"
             + "\n".join(lines)
             + f"\nGet them by hand, put them into a folder, and run: {fetch_command(manifest, root)} --from FOLDER"
         )
 
 
 class _Meter:
-    """A bar that is told where a file stands, which may be less than before."""
+    """A progress bar set to absolute positions, which may also go back."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
@@ -165,7 +165,7 @@ class _Meter:
 
 @dataclass(frozen=True)
 class _Work:
-    """What all files of one run share. Its methods do what a plan says."""
+    """What all files of one run share. Its methods carry out a plan."""
 
     manifest: Manifest
     folder: DatasetFolder
@@ -176,16 +176,16 @@ class _Work:
     notify: Notify
 
     def all(self, actions: Sequence[Action]) -> list[Fetched]:
-        """Every file that can be had.
+        """Fetch every file that is available.
 
         Raises:
-            FetchError: some could not; the others are there.
+            FetchError: some could not be fetched; the others were.
         """
         done: list[Fetched] = []
         failed: list[str] = []
         for action in actions:
             if failed and action.file.name == COLLECTED:
-                break  # which images are wanted stands in the files
+                break  # the files say which images are wanted
             try:
                 done.append(self.one(action))
             except (FetchError, DamagedError) as error:
@@ -195,17 +195,17 @@ class _Work:
         return done
 
     def one(self, action: Action) -> Fetched:
-        """One file.
+        """Fetch one file.
 
         Raises:
-            FetchError: it could not be had.
+            FetchError: it could not be fetched.
             WriteError: it could not be written.
         """
         file, path, start = action.file, action.path, time.monotonic()
         if action.kind == "have":
             return _had(self.folder, file)
         if path.is_dir():
-            raise WriteError(f"{path} is a folder, where a file should be. Move it elsewhere.")
+            raise WriteError(f"{path} is a folder, but should be a file. Move it elsewhere.")
         if file.name == COLLECTED:
             return self._images(action, start)
         with self.progress(file.name, file.bytes or None, "B") as advance:
@@ -219,7 +219,7 @@ class _Work:
         return Fetched(file.name, how, source, size, verdict.sha256, verdict.checked_by, time.monotonic() - start)
 
     def _get(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
-        """How and where from a right file came, and why it is right; it has its final name only if it was there."""
+        """How and from where a correct file came, and its verdict; it has its final name only if it existed before."""
         match action.kind:
             case "check":
                 return "checked", "", self._check(action, meter)
@@ -231,11 +231,11 @@ class _Work:
                 raise FetchError(f"There is no source for {action.file.name}. Run again: {self.command}")
 
     def _images(self, action: Action, start: float) -> Fetched:
-        """Collect the images, or look at those that are there, and pin what they are.
+        """Collect the images, or check those collected before, and pin them.
 
         Raises:
-            FetchError: there are none, or others than those that were pinned.
-            DatasetError: some are missing, or cannot be read.
+            FetchError: there are none, or they differ from the pinned ones.
+            DatasetError: some are missing or cannot be read.
         """
         raw, path = self.folder.raw, action.path
         if action.found is not None:
@@ -251,7 +251,7 @@ class _Work:
             collected = check_collected(self.manifest, raw, path, self.progress)
             self._pin(action, collected)
         else:
-            raise FetchError(f"There is no place with the images of {self.manifest.name}. Run again: {self.command}")
+            raise FetchError(f"No source has the images of {self.manifest.name}. Run again: {self.command}")
         digest, size = sha256_file(path), path.stat().st_size
         self._seal(action, Receipt(digest, Match("content_sha256", collected.content_sha256, size)))
         how: How = "collected" if action.found else "checked"
@@ -268,25 +268,25 @@ class _Work:
         )
 
     def _pin(self, action: Action, collected: Collected) -> None:
-        """The first good images are those that every later fetch must bring.
+        """Pin the first good images, which every later fetch must bring again.
 
         Raises:
-            FetchError: these are others.
+            FetchError: these differ from the pinned ones.
         """
         assert self.manifest.images is not None
         pin, wanted = read_pin(self.folder.raw), self.manifest.images.content_sha256
         known = wanted or (pin.content_sha256 if pin else collected.content_sha256)
         if collected.content_sha256 != known:
-            why = "the manifest says" if wanted else f"was pinned in {pin_file(self.folder.raw)} when they first came"
+            why = "the manifest" if wanted else f"pinned in {pin_file(self.folder.raw)} at the first fetch"
             raise FetchError(
-                f"{action.path.name}: these are other images: content digest {collected.content_sha256}, where {known} "
-                f"{why}. {'' if wanted else 'If these are the ones that you want, delete that file. '}"
+                f"{action.path.name}: these are other images: content digest {collected.content_sha256}, expected "
+                f"{known} ({why}). {'' if wanted else 'If these are the images that you want, delete that file. '}"
                 f"Then run: {self.command} --from FOLDER"
             )
         write_pin(self.folder.raw, collected)
 
     def _check(self, action: Action, meter: _Meter) -> Verdict:
-        """Verify a file that is there without a receipt. It may be the user's own: a wrong one is left alone.
+        """Verify a file that has no receipt. It may be the user's own, so a wrong one is left alone.
 
         Raises:
             FetchError: it is another file.
@@ -303,7 +303,7 @@ class _Work:
         """Draw an embedded dataset.
 
         Raises:
-            FetchError: the program drew something else than it should.
+            FetchError: the drawn file has the wrong digest.
         """
         from mamldata.datasets.glyphs import write_archive
 
@@ -315,14 +315,14 @@ class _Work:
         if verdict.checked_by is None:
             part.drop()
             raise FetchError(
-                f"{action.file.name}, drawn on this machine, came out different: {verdict.problem}. "
+                f"{action.file.name} was drawn differently on this machine: {verdict.problem}. "
                 "This is a bug: please report it with the output of: mamldata doctor"
             )
         meter.at(action.file.bytes)
         return verdict
 
     def _download(self, action: Action, meter: _Meter) -> tuple[How, str, Verdict]:
-        """Get a file from its sources, and from what an earlier run left."""
+        """Get a file from its sources, continuing the download that an earlier run left."""
         file, part = action.file, Part(action.path)
         meter.at(part.size)
         require_space(action.path, action.file.bytes - part.size)
@@ -337,10 +337,10 @@ class _Work:
         Raises:
             WriteError: the receipt cannot be written.
         """
-        # Whoever put it there by hand may be another user, or may only have linked to it.
+        # A file put there by hand may belong to another user, or be a link.
         if not action.path.is_symlink():
             with suppress(PermissionError):
                 action.path.chmod(0o444)
-        # The receipt is last: while it is missing, the next run comes by here again.
+        # The receipt is last: until it exists, the next run repeats these steps.
         Part(action.path).drop()
         write_receipt(self.folder, action.file.name, receipt)

@@ -1,4 +1,4 @@
-"""Write a manifest for files at hand: with their hashes, so that whoever has the manifest can tell the right files."""
+"""Write a manifest for a user's files, with their hashes, so that others can verify that they have the same files."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _FORMS = (ImageForm("by-name"),)
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the images of a folder lie.
+    """How the images of a folder are arranged.
 
     Attributes:
         reader: its name.
         splits: whether folders above the classes are the splits.
-        classes: their names, if folders say them.
-        depth: how many folders are a class's name, if folders say it; 0 for all.
-        image: what they become in a bank.
+        classes: their names, if they come from folders.
+        depth: how many folders make up a class's name, if it comes from folders; 0 for all.
+        image: what the images become in a bank.
     """
 
     reader: str
@@ -55,23 +55,23 @@ def write_manifest(folder: Path, out: Path, name: str | None = None, progress: P
     become a collection with one content digest.
 
     Args:
-        folder: with the files, as ``mamldata fetch --from`` will find them.
-        out: the TOML file; must not be there yet.
-        name: of the dataset; from the folder's name if None.
+        folder: the folder with the files, as ``fetch`` will find them.
+        out: the TOML file; it must not exist yet.
+        name: of the dataset; taken from the folder's name if None.
         progress: told of images.
 
     Returns:
         The manifest, as it will be read.
 
     Raises:
-        RequestError: no images that a reader could read, or ``out`` is there.
-        DamagedError: a file that cannot be read.
+        RequestError: there are no images that a reader could read, or ``out`` exists.
+        DamagedError: a file cannot be read.
         WriteError: ``out`` cannot be written.
     """
     if out.exists():
-        raise RequestError(f"{out} is there already. Delete it, or choose another file with --out.")
+        raise RequestError(f"{out} already exists. Delete it, or choose another file.")
     if not folder.is_dir():
-        raise RequestError(f"{folder} is no folder.")
+        raise RequestError(f"{folder} is not a folder.")
     tables = [folder / table for table in _TABLES if (folder / table).is_file()]
     archives = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES))
     layout = _layout(folder, tables, archives)
@@ -100,18 +100,18 @@ def _collected(draft: Manifest, folder: Path, progress: Progress) -> Collected:
 def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _Layout:
     images = _images(folder, archives)
     if not images:
-        raise RequestError(f"There are no images in {folder}, nor in archives there: nothing to write a manifest for.")
+        raise RequestError(f"There are no images in {folder} or its archives: nothing to write a manifest for.")
     if tables and len(tables) < len(_TABLES):
         raise RequestError(f"{folder} has {tables[0].name}, but not all of {', '.join(_TABLES)}.")
-    # Of a folder that is a dataset as it is, the manifest gives that very dataset.
+    # If the folder can be used as a dataset directly, the manifest describes that same dataset.
     image = _recipe(_first(images[0])) if tables or archives else FOLDER_IMAGES
     if tables:
         return _Layout("csv-splits", splits=True, classes=(), depth=0, image=image)
     homes = sorted({home for _, member in images if (home := PurePosixPath(member.name).parts[:-1])})
     if not homes:
         raise RequestError(
-            f"The images in {folder} lie in no folders, and no {', '.join(_TABLES)} say their classes: one of the two "
-            "is needed."
+            f"The images in {folder} have no classes: put them into folders named after their classes, or add "
+            f"{', '.join(_TABLES)}."
         )
     wrapper = _wrapper(homes) if archives else ()
     inner = [home[len(wrapper) :] for home in homes]
@@ -120,7 +120,7 @@ def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _
     depth = lengths.pop() if wrapper and len(lengths) == 1 else 0
     if wrapper and splits and not depth:
         raise RequestError(
-            f"The classes in {folder} have names of different numbers of folders below {'/'.join(wrapper)}/train, val "
+            f"The classes in {folder} lie at different depths below {'/'.join(wrapper)}/train, val "
             f"and test: pack the archives without {'/'.join(wrapper)}."
         )
     classes = tuple("/".join(home[int(splits) :]) for home in (inner if depth or splits else homes))
@@ -128,17 +128,17 @@ def _layout(folder: Path, tables: Sequence[Path], archives: Sequence[Path]) -> _
 
 
 def _images(folder: Path, archives: Sequence[Path]) -> list[tuple[Path, Member]]:
-    """The images that the dataset will have: those in the archives, else those that will be collected."""
+    """The images that the dataset will have: those in the archives, or else the loose ones."""
     if archives:
         return [(box, member) for box in archives for member in list_members(box) if is_image(member.name)]
     found = find_images(_FORMS, folder)
-    # What is wrong with them is said when they are hashed.
+    # Their faults are reported when they are hashed.
     items = list_images(found, None, lambda _: None) if found else []
     return [(item.file, item.member) for item in items if item.member]
 
 
 def _wrapper(homes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folders that all classes lie in, as where a folder was packed with its own name; ``homes`` are sorted."""
+    """The folders common to all classes, such as the name of the packed folder; ``homes`` are sorted."""
     pairs = takewhile(lambda pair: pair[0] == pair[1] and pair[0] not in SPLITS, zip(homes[0], homes[-1], strict=False))
     return tuple(name for name, _ in pairs)[: min(map(len, homes)) - 1]
 
@@ -165,7 +165,7 @@ def _text(name: str, folder: Path, tables: Sequence[Path], archives: Sequence[Pa
     for path in [*tables, *archives]:
         yield from _file(path)
     if not archives:
-        yield from ("[images]", 'how = "to be filled in: where the images are to be had"', _NO_DIGEST, "")
+        yield from ("[images]", 'how = "to be filled in: where to get the images"', _NO_DIGEST, "")
     yield from ("[reader]", f"type = {_quoted(layout.reader)}")
     if layout.reader == "class-folders" and layout.splits:
         yield "splits = true"
@@ -196,7 +196,7 @@ def _file(path: Path) -> Iterator[str]:
 
 
 def _recipe(sample: bytes) -> ImageRecipe:
-    """A folder's, but of the images' own size if they are smaller than is usual, and grey if they are."""
+    """The recipe of a folder, but with the images' own size if that is smaller, and grey if they are grey."""
     try:
         with open_image(sample) as image:
             size, channels = min(FOLDER_IMAGES.size, *image.size), 1 if image.mode in _GREY else 3
@@ -206,7 +206,7 @@ def _recipe(sample: bytes) -> ImageRecipe:
 
 
 def _scheme(layout: _Layout) -> str:
-    """The split scheme's name, which decides what episodes a seed gives."""
+    """The split scheme's name, on which the episodes of a seed depend."""
     if not layout.splits:
         return "seeded"
     return "folders" if layout.reader == "class-folders" else "files"
@@ -218,7 +218,7 @@ def _splits(layout: _Layout) -> Iterator[str]:
         return
     classes = len(layout.classes)
     if classes < len(SPLITS):
-        raise RequestError(f"Train, val and test need at least one class each; the images lie in {classes}.")
+        raise RequestError(f"Train, val and test need at least one class each; the images have {classes}.")
     counts = seeded_counts(classes)
     description = "/".join(map(str, counts.values())) + " classes at random"
     yield from ("[splits.seeded]", f"description = {_quoted(description)}")
@@ -226,4 +226,4 @@ def _splits(layout: _Layout) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)  # every JSON string is one of TOML's
+    return json.dumps(text)  # every JSON string is a TOML string

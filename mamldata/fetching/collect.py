@@ -1,7 +1,7 @@
-"""Collect images of which no hash is published, in whatever form a user has them, into one tar under ``raw/``.
+"""Collect images without a published hash, in any layout that a user has, into one tar under ``raw/``.
 
-They are streamed from where they are: a tar of tars of 138 GB is read where the wanted images stand, and unpacked
-nowhere. The tar has them under the dataset's own names, with their bytes as they were (pixels from arrays: as PPM).
+They are streamed in place: of a 138 GB tar of tars only the wanted images are read, and nothing is unpacked. The tar
+holds them under the dataset's own names with their original bytes (pixels from arrays become PPM).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from mamldata.sampling.splits import SPLITS
 
 
 def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: Progress = silent) -> Collected:
-    """Write the images that the dataset consists of to the temporary file of ``path``, a tar.
+    """Write the dataset's images to the temporary file of ``path``, a tar.
 
     Args:
         manifest: the dataset.
-        found: where they are.
-        raw: the folder of its raw files; split files must be there already.
+        found: where the images are.
+        raw: the folder of its raw files; it must already have the split files.
         path: of the tar.
         progress: told of images.
 
     Raises:
-        DatasetError: images that are missing or cannot be read, all of them.
-        DamagedError: a file that cannot be read as a whole.
-        WriteError: they do not fit on the disk, or the place cannot be written to.
+        DatasetError: images are missing or cannot be read; all are named.
+        DamagedError: a whole file cannot be read.
+        WriteError: they do not fit on the disk, or the tar cannot be written.
     """
     faults: list[Fault] = []
     items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
@@ -63,11 +63,11 @@ def collect(manifest: Manifest, found: Found, raw: Path, path: Path, progress: P
 
 
 def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progress = silent) -> Collected:
-    """What ``collect`` would give, without writing anything.
+    """What ``collect`` would return, without writing anything.
 
     Raises:
-        DatasetError: images that are missing or cannot be read, all of them.
-        DamagedError: a file that cannot be read as a whole.
+        DatasetError: images are missing or cannot be read; all are named.
+        DamagedError: a whole file cannot be read.
     """
     faults: list[Fault] = []
     items = list_images(found, wanted_rows(manifest, raw, faults.append), faults.append)
@@ -77,11 +77,11 @@ def digest_images(manifest: Manifest, found: Found, raw: Path, progress: Progres
 
 
 def check_collected(manifest: Manifest, raw: Path, path: Path, progress: Progress = silent) -> Collected:
-    """Look at a tar of images that somebody put under ``raw/``.
+    """Check a tar of images that was put under ``raw/``.
 
     Raises:
-        DatasetError: images that are missing in it.
-        DamagedError: it is no tar, or damaged.
+        DatasetError: images are missing from it.
+        DamagedError: it is not a tar, or is damaged.
     """
     faults: list[Fault] = []
     rows = wanted_rows(manifest, raw, faults.append)
@@ -101,7 +101,7 @@ def _hash(
     advance: Advance,
     keep: Callable[[str, bytes], object] = lambda _name, _data: None,
 ) -> list[tuple[str, str]]:
-    """Each image's name and SHA-256; those that cannot be read are reported, the others kept."""
+    """Each image's name and SHA-256. Images that cannot be read are reported; the others are passed to ``keep``."""
     digests = []
     for name, data in images:
         if isinstance(data, str):
@@ -120,14 +120,13 @@ def _accept(manifest: Manifest, place: Path, faults: Sequence[Fault], digests: S
         raise DatasetError(
             manifest.name,
             fatal,
-            f"{place} does not have what {manifest.name} needs. Get these images anew, or give another place with "
-            "--from.",
+            f"{place} does not have all images of {manifest.name}. Get these images again, or give another source.",
         )
     return Collected(len(digests), digest_of_contents(digests))
 
 
 def wanted_rows(manifest: Manifest, raw: Path, report: Report) -> list[Row] | None:
-    """The images that the split files name; None for datasets without such, whose images are all there are."""
+    """The images that the split files name; None for datasets without split files, which take all images."""
     if manifest.reader.type != "csv-splits":
         return None
     rows: list[Row] = []
@@ -142,7 +141,7 @@ def wanted_rows(manifest: Manifest, raw: Path, report: Report) -> list[Row] | No
 def _read(items: Sequence[Item]) -> Iterator[tuple[str, bytes | str]]:
     for file, group in groupby(sorted(items, key=lambda item: str(item.file)), key=lambda item: item.file):
         run = list(group)
-        # One name each: where two names mean one image, list_images reported it.
+        # One name each: list_images has reported images with two names.
         members = {item.member: item.name for item in run if item.member}
         for member, data in read_members(file, members, MOST_IMAGE_BYTES):
             yield members[member], data

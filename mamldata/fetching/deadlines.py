@@ -1,8 +1,8 @@
-"""HTTP connections on which a byte now and then does not keep a request alive.
+"""HTTP connections that time out even if the server sends a byte now and then.
 
-A socket's timeout starts again with every byte, and not every byte is of the file: it may belong to a header, to one of
-many ``100 Continue`` answers, to an extension or trailer of a chunked body. Here the timeout bounds the whole head of
-an answer, and then the wait for each next byte of its body.
+A socket's timeout restarts with every byte, and not every byte is part of the file: it may belong to a header, to one
+of many ``100 Continue`` responses, or to an extension or trailer of a chunked body. Here the timeout bounds the whole
+head of a response, and then the wait for each next byte of its body.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib3.exceptions import ConnectTimeoutError
 
 
 class _Incoming(io.RawIOBase):
-    """The bytes that a socket receives until its timeout has passed, counted from the last ``restart``.
+    """The bytes that a socket receives until its timeout has passed since the last ``restart``.
 
     Args:
         stream: the socket's own, unbuffered; closed with this one.
@@ -35,7 +35,7 @@ class _Incoming(io.RawIOBase):
         self.restart()
 
     def restart(self) -> None:
-        """Give the next bytes the whole timeout."""
+        """Restart the timeout."""
         self._end = time.monotonic() + self._seconds
 
     def readable(self) -> bool:
@@ -49,7 +49,7 @@ class _Incoming(io.RawIOBase):
         try:
             return self._stream.readinto(buffer)
         finally:
-            self._sock.settimeout(self._seconds)  # for what follows, such as a handshake through a proxy
+            self._sock.settimeout(self._seconds)  # for later uses, such as a handshake through a proxy
 
     def close(self) -> None:
         try:
@@ -59,10 +59,10 @@ class _Incoming(io.RawIOBase):
 
 
 class _TimedResponse(HTTPResponse):
-    """An answer whose head takes no longer than the socket's timeout, nor does the wait for each part of its body.
+    """A response in which the socket's timeout bounds the whole head, and the wait for each part of the body.
 
-    ``read(amt)``, as ``read1``, gives what is there, so that old versions of urllib3, which know ``read`` alone, do not
-    wait for ``amt`` bytes.
+    ``read(amt)``, like ``read1``, returns the bytes available, so that old versions of urllib3, which only call
+    ``read``, do not wait for ``amt`` bytes.
     """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
@@ -79,16 +79,16 @@ class _TimedResponse(HTTPResponse):
     def read1(self, n: int = -1) -> bytes:
         self._incoming.restart()
         data = super().read1(n)
-        if self.length == 0:  # Python 3.12 and older leave it open, and urllib3 would not keep the connection
+        if self.length == 0:  # Python 3.12 and older leave it open, and urllib3 would drop the connection
             self.close()
         return data
 
 
 class TimedAdapter(HTTPAdapter):
-    """Sends requests, which must have a timeout; see the module for what it bounds."""
+    """Sends requests, which must have a timeout; the module says what it bounds."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """Make the pools of direct connections."""
+        """Create the pools of direct connections."""
         super().init_poolmanager(*args, **kwargs)
         _time_answers(self.poolmanager)
 
@@ -114,7 +114,7 @@ def _timed(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
 
 
 def _connecting(connect: Callable[[Any], None]) -> Callable[[Any], None]:
-    """``connect`` with one error for all that may take too long in it: a proxy's answer and the handshake as well."""
+    """Wrap ``connect`` so that every timeout in it, also of a proxy or the handshake, is a ``ConnectTimeoutError``."""
 
     def connect_in_time(connection: Any) -> None:
         try:

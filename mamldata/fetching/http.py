@@ -1,6 +1,6 @@
-"""One file over HTTP: resumed where it stopped, never longer than it may be, abandoned when it only drips.
+"""Download one file over HTTP: resume it where it stopped, bound its length, and abandon servers that are too slow.
 
-Whether what came is the right file is not decided here.
+Whether the result is the right file is not decided here.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from mamldata.progress import Advance, Notify
 from mamldata.version import __version__
 
 _CHUNK = 1 << 20  # smaller ones cost a fifth more time for the same bytes, and larger ones fall out of the cache
-_LATER = (408, 425, 429)  # of the statuses that blame the request, those that another moment mends
+_LATER = (408, 425, 429)  # client errors that may succeed later
 _SAID = 200  # characters of a server's own words in a message
-_HEAD = 1 << 10  # a page's first bytes, however much white space it begins with
-_HEADWAY = 1 << 20  # bytes that make a round of tries worth its while
+_HEAD = 1 << 10  # bytes of a body that are checked for a web page
+_HEADWAY = 1 << 20  # bytes of progress after which a failed round does not count
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
 _MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
 _TAG = re.compile(r"[\x20-\x7e]+")  # what may be sent back to a server in a header
@@ -43,16 +43,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Network:
-    """How patient a download is. All times in seconds.
+    """Timeouts and retries of a download. All times in seconds.
 
     Attributes:
-        connect_timeout: for a connection; for a proxy's answer and for the TLS handshake, as much again each.
-        read_timeout: for the head of an answer, status and headers; then for the next byte of the file.
-        rounds: how often all sources are tried; a round that brought the file on by a mebibyte does not count.
+        connect_timeout: for a connection, and again each for a proxy's response and the TLS handshake.
+        read_timeout: for the status and headers of a response; then for each next byte of the file.
+        rounds: how often all sources are tried; a round that gains at least 1 MiB of the file does not count.
         backoff: the pause after the first round; it doubles with each further one.
-        longest_pause: the cap on that pause, and on what a server's Retry-After may ask for.
-        min_speed: bytes a second below which a server is abandoned for the next.
-        stall_seconds: how long it may stay below.
+        longest_pause: the cap on that pause, and on a server's Retry-After.
+        min_speed: bytes per second below which a server is abandoned for the next.
+        stall_seconds: how long the speed may stay below ``min_speed``.
     """
 
     connect_timeout: float = 10.0
@@ -68,26 +68,26 @@ class Network:
             f"{name} must be more than 0, not {value}" for name, value in vars(self).items() if not self._good(name)
         ]
         if faults:
-            raise RequestError(f"Network settings: {'; '.join(faults)}.")
+            raise RequestError(f"Invalid network settings: {'; '.join(faults)}.")
 
     def _good(self, name: str) -> bool:
         value: float = getattr(self, name)
         return value > 0 or (value == 0 and name in {"backoff", "longest_pause", "min_speed"})
 
     def pause(self, failed_rounds: int, asked: float) -> float:
-        """How long to wait after so many rounds in vain, when a server asked for ``asked`` seconds."""
+        """Seconds to wait after ``failed_rounds`` rounds if a server asked for ``asked`` seconds."""
         return min(self.longest_pause, max(asked, self.backoff * 2.0 ** min(max(failed_rounds - 1, 0), 30)))
 
 
 class SourceError(Exception):
-    """One source failed; another one, or the same one later, may do better.
+    """One source failed; another one, or the same one later, may succeed.
 
     Args:
         text: what went wrong.
-        final: asking this source again is of no use.
+        final: trying this source again cannot help.
         retry_after: seconds that the server asked us to wait.
-        status: of the HTTP answer, if that was the reason.
-        wrong: what came was whole, but is not what should come.
+        status: of the HTTP response, if that was the reason.
+        wrong: the file arrived completely, but is the wrong one.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class SourceError(Exception):
 
     @property
     def refused(self) -> bool:
-        """Whether an HTTP server has said that the fault is the request's: it is not there, or not for us."""
+        """Whether an HTTP server rejected the request for good, as not found or forbidden."""
         return self.status is not None and 400 <= self.status < 500 and self.status not in _LATER
 
 
 class GaveUpError(Exception):
-    """No source gave the file.
+    """No source provided the file.
 
     Args:
         failures: the last failure of each source.
@@ -124,11 +124,11 @@ class GaveUpError(Exception):
 
 
 class UnusableRangeError(SourceError):
-    """The server cannot go on from where the file stopped."""
+    """The server cannot resume the file where it stopped."""
 
 
 class Writable(Protocol):
-    """What bytes can be written to."""
+    """An object with a ``write`` method for bytes."""
 
     def write(self, data: bytes, /) -> object:
         """Write all of ``data``."""
@@ -136,20 +136,20 @@ class Writable(Protocol):
 
 
 class Part:
-    """The first bytes of a file under way, in ``<name>.part``, and a note of whose they are."""
+    """The first bytes of an unfinished file, in ``<name>.part``, and a note of their source."""
 
     def __init__(self, final: Path) -> None:
         self.path = temporary(final)
-        # No raw file's name begins with a dot, so that this one is never another file's.
+        # Names of raw files never begin with a dot, so this name is free.
         self._note = final.with_name(f".{final.name}.origin.json")
 
     @property
     def size(self) -> int:
-        """How many bytes there are."""
+        """Number of bytes so far."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def validator(self, url: str) -> str | None:
-        """What the server at ``url`` called the version of the file that these bytes are of, if they are from there."""
+        """The ETag or date that the server at ``url`` gave with these bytes; None if they are from elsewhere."""
         try:
             note = parse_json(read_whole(self._note, MOST_NOTE))
             url_noted, validator = note["url"], note["validator"]
@@ -159,22 +159,22 @@ class Part:
         return validator if known else None
 
     def note(self, url: str, validator: str | None) -> None:
-        """Remember which version of the file at ``url`` the bytes are of."""
+        """Record from which version of the file at ``url`` the bytes are."""
         text = json.dumps({"url": shown_place(url), "validator": validator})
-        write_atomic(self._note, text.encode(), lasting=False)  # it is checked against the server, and costs a flush
+        write_atomic(self._note, text.encode(), lasting=False)  # no flush: the server checks it
 
     @contextmanager
     def writer(self, offset: int) -> Iterator[Writable]:
-        """Open for more bytes: anew if ``offset`` is 0, else after the ``offset`` bytes that there are.
+        """Open for writing: from the start if ``offset`` is 0, else after the first ``offset`` bytes.
 
         Raises:
-            WriteError: it cannot be written; what was written stays.
+            WriteError: it cannot be written; the bytes written before stay.
         """
         with writing(self.path), self.path.open("ab" if offset else "wb") as stream:
             yield stream
 
     def forget(self) -> None:
-        """Remove the note, half-written or whole."""
+        """Remove the note, also a half-written one."""
         with writing(self._note):
             temporary(self._note).unlink(missing_ok=True)
             self._note.unlink(missing_ok=True)
@@ -189,17 +189,17 @@ class Part:
 def keep_trying(
     sources: Iterable[str], attempt: Callable[[str], Result], part: Part, network: Network, notify: Notify
 ) -> Result:
-    """Ask sources in turn, pause, and ask those again that may do better then.
+    """Try the sources in turn, pause, and try those again that may succeed then.
 
     Args:
         sources: paths and addresses, in order.
-        attempt: one try of one source; raises ``SourceError``.
+        attempt: tries one source once; raises ``SourceError``.
         part: the bytes so far.
-        network: how patient to be.
-        notify: told of failed tries and of pauses, a line each.
+        network: timeouts and retries.
+        notify: called with one line for each failed attempt and each pause.
 
     Raises:
-        GaveUpError: none gave the file.
+        GaveUpError: no source provided the file.
     """
     alive, failures, vain_rounds, most = list(sources), dict[str, SourceError](), 0, part.size
     while alive:
@@ -208,13 +208,13 @@ def keep_trying(
             try:
                 return attempt(source)
             except SourceError as error:
-                # Without its traceback, which would keep alive whatever the try holds.
+                # Without its traceback, which would keep the attempt's objects alive.
                 failures[source] = error.with_traceback(None)
                 notify(f"{shown_place(source)}: {error}")
                 asked = max(asked, error.retry_after)
                 if error.final:
                     alive.remove(source)
-        # A bad line that brings some of a large file each time will bring all of it.
+        # A bad connection that gains some of a large file in each round will finish it.
         vain_rounds = 0 if part.size >= most + _HEADWAY else vain_rounds + 1
         most = max(most, part.size)
         if vain_rounds >= network.rounds:
@@ -227,43 +227,43 @@ def keep_trying(
 
 
 def open_session() -> requests.Session:
-    """A session that asks for files as they are. The caller closes it."""
+    """A session that requests files without compression. The caller closes it."""
     session = requests.Session()
     session.headers["User-Agent"] = f"mamldata/{__version__}"
-    # Compressed on the way, a file's length and ranges would be those of other bytes.
+    # With compression, length and ranges would count compressed bytes.
     session.headers["Accept-Encoding"] = "identity"
     session.max_redirects = 10
     session.mount("http://", TimedAdapter())
     session.mount("https://", TimedAdapter())
     session.hooks["response"].append(_leave_body)
-    # A request has a jar of its own, for the hops of a redirect; the session's would grow with every answer.
+    # Each request has its own cookie jar, for the hops of a redirect; the session's would grow with every response.
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
     return session
 
 
 def _leave_body(response: requests.Response, **_: object) -> None:
-    """Close a redirect: whether it follows it or not, requests reads the body of an open one whole, and unpacks it."""
+    """Close a redirect, because requests would read and unpack its whole body, whether it follows it or not."""
     if response.is_redirect:
         response.close()
 
 
 def transfer(session: requests.Session, url: str, part: Part, bound: int, network: Network, at: Advance) -> bool:
-    """Get the rest of a file into its part, or all of it if the server has no ranges or another version.
+    """Download the rest of a file into its part, or all of it if the server has no ranges or another version.
 
     Args:
         session: from ``open_session``.
-        url: one mirror's.
+        url: of one mirror.
         part: the bytes so far; what arrives is kept there, also on failure.
-        bound: the most bytes that the whole file may have.
-        network: how patient to be.
-        at: told of the number of bytes that there are now.
+        bound: upper bound in bytes on the whole file.
+        network: timeouts and retries.
+        at: called with the number of bytes so far.
 
     Returns:
-        Whether the first bytes are older than this call.
+        Whether the first bytes are from an earlier call.
 
     Raises:
-        UnusableRangeError: the server cannot go on from here; without a part it may do better.
-        SourceError: any other failure of the server or the way to it.
+        UnusableRangeError: the server cannot resume here; it may succeed from the start.
+        SourceError: any other failure of the server or the connection.
         WriteError: the part cannot be written.
     """
     asked = part.size
@@ -279,10 +279,10 @@ def transfer(session: requests.Session, url: str, part: Part, bound: int, networ
         body = _body(response, bound - offset, network)
         head = _head(body) if offset == 0 else b""
         if _HTML.match(head):
-            raise SourceError("it sent a web page (HTML) in place of the file")
+            raise SourceError("it sent a web page (HTML) instead of the file")
         with part.writer(offset) as stream:
-            # After the old bytes are gone and before new ones come: whenever we are killed, the note is not
-            # that of other bytes.
+            # After the old bytes are gone and before new ones arrive, so that the note never describes other bytes,
+            # whenever the process is killed.
             part.note(url, _validator(headers))
             at(offset)
             for chunk in chain([head], body):
@@ -299,10 +299,10 @@ def _range(asked: int, validator: str | None) -> dict[str, str]:
 
 
 def _start_of_body(status: int, reason: str, headers: Mapping[str, str], asked: int) -> int:
-    """At which byte of the file the body of an answer begins.
+    """The offset in the file at which the body of a response begins.
 
     Raises:
-        SourceError: the answer is not the file, or not the part of it that was asked for.
+        SourceError: the response is not the file, or not the requested part of it.
     """
     if status == 200:
         return 0
@@ -311,7 +311,7 @@ def _start_of_body(status: int, reason: str, headers: Mapping[str, str], asked: 
         match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", given)
         if match and int(match[1]) == asked:
             return asked
-        raise UnusableRangeError(f"asked for the bytes from {asked:,} on, it sent {_said(given) or 'others'!r}")
+        raise UnusableRangeError(f"asked for the bytes from {asked:,} on, it sent {_said(given) or 'other bytes'!r}")
     if asked and status == 416:
         raise UnusableRangeError(f"it has nothing after the first {asked:,} bytes (HTTP 416)")
     asked_for = _retry_after(headers, datetime.now(UTC))
@@ -319,7 +319,7 @@ def _start_of_body(status: int, reason: str, headers: Mapping[str, str], asked: 
 
 
 def _retry_after(headers: Mapping[str, str], now: datetime) -> float:
-    """The seconds that ``Retry-After`` asks for, given as a number or as a date; 0 if it asks for nothing."""
+    """The seconds that ``Retry-After`` asks for, as a number or a date; 0 without a valid one."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
@@ -333,7 +333,7 @@ def _retry_after(headers: Mapping[str, str], now: datetime) -> float:
 
 def _refuse_page(headers: Mapping[str, str]) -> None:
     if headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/html":
-        raise SourceError("it sent a web page (HTML) in place of the file")
+        raise SourceError("it sent a web page (HTML) instead of the file")
 
 
 def _refuse_length(headers: Mapping[str, str], offset: int, bound: int) -> None:
@@ -344,14 +344,14 @@ def _refuse_length(headers: Mapping[str, str], offset: int, bound: int) -> None:
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
-    """What names this version of the file in an ``If-Range``: a strong ETag, else the date of its last change."""
+    """The value for ``If-Range`` that identifies this version of the file: a strong ETag, else Last-Modified."""
     tag = headers.get("ETag", "")
     value = tag if re.fullmatch(r'"[^"]*"', tag) else headers.get("Last-Modified", "")
     return value if _TAG.fullmatch(value) else None
 
 
 def _head(body: Iterator[bytes]) -> bytes:
-    """Enough of the body to tell a page from data."""
+    """Enough of the body to tell a web page from data."""
     head = b""
     for chunk in body:
         head += chunk
@@ -361,12 +361,12 @@ def _head(body: Iterator[bytes]) -> bytes:
 
 
 def _body(response: requests.Response, allowance: int, network: Network) -> Iterator[bytes]:
-    """The bytes of a body as they come, ``allowance`` at the most and as they are on the way.
+    """The bytes of a body as they arrive, undecoded, ``allowance`` bytes at most.
 
     Raises:
         SourceError: the connection broke, stalled, or was too slow for too long.
     """
-    # Either gives what is there, see ``TimedAdapter``; old versions of urllib3 have no read1.
+    # Both return the bytes available, see ``TimedAdapter``; old versions of urllib3 have no read1.
     read = getattr(response.raw, "read1", response.raw.read)
     waited, got = 0.0, 0
     while allowance > 0:
@@ -385,7 +385,7 @@ def _body(response: requests.Response, allowance: int, network: Network) -> Iter
 
 @contextmanager
 def _plain_failures(network: Network) -> Iterator[None]:
-    """Turn what requests and urllib3 raise into one short line.
+    """Turn the errors of requests and urllib3 into one short line.
 
     Raises:
         SourceError: with that line.
@@ -396,7 +396,7 @@ def _plain_failures(network: Network) -> Iterator[None]:
         raise SourceError(f"no connection within {network.connect_timeout:g} s") from error
     except requests.TooManyRedirects as error:
         raise SourceError("it redirects in a circle, or too often") from error
-    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: a Location that is no address
+    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: an invalid Location
         root = _root_cause(error)
         if isinstance(root, TimeoutError):
             raise SourceError(f"nothing of the file came for {network.read_timeout:g} s") from error
@@ -405,7 +405,7 @@ def _plain_failures(network: Network) -> Iterator[None]:
 
 
 def _said(text: str) -> str:
-    """What a server sent, fit for a message: one line, not long, without what steers a terminal."""
+    """A server's text made safe for a message: one short line without control characters."""
     return "".join(mark if mark.isprintable() else "?" for mark in text[:_SAID])
 
 

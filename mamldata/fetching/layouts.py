@@ -1,4 +1,4 @@
-"""The forms in which people have the images of a dataset: by name, by position in their class, in pickled arrays."""
+"""The layouts in which users have a dataset's images: by name, by position in the class, or in pickled arrays."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mamldata.io.pickles import StoredArray, load_values
 from mamldata.readers.image import is_image
 from mamldata.readers.split_files import Row
 
-# Where the folders of ImageNet's classes lie below what people call their ImageNet.
+# Where ImageNet's class folders lie in common copies.
 _CLASS_ROOTS = ("", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")
 
 
 @dataclass(frozen=True)
 class Found:
-    """Images at a place: in which form, and below which path (a folder or a file)."""
+    """Images at a place: their layout and their path (a folder or a file)."""
 
     form: ImageForm
     path: Path
@@ -52,12 +52,12 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Its length in bytes, nearly."""
+        """Its approximate length in bytes."""
         return self.member.size if self.member else math.prod(self.array.shape[1:]) if self.array else 0
 
 
 def find_images(forms: Sequence[ImageForm], place: Path) -> Found | None:
-    """The first form in which ``place`` seems to have the images. Looks at names only.
+    """The first layout in which ``place`` seems to have the images. Only looks at names.
 
     Args:
         forms: tried in turn.
@@ -67,15 +67,15 @@ def find_images(forms: Sequence[ImageForm], place: Path) -> Found | None:
 
 
 def list_images(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
-    """Where each wanted image is; what is missing is reported.
+    """Where each wanted image is; missing images are reported.
 
     Args:
-        found: what ``find_images`` found.
-        rows: the images that split files name; None for all there are.
-        report: told of faults.
+        found: the result of ``find_images``.
+        rows: the images that split files name; None for all images.
+        report: called with each fault.
 
     Raises:
-        DamagedError: a file that cannot be read as a whole.
+        DamagedError: a whole file cannot be read.
     """
     items = _LISTERS[found.form.type](found, rows, report)
     first: dict[tuple[Path, Member | None, int], Item] = {}
@@ -83,7 +83,7 @@ def list_images(found: Found, rows: Sequence[Row] | None, report: Report) -> lis
         other = first.setdefault((item.file, item.member, item.row), item)
         if other is not item:
             where = f"{item.file}, {item.member.name if item.member else f'image {item.row}'}"
-            report(Fault("layout", f"{other.name} and {item.name} would be one and the same image: {where}"))
+            report(Fault("layout", f"{other.name} and {item.name} mean the same image: {where}"))
     return items
 
 
@@ -97,7 +97,7 @@ def _find_by_name(_form: ImageForm, place: Path) -> Path | None:
 
 
 def _name_places(place: Path) -> Iterator[Path]:
-    """Where images may be below a place: the folder ``images``, archives, or the place itself."""
+    """Where images may be at a place: the folder ``images``, archives, or the place itself."""
     if place.is_file():
         yield place
         return
@@ -109,7 +109,7 @@ def _name_places(place: Path) -> Iterator[Path]:
 
 
 def _has_images(place: Path) -> bool:
-    """Whether there is an image in a folder, or in what lies at most three levels below: split, class, and one more."""
+    """Whether there is an image in a folder or at most three levels below: split, class, and one more."""
     for here, folders, files in os.walk(place, followlinks=True):
         if any(is_image(name) for name in files):
             return True
@@ -119,9 +119,9 @@ def _has_images(place: Path) -> bool:
 
 
 def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
-    """Of several files with the name, that in the first of the places counts; twice in one of them is a fault.
+    """Find images by name. The first place that has the name counts; a name twice in one place is a fault.
 
-    But a path that is the very name is meant before one that only ends in it.
+    A path equal to the name wins over one that only ends in it.
     """
     if rows is None:
         return [Item(member.name, file, member) for file, member in _all_images(found.path)]
@@ -138,7 +138,7 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
                     exact = [other for other in (taken.get(name), member) if other and other.name == name]
                     if name in taken and len(exact) != 1:
                         twice = f"{taken[name].name} and {member.name}"
-                        report(Fault("layout", f"{left[name].place}: {name} is twice in {file}: {twice}"))
+                        report(Fault("layout", f"{left[name].place}: {name} appears twice in {file}: {twice}"))
                     taken[name] = exact[0] if exact else member
         items += [Item(name, file, member) for name, member in sorted(taken.items())]
         for name in taken:
@@ -152,7 +152,7 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
 
 def _all_images(place: Path) -> Iterator[tuple[Path, Member]]:
     seen: set[str] = set()
-    # A folder that is called images is one like others here: its name is that of a class, or a part of it.
+    # A folder called images is nothing special here: it may be a class.
     for file in (file for file in _name_places(place) if file != place / "images"):
         for member in _members_or_none(file):
             if is_image(member.name) and member.name not in seen:
@@ -168,7 +168,7 @@ def _members_or_none(file: Path) -> list[Member]:
     try:
         return list_members(file)
     except DamagedError:
-        return []  # what else lies in the user's folder; what is missing then is said
+        return []  # an unrelated file in the user's folder; missing images are reported later
 
 
 # By position.
@@ -183,7 +183,7 @@ def _find_by_position(form: ImageForm, place: Path) -> Path | None:
 
 
 def _has_classes(root: Path) -> bool:
-    """Whether a folder has folders with images that are called after them, or tars, as ImageNet's classes are."""
+    """Whether a folder has ImageNet's classes: folders with images named after them, or tars."""
     if not root.is_dir():
         return False
     for path in sorted(root.iterdir())[:20]:
@@ -196,7 +196,7 @@ def _has_classes(root: Path) -> bool:
 
 def _list_by_position(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
     if rows is None:
-        raise RequestError("Images by position need split files that name them.")
+        raise RequestError("Images by position need split files to name them.")
     classes = _class_lists(found.path, sorted({row.label for row in rows}))
     items = []
     for row in rows:
@@ -210,8 +210,8 @@ def _list_by_position(found: Found, rows: Sequence[Row] | None, report: Report) 
             report(
                 Fault(
                     "missing",
-                    f"{row.place}: {row.filename} is image {position:,} of its class, which has {len(images):,} in "
-                    f"{found.path}: it is not complete",
+                    f"{row.place}: {row.filename} is image {position:,} of its class, which has only {len(images):,} "
+                    f"in {found.path}: the class is incomplete",
                 )
             )
         else:
@@ -226,7 +226,7 @@ def _position(row: Row, digits: int) -> int | None:
 
 
 def _class_lists(path: Path, labels: Sequence[str]) -> Mapping[str, list[tuple[Path, Member]]]:
-    """For each class its images in their order."""
+    """The images of each class in order."""
     found = _nested(path, set(labels)) if path.is_file() else {c: _class_members(path, c) for c in labels}
     return {c: sorted(images, key=lambda image: _numbered(image[1].name)) for c, images in found.items() if images}
 
@@ -245,7 +245,7 @@ def _nested(path: Path, labels: set[str]) -> dict[str, list[tuple[Path, Member]]
     with reading_container(path), path.open("rb") as stream:
         for member in outer:
             if member.offset is None:
-                raise DamagedError(f"{path}: a compressed tar of tars; unpack it one level, and give the folder.")
+                raise DamagedError(f"{path}: a compressed tar of tars; unpack it one level and give the folder.")
             stream.seek(member.offset)
             end = member.offset + member.size
             with open_tar(path, stream) as tar:
@@ -256,7 +256,7 @@ def _nested(path: Path, labels: set[str]) -> dict[str, list[tuple[Path, Member]]
 
 
 def _numbered(name: str) -> tuple[int, str]:
-    """Sorts ``n01532829_98.JPEG`` before ``n01532829_1000.JPEG``."""
+    """A sort key that puts ``n01532829_98.JPEG`` before ``n01532829_1000.JPEG``."""
     stem = PurePosixPath(name).stem
     digits = re.search(r"\d+$", stem)
     return int(digits.group()) if digits else 0, stem
@@ -273,9 +273,9 @@ def _find_pickles(form: ImageForm, place: Path) -> Path | None:
 
 
 def _list_pickles(found: Found, rows: Sequence[Row] | None, report: Report) -> list[Item]:
-    """Images of a class stand in its pickle in the order of the split file's rows.
+    """Find images in pickles, where those of a class are in the order of the split file's rows.
 
-    Which pickle has a class is looked up, not taken from its name: copies circulate with val and test exchanged.
+    The pickle of a class is looked up, not taken from the file name: some copies have val and test swapped.
     """
     if rows is None:
         raise RequestError("Pickled arrays need split files that name the images.")
@@ -285,7 +285,7 @@ def _list_pickles(found: Found, rows: Sequence[Row] | None, report: Report) -> l
         array, numbers_of = _load_pickle(file)
         for label, numbers in numbers_of.items():
             if label in classes:
-                report(Fault("class", f"{file}: the class {label} is in {classes[label][0].name} too"))
+                report(Fault("class", f"{file}: the class {label} is also in {classes[label][0].name}"))
             classes[label] = (file, array, numbers)
     wanted: dict[str, list[Row]] = {}
     for row in rows:
@@ -293,14 +293,16 @@ def _list_pickles(found: Found, rows: Sequence[Row] | None, report: Report) -> l
     items = []
     for label, images in wanted.items():
         if label not in classes:
-            report(Fault("missing", f"{images[0].place}: the class {label} is in none of the pickles in {found.path}"))
+            report(Fault("missing", f"{images[0].place}: no pickle in {found.path} has the class {label}"))
             continue
         file, array, numbers = classes[label]
         if len(numbers) != len(images):
-            need = f"needs {len(images):,} images, and has {len(numbers):,}"
+            need = f"needs {len(images):,} images, but has {len(numbers):,}"
             report(Fault("missing", f"{file}: the class {label} {need}"))
         elif not all(0 <= number < array.shape[0] for number in numbers):
-            report(Fault("layout", f"{file}: the class {label} has an image beyond the {array.shape[0]:,}"))
+            report(
+                Fault("layout", f"{file}: the class {label} has an image number outside the {array.shape[0]:,} images")
+            )
         else:
             pairs = zip(images, numbers, strict=True)
             items += [Item(row.filename, file, array=array, row=number) for row, number in pairs]
@@ -322,14 +324,14 @@ def _load_pickle(file: Path) -> tuple[StoredArray, dict[str, list[int]]]:
             or _count_numbers(classes) > min(array.shape[0], _MOST_NUMBERS)
         ):
             raise DamagedError(
-                f"{file} is not laid out as MiniImagenet's caches are: a dict with image_data, uint8 [n, H, W, 3], and "
-                "class_dict."
+                f"{file} does not have the layout of MiniImagenet's caches: a dict with image_data, uint8 "
+                "[n, H, W, 3], and class_dict."
             )
         return array, {_label(key): _numbers(value, stream, file) for key, value in classes.items()}
 
 
 def _count_numbers(classes: Mapping[Any, Any]) -> int:
-    """How many numbers the arrays of a dict have, one under several keys as often as it stands there."""
+    """Number of elements in a dict's arrays; an array under several keys counts once for each."""
     return sum(math.prod(value.shape) for value in classes.values() if isinstance(value, StoredArray))
 
 

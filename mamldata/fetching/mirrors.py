@@ -1,4 +1,4 @@
-"""The sources of one file, tried in turn and again, until one of them gives the right file."""
+"""Try the sources of one file in turn, repeatedly, until one provides the right file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mamldata.progress import Advance, Notify
 
 
 class WrongContentError(SourceError):
-    """A whole file came, and it is another one."""
+    """A complete file arrived, but it is the wrong one."""
 
 
 @dataclass(frozen=True)
 class Obtained:
-    """A right file, still under its temporary name: how it came, and where from if any source was asked."""
+    """A correct file, still under its temporary name: how it was obtained, and from which source, if any."""
 
     how: Literal["copied", "downloaded", "resumed"]
     source: str
@@ -40,16 +40,16 @@ class Obtained:
 
 @dataclass(frozen=True)
 class Mirrors:
-    """Everything that getting one file takes.
+    """Everything needed to get one file.
 
     Attributes:
-        file: what is wanted.
+        file: the wanted file.
         sources: paths and URLs, in order.
         part: the bytes so far.
         session: for the http(s) sources.
-        network: how patient to be.
-        at: told of the number of bytes that there are.
-        notify: told of failed tries, a line each.
+        network: timeouts and retries.
+        at: called with the number of bytes so far.
+        notify: called with one line for each failed attempt.
         command: the command that fetches the dataset, for messages.
     """
 
@@ -63,10 +63,10 @@ class Mirrors:
     command: str
 
     def obtain(self) -> Obtained:
-        """Try all sources in turn, pause, and try again those that may do better then.
+        """Try all sources in turn, pause, and try those again that may succeed then.
 
         Raises:
-            FetchError: none gave the file; every one is named with its last failure.
+            FetchError: no source provided the file; each is named with its last failure.
             WriteError: the part cannot be written.
         """
         if (finished := self._finished()) is not None:
@@ -80,23 +80,23 @@ class Mirrors:
         self.notify(f"{self.file.name}: {line}")
 
     def _finished(self) -> Obtained | None:
-        """What an earlier run left, if that is the whole file already; what can never become it is dropped."""
+        """The part of an earlier run, if it is already the whole file; it is dropped if it can never become it."""
         if not self.part.size or self.part.size < self.file.bytes:
             return None
         verdict = verify_file(self.part.path, self.file)
         if verdict.checked_by:
             return Obtained("resumed", "", verdict)
-        # A repacked copy may be longer than the file that the manifest describes, and one of unknown length go on.
+        # A repacked copy may be longer than the manifest's file, and a file of unknown length may continue.
         fixed = self.file.bytes and self.file.content_sha256 is None
         if fixed or self.part.size > most_bytes(self.file):
             self.part.drop()
         return None
 
     def _attempt(self, source: str) -> Obtained:
-        """One source, once.
+        """Try one source once.
 
         Raises:
-            SourceError: it did not give the right file.
+            SourceError: it did not provide the right file.
         """
         shown = shown_place(source)
         if not is_http(source):
@@ -105,23 +105,23 @@ class Mirrors:
         if had := self.part.size:
             if (obtained := self._go_on(source)) is not None:
                 return obtained
-            self._tell(f"the first {had:,} bytes, from before, are of no use; starting anew")
+            self._tell(f"the first {had:,} bytes, from before, are not of this file; starting again")
             self.part.drop()
         self._transfer(source)
         return Obtained("downloaded", shown, self._accept())
 
     def _go_on(self, url: str) -> Obtained | None:
-        """Download what is not there yet; None if the bytes that are there turn out to be of another file.
+        """Download the missing bytes; None if the existing ones turn out to be of another file.
 
         Raises:
-            SourceError: the server failed, or sent another file as a whole.
+            SourceError: the server failed, or sent a complete but wrong file.
         """
         resumed = True
         try:
             resumed = self._transfer(url)
             verdict = self._accept()
         except UnusableRangeError:
-            # A server has nothing more to give where the file was whole already.
+            # The server has no more bytes if the file was already complete.
             verdict = verify_file(self.part.path, self.file)
             if verdict.checked_by is None:
                 return None
@@ -135,10 +135,10 @@ class Mirrors:
         return transfer(self.session, url, self.part, most_bytes(self.file), self.network, self.at)
 
     def _accept(self, *, ended: bool = False) -> Verdict:
-        """The verdict on what came, if it is the file.
+        """Verify the part and return the verdict if it is the right file.
 
         Args:
-            ended: nothing can follow any more.
+            ended: no more bytes can follow.
 
         Raises:
             WrongContentError: it is another file; the part is dropped.
@@ -147,14 +147,14 @@ class Mirrors:
         verdict = verify_file(self.part.path, self.file)
         if verdict.checked_by:
             return verdict
-        # A container that can be read to its end is whole, whatever its length.
+        # A container that can be read to its end is complete, whatever its length.
         if not ended and self.part.size < self.file.bytes and verdict.content_sha256 is None:
             raise SourceError(f"it ended after {self.part.size:,} of {self.file.bytes:,} bytes")
         self.part.drop()
         raise WrongContentError(f"another file came: {verdict.problem}", final=True)
 
     def _copy(self, source: str) -> Verdict:
-        """Copy a whole file from a folder, or from what fsspec reads.
+        """Copy a whole file from a folder or an fsspec URL.
 
         Raises:
             SourceError: it cannot be read, is too large, or is another file.
@@ -166,17 +166,17 @@ class Mirrors:
             for chunk in _source_chunks(source):
                 size += len(chunk)
                 if size > bound:
-                    raise SourceError(f"it has more than the {bound:,} bytes that the file may have", final=True)
+                    raise SourceError(f"it has more than {bound:,} bytes, the limit for this file", final=True)
                 target.write(chunk)
                 self.at(size)
         return self._accept(ended=True)
 
     def _nothing_helped(self, failures: Mapping[str, SourceError]) -> str:
         name, size = self.file.name, self.part.size
-        lines = [f"{name} could not be had. Tried:"]
+        lines = [f"{name} could not be fetched. Tried:"]
         lines += [f"  {shown_place(source)}: {failure}" for source, failure in failures.items()]
         if size:
-            lines.append(f"{size:,} of {self.file.bytes:,} bytes are kept; the same command goes on from there.")
+            lines.append(f"{size:,} of {self.file.bytes:,} bytes are kept; the same command resumes there.")
         web = [source for source in self.sources if is_http(source)]
         origin = f" from {shown_place(web[-1])}" if web else ""
         lines.append(f"Or get it by hand{origin}, put it into a folder, and run: {self.command} --from FOLDER")
@@ -187,6 +187,6 @@ def _source_chunks(source: str) -> Iterator[bytes]:
     try:
         with open_source(source) as stream:
             yield from chunks(stream)
-    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+    except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = is_local(source) or isinstance(error, FileNotFoundError)
         raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error

@@ -1,4 +1,4 @@
-"""What must be done for each raw file of a dataset. Looks at names, lengths and receipts; changes nothing."""
+"""Plan what to do for each raw file of a dataset. Only looks at names, lengths and receipts; changes nothing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Kind = Literal["have", "check", "resume", "download", "generate", "collect", "mi
 
 @dataclass(frozen=True)
 class Action:
-    """What must be done for one file.
+    """What to do for one file.
 
     Attributes:
-        file: what is wanted.
-        kind: ``have`` (it is there and was verified), ``check`` (it is there: put by hand, cut short, right for another
-            manifest, or from just before we were killed), ``resume``, ``download`` (or copy), ``generate``, ``collect``
-            (images that have no hash, from where the user has them), or ``missing`` (there is no source).
-        path: its final place.
+        file: the wanted file.
+        kind: ``have`` (it exists and was verified), ``check`` (it exists: put there by hand, truncated, correct for
+            another manifest, or left when the process was killed), ``resume``, ``download`` (or copy), ``generate``,
+            ``collect`` (images without a hash, from the user's copy), or ``missing`` (there is no source).
+        path: its final path.
         sources: paths and URLs in the order in which they will be tried.
-        have_bytes: how many bytes of it a broken-off download left, if it goes on from there.
+        have_bytes: number of bytes left by an interrupted download, if it will be resumed.
         found: where the images to collect are.
     """
 
@@ -45,7 +45,7 @@ class Action:
 
 
 def plan(manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline: bool = False) -> list[Action]:
-    """Say what must be done for each file of a dataset. Looks at names, lengths and receipts; changes nothing.
+    """Plan what to do for each file of a dataset. Only looks at names, lengths and receipts; changes nothing.
 
     Args:
         manifest: the dataset.
@@ -54,7 +54,7 @@ def plan(manifest: Manifest, root: Path, sources: Sequence[str] = (), *, offline
         offline: leave out every source that needs a network.
 
     Raises:
-        RequestError: a place that is neither an existing folder nor a URL that can be read.
+        RequestError: a place is neither an existing folder nor a URL that can be read.
     """
     folder = manifest.home(root)
     with writing(folder.raw):
@@ -76,7 +76,7 @@ def _action(folder: DatasetFolder, file: SourceFile, places: Sequence[str], offl
 
 
 def _collection(manifest: Manifest, folder: DatasetFolder, places: Sequence[str]) -> Action:
-    """What must be done for the images that have no hash of their own. They are looked for on this machine only."""
+    """What to do for images without a hash of their own. They are only searched for on this machine."""
     assert manifest.images is not None
     path = folder.raw / COLLECTED
     file = SourceFile(COLLECTED, 0, None, how=manifest.images.how)

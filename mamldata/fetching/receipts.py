@@ -1,4 +1,4 @@
-"""Raw files: whether one is the file that its manifest means, and the receipt that says what it was."""
+"""Verify that a raw file is the one its manifest describes, and keep a receipt of it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CheckedBy = Literal["sha256", "md5", "content_sha256"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a look at all bytes of a file said.
+    """The result of hashing a file.
 
     Attributes:
         sha256: of the file as it is.
-        checked_by: the digest of the manifest that is right, or None if the file is wrong.
-        content_sha256: the content digest found, if it was needed and could be taken.
-        problem: what was got and what was expected; empty if the file is right.
+        checked_by: the digest of the manifest that matches, or None if the file is wrong.
+        content_sha256: the content digest, if it was needed and could be computed.
+        problem: the actual and the expected digest; empty if the file is correct.
     """
 
     sha256: str
@@ -37,19 +37,19 @@ class Verdict:
 
 
 def most_bytes(file: SourceFile) -> int:
-    """The most bytes that a container of this file may have: repacked ones may be larger than the original."""
+    """Upper bound in bytes on a copy of this file: repacked containers may be larger than the original."""
     if not file.bytes:
         return 1 << 50  # its length is not known
     return 2 * file.bytes + (1 << 20) if file.content_sha256 else file.bytes
 
 
 def verify_file(path: Path, file: SourceFile, advance: Advance | None = None) -> Verdict:
-    """Whether ``path`` holds the file that the manifest means: by its sha256 or md5, or its members' content digest.
+    """Check ``path`` against the manifest: by its SHA-256 or MD5, or the content digest of its members.
 
     Args:
         path: the file, which is not changed.
         file: what it should be.
-        advance: told of hashed bytes.
+        advance: called with the numbers of hashed bytes.
     """
     size = path.stat().st_size
     digest = sha256_file(path, advance)
@@ -70,7 +70,7 @@ def verify_file(path: Path, file: SourceFile, advance: Advance | None = None) ->
     try:
         content = content_sha256(path, file.content_bytes)
     except DamagedError as error:
-        return Verdict(digest, None, None, f"{problem}; its content is not right either: {error}")
+        return Verdict(digest, None, None, f"{problem}; its content is also wrong: {error}")
     if content == file.content_sha256:
         return Verdict(digest, "content_sha256", content)
     return Verdict(digest, None, content, f"{problem}; content digest {content}, expected {file.content_sha256}")
@@ -78,12 +78,12 @@ def verify_file(path: Path, file: SourceFile, advance: Advance | None = None) ->
 
 @dataclass(frozen=True)
 class Match:
-    """Why a file was right, where that is more than the sha256 and the length that the manifest gives.
+    """Why a file was correct, if not by the manifest's SHA-256 and length.
 
     Attributes:
-        checked_by: which digest of the manifest it had; of collected images that of the pin.
-        digest: that digest. A manifest that comes to want another one wants another file.
-        bytes: how long the file is.
+        checked_by: which digest of the manifest it matched; for collected images, that of the pin.
+        digest: that digest. If the manifest's digest changes, another file is wanted.
+        bytes: the length of the file.
     """
 
     checked_by: CheckedBy
@@ -93,11 +93,11 @@ class Match:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was noted of a file when it was verified.
+    """What was recorded about a file when it was verified.
 
     Attributes:
         sha256: of the file as it is.
-        match: why it was right; None if sha256 and length were the manifest's.
+        match: why it was correct; None if SHA-256 and length were the manifest's.
     """
 
     sha256: str
@@ -105,7 +105,7 @@ class Receipt:
 
 
 def receipt_of(verdict: Verdict, file: SourceFile, size: int) -> Receipt:
-    """The receipt of a file of ``size`` bytes that was found right."""
+    """The receipt of a file of ``size`` bytes that was found correct."""
     assert verdict.checked_by is not None
     if verdict.checked_by == "sha256" and size == file.bytes:
         return Receipt(verdict.sha256)
@@ -124,7 +124,7 @@ def receipt_text(name: str, receipt: Receipt) -> str:
 
 
 def write_receipt(folder: DatasetFolder, name: str, receipt: Receipt) -> None:
-    """Note that ``raw/<name>`` was verified, and what it is.
+    """Record that ``raw/<name>`` was verified, with its digest.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -139,7 +139,7 @@ _RECEIPT = re.compile(
 
 
 def read_receipt(folder: DatasetFolder, name: str) -> Receipt | None:
-    """The receipt of ``raw/<name>``; None where there is none, or one that nobody wrote so."""
+    """The receipt of ``raw/<name>``; None if there is none, or if it is not in the format that is written."""
     try:
         text = read_whole(folder.receipt(name), MOST_NOTE).decode("ascii")
     except (OSError, UnicodeDecodeError):
@@ -165,12 +165,12 @@ class Collected:
 
 
 def pin_file(raw: Path) -> Path:
-    """Where what was collected first is noted."""
+    """The file that records what was collected first."""
     return raw / PIN
 
 
 def read_pin(raw: Path) -> Collected | None:
-    """What was collected first; None if nothing was, or the note cannot be read."""
+    """What was collected first; None if nothing was, or the record cannot be read."""
     try:
         note = parse_json(read_whole(pin_file(raw), MOST_NOTE))
         return Collected(int(note["images"]), str(note["content_sha256"]))
@@ -179,7 +179,7 @@ def read_pin(raw: Path) -> Collected | None:
 
 
 def write_pin(raw: Path, collected: Collected) -> None:
-    """Note what was collected.
+    """Record what was collected.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -188,9 +188,9 @@ def write_pin(raw: Path, collected: Collected) -> None:
 
 
 def is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
-    """Whether a file is there that was found right for what the manifest wants now. Looks at length and receipt only.
+    """Whether a file exists that was verified for the current manifest. Only looks at its length and receipt.
 
-    A file that was right for an older manifest is not, nor one that lost its end.
+    A file verified for an older manifest does not count, nor does a truncated one.
     """
     path, receipt = folder.raw / file.name, read_receipt(folder, file.name)
     if receipt is None or not path.is_file():
@@ -202,7 +202,7 @@ def is_verified(folder: DatasetFolder, file: SourceFile) -> bool:
 
 
 def is_pinned(folder: DatasetFolder, images: ImageCollection) -> bool:
-    """Whether the collected images are there, found to be those of the pin, and of the manifest if it says which."""
+    """Whether the collected images exist and were verified against the pin, and the manifest's digest if it has one."""
     path, receipt, pin = folder.raw / COLLECTED, read_receipt(folder, COLLECTED), read_pin(folder.raw)
     if receipt is None or pin is None or not path.is_file():
         return False
@@ -211,7 +211,7 @@ def is_pinned(folder: DatasetFolder, images: ImageCollection) -> bool:
 
 
 def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
-    """The sha256 of each raw file that is there, verified as the manifest describes it; in the reader's order."""
+    """The SHA-256 of each raw file that was verified for this manifest, in the reader's order."""
     names = [file.name for file in manifest.files if is_verified(folder, file)]
     if manifest.images is not None and is_pinned(folder, manifest.images):
         names.append(COLLECTED)
@@ -219,5 +219,5 @@ def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str
 
 
 def fetch_command(manifest: Manifest, root: Path) -> str:
-    """The command that gets the dataset into this root."""
+    """The command that fetches the dataset into this root."""
     return f"mamldata fetch {shlex.quote(manifest.reference)} --root {shlex.quote(str(root))}"

@@ -23,10 +23,10 @@ def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> li
     Args:
         manifest: the dataset.
         root: the data root.
-        progress: told of hashed bytes, one bar per file.
+        progress: one bar of hashed bytes per file.
 
     Returns:
-        One line for each file that is missing or not what it was, with the remedy. Empty if all is well.
+        One line for each file that is missing or has changed, with the remedy. Empty if all is well.
     """
     folder = manifest.home(root)
     command = fetch_command(manifest, root)
@@ -37,14 +37,14 @@ def check_raw(manifest: Manifest, root: Path, progress: Progress = silent) -> li
 
 
 def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, progress: Progress) -> str:
-    """The tar of collected images has no digest but its receipt's, and the pin none but that of what is in the tar."""
+    """Check the tar of collected images against its receipt, and the pin against the images in the tar."""
     path, receipt, noted = folder.raw / COLLECTED, folder.receipt(COLLECTED), read_receipt(folder, COLLECTED)
     pin = pin_file(folder.raw)
     if not path.is_file():
         return f"{path} is missing. Run: {command} --from FOLDER"
     if noted is None:
         state = "is damaged" if receipt.exists() else "is missing"
-        return f"{receipt} {state}, and nothing else says what {path.name} should be. Run: {command}"
+        return f"{receipt} {state}, and it alone has the digest of {path.name}. Run: {command}"
     try:
         with progress(path.name, path.stat().st_size, "B") as advance:
             digest = sha256_file(path, advance)
@@ -56,14 +56,14 @@ def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, pr
         held = check_collected(manifest, folder.raw, path, progress)
         pinned = read_whole(pin, MOST_NOTE) if pin.is_file() else None
     except DamagedError as error:
-        return f"{path} does not have what {manifest.name} needs. {error}"
+        return f"{path} does not have all images of {manifest.name}. {error}"
     except OSError as error:
         return _unreadable(path, error)
     if pinned is None:
-        return f"{pin} is missing; {path.name} beside it is what its receipt says. Run: {command}"
+        return f"{pin} is missing; {path.name} beside it matches its receipt. Run: {command}"
     if pinned != canonical_json(asdict(held)):
         return (
-            f"{pin} is damaged: it does not say what is in {path.name} beside it, {held.images:,} images of the "
+            f"{pin} is damaged: it does not match {path.name} beside it, which has {held.images:,} images with the "
             f"content digest {held.content_sha256}. Delete it, and run: {command}"
         )
     assert manifest.images is not None
@@ -71,12 +71,12 @@ def _check_collected(manifest: Manifest, folder: DatasetFolder, command: str, pr
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path} cannot be read ({error.strerror}). Mend its permissions or its disk, or fetch it elsewhere."
+    return f"{path} cannot be read ({error.strerror}). Fix its permissions or its disk, or fetch it to another root."
 
 
 def _outdated(receipt: Path, path: Path, digest: str, command: str) -> str:
     return (
-        f"{receipt} was altered, or is of another manifest; {path.name} beside it is right (sha256 {digest}). "
+        f"{receipt} was altered, or is for another manifest; {path.name} beside it is correct (sha256 {digest}). "
         f"Run: {command}"
     )
 
@@ -97,12 +97,12 @@ def _check_file(folder: DatasetFolder, file: SourceFile, command: str, progress:
     if noted is None:
         state = "is damaged" if receipt.exists() else "is missing"
         return (
-            f"{receipt} {state}; {path.name} beside it is right (sha256 {verdict.sha256}). "
-            f"Delete the receipt if it is there, and run: {command}"
+            f"{receipt} {state}; {path.name} beside it is correct (sha256 {verdict.sha256}). "
+            f"Delete the receipt if it exists, and run: {command}"
         )
     if noted.sha256 == verdict.sha256:
         return "" if is_verified(folder, file) else _outdated(receipt, path, verdict.sha256, command)
     return (
-        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted.sha256}: one of the two was "
+        f"{path} has sha256 {verdict.sha256}, but its receipt {receipt.name} says {noted.sha256}: one of them was "
         f"altered. {again}"
     )

@@ -19,15 +19,15 @@ FileVersion = tuple[int, int, int, int]
 
 
 def file_version(status: os.stat_result) -> FileVersion:
-    """What changes when a file's content does, also where its date is set back: bytes, inode, mtime and ctime in ns."""
+    """(bytes, inode, mtime, ctime) of a file, times in ns. It changes with the content even if mtime is set back."""
     return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file for reading; never wait for the writer of a pipe, nor read a device, which may not end.
+    """Open a regular file for reading. Never wait for the writer of a pipe or read a device, which may not end.
 
     Raises:
-        OSError: as ``open`` does, and for whatever is no regular file.
+        OSError: ``open`` raised it, or the file is not a regular file.
     """
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -40,12 +40,12 @@ def read_whole(path: Path, most_bytes: int) -> bytes:
     """The bytes of a regular file of at most ``most_bytes``.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is longer.
+        OSError: it cannot be read, is not a regular file, or is longer.
     """
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most_bytes:
-            raise OSError(errno.EINVAL, f"{size:,} bytes, more than the {most_bytes:,} that it may have", str(path))
+            raise OSError(errno.EINVAL, f"{size:,} bytes, more than the limit of {most_bytes:,}", str(path))
         return stream.read(size)
 
 
@@ -55,12 +55,12 @@ MOST_TEXT = 1 << 26  # bytes of a list of classes or images: ImageNet's 1.28 mil
 
 
 def temporary(path: Path) -> Path:
-    """The name under which ``path`` is written before it is renamed. One writer at a time: lock first."""
+    """The name under which ``path`` is written before it is renamed. Hold a lock: only one process may write it."""
     return path.with_name(path.name + ".part")
 
 
 def commit(path: Path, *, lasting: bool = True) -> None:
-    """Give the temporary file of ``path`` its final name; flush it to disk first, if it is ``lasting``."""
+    """Rename the temporary file of ``path`` to ``path``; flush it to disk first if ``lasting``."""
     if lasting:
         publish(temporary(path), path)
     else:
@@ -68,11 +68,11 @@ def commit(path: Path, *, lasting: bool = True) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Flush the file ``part`` to disk and give it the name ``path``, on the same file system."""
+    """Flush the file ``part`` to disk and rename it to ``path``, on the same file system."""
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     part.replace(path)
-    # The rename itself, lest a power loss bring an index back without what it names.
+    # Flush the rename too, so that an index never survives a power loss without the files that it names.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -84,12 +84,12 @@ def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write ``data`` to ``path`` through a temporary file and a rename.
 
     Args:
-        path: of the file.
-        data: what it is to hold.
-        lasting: flush it to disk, as what must outlive a loss of power has to be.
+        path: the file.
+        data: its new content.
+        lasting: flush it to disk, so that it survives a power loss.
 
     Raises:
-        WriteError: the place cannot be written to.
+        WriteError: the file cannot be written.
     """
     with writing(path):
         temporary(path).write_bytes(data)
@@ -112,10 +112,10 @@ _REFUSED = {
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into an error that names the place and the remedy.
+    """Turn errors of the operating system into one that names the file and the remedy.
 
     Raises:
-        WriteError: no permission, a read-only or full disk, or something else in the way.
+        WriteError: no permission, a read-only or full disk, or a file or folder in the way.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def writing(place: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise WriteError(
                 f"No space left to write {place} ({error.strerror}). Free some space, or choose another "
-                "folder, and run the same command again (train: with --resume): it goes on from what is there."
+                "folder, and run the same command again: finished work is kept."
             ) from error
         if error.errno in _REFUSED:
             raise WriteError(
@@ -133,29 +133,29 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def require_space(path: Path, need: int) -> None:
-    """Say at once that a file does not fit, not after an hour, with the disk full.
+    """Fail at once if a file does not fit on its disk, instead of after an hour.
 
     Args:
         path: the file.
-        need: the bytes that it still takes.
+        need: the bytes that are still to be written.
 
     Raises:
-        WriteError: its disk has less.
+        WriteError: its disk has less free space.
     """
     free = shutil.disk_usage(path.parent).free
     if need > free:
         raise WriteError(
             f"{path.name} needs {need:,} more bytes in {path.parent}, where {free:,} are free. Free some space, or "
-            "choose another folder with --root."
+            "choose another data root."
         )
 
 
 @contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
-    """Hold a lock that no other process holds; gives whether it does.
+    """Hold a lock unless another process holds it; yields whether it was acquired.
 
     Raises:
-        WriteError: the lock's file cannot be made.
+        WriteError: the lock's file cannot be created.
     """
     lock = FileLock(path)
     with writing(path):
@@ -175,11 +175,11 @@ def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator
     """Hold a lock among processes; the operating system frees it when its holder dies.
 
     Args:
-        path: of the lock's file.
-        waiting: called once if another process holds it.
+        path: the lock's file.
+        waiting: called once if another process holds the lock.
 
     Raises:
-        WriteError: the file cannot be made.
+        WriteError: the file cannot be created.
     """
     with ExitStack() as held:
         if not held.enter_context(locked_if_free(path)):
@@ -190,13 +190,13 @@ def locked(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator
 
 
 def make_folder(path: Path) -> None:
-    """Make ``path`` and its parents.
+    """Create the folder ``path`` and its parents.
 
     Raises:
-        WriteError: it cannot be made, or is a file.
+        WriteError: it cannot be created, or is a file.
     """
     with writing(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # such as below /proc, where nothing can be made
+        except FileNotFoundError as error:  # such as below /proc, where no folder can be created
             raise PermissionError(errno.EPERM, error.strerror) from error

@@ -22,8 +22,8 @@ from mamldata.errors import DamagedError
 from mamldata.io.atomic import open_regular, read_whole
 
 MOST_IMAGE_BYTES = 64 << 20  # no photograph is larger; a crafted member might be
-# What images are decoded from, by Pillow's names, with the endings of their files. Nothing else is: of its other
-# formats some start programs, such as Ghostscript, and some are there on one machine only.
+# The formats that are decoded, by Pillow's names, with file endings. No others are: some of Pillow's formats start
+# programs, such as Ghostscript, and some exist on one machine only.
 IMAGE_FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
@@ -43,12 +43,12 @@ class Member:
     Attributes:
         name: its path below the container's root, with forward slashes.
         size: its length in bytes.
-        crc: its CRC-32, where the container notes one.
-        offset: where its bytes begin in the container, if they stand there as they are: then they can be read at
-            once, from any process.
-        entry: which entry of a zip or tar has its bytes: a zip's header, or a position in the unpacked tar. A link has
-            that of its target, and two entries of one name have two.
-        problem: why it cannot be read, where that is known without reading it.
+        crc: its CRC-32, if the container stores one.
+        offset: where its bytes begin in the container, if they are stored uncompressed: then any process can read them
+            directly.
+        entry: the entry of a zip or tar with its bytes: offset of a zip's header, or position in the unpacked tar.
+            A link has the entry of its target; two entries of the same name have different ones.
+        problem: why it cannot be read, if that is known without reading it.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Link:
 
     Attributes:
         name: as of a member.
-        target: a path from the container's root if ``hard``, else from the folder that the link lies in.
+        target: a path relative to the container's root if ``hard``, else relative to the folder of the link.
     """
 
     name: str
@@ -74,13 +74,13 @@ class Link:
 
 
 def list_members(container: Path) -> list[Member]:
-    """Every file in a container, in the container's own order (of a folder: sorted, what cannot be read last).
+    """Every file in a container, in the container's own order (in a folder: sorted, unreadable files last).
 
-    Links to files are files, whose bytes are their targets'. A link that leads to no file of the container, and a
-    folder that may not be listed, is a member with a ``problem``.
+    A link to a file is listed as a file with its target's bytes. A link that leads to no file of the container, and a
+    folder that cannot be listed, become members with a ``problem``.
 
     Raises:
-        DamagedError: neither a folder, a zip nor a tar; or one that is damaged, or has a member that points outside.
+        DamagedError: it is not a folder, zip or tar; it is damaged; or a member points outside it.
     """
     if container.is_dir():
         return list(_folder_members(container))
@@ -92,7 +92,7 @@ def list_members(container: Path) -> list[Member]:
 
 
 def _zip_entries(container: Path) -> Iterator[Member | Link]:
-    """Images are mostly stored as they are, and then read without the directory, which takes long to parse."""
+    """Note offsets: images are mostly stored uncompressed, and are then read without the slow-to-parse directory."""
     with zipfile.ZipFile(container) as archive, container.open("rb") as stream:
         for info in archive.infolist():
             entry = zip_entry(archive, info, str(container))
@@ -107,7 +107,7 @@ def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -
     """An entry of an open zip; None for a folder. A link's target is its content.
 
     Raises:
-        DamagedError: it is neither stored nor deflated: Python unpacks the other methods without a bound.
+        DamagedError: it is neither stored nor deflated: Python unpacks the other methods without a limit.
     """
     if info.is_dir():
         return None
@@ -115,7 +115,7 @@ def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -
         method = _UNBOUNDED.get(info.compress_type, "unknown")
         raise DamagedError(
             f"{container}: the member {info.filename!r} is compressed by the method {method} "
-            f"({info.compress_type}); only stored and deflated members are read. Pack the files again, by deflate."
+            f"({info.compress_type}); only stored and deflated members are read. Pack the files again with deflate."
         )
     name = safe_member_name(info.filename, container)
     if not stat.S_ISLNK(info.external_attr >> 16):
@@ -129,7 +129,7 @@ _UNBOUNDED = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "lzma"}
 
 
 def _stored_at(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind a local header with lengths of its own (APPNOTE 4.3.7)."""
+    """Where a member's bytes begin: after a local header with its own lengths (APPNOTE 4.3.7)."""
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER)
     name, extra = struct.unpack("<HH", header[26:30])
@@ -141,7 +141,7 @@ _LOCAL_HEADER = 30  # bytes
 
 
 def tar_members(tar: tarfile.TarFile, container: str, *, compressed: bool = False) -> list[Member]:
-    """The files of an open tar; offsets are those in the file that it is read from."""
+    """The files of an open tar; offsets count from the start of the file that it is read from."""
     entries: list[Member | Link] = []
     for info in tar_headers(tar, container):
         entry = tar_entry(info, container)
@@ -156,15 +156,15 @@ def tar_headers(tar: tarfile.TarFile, container: str) -> Iterator[tarfile.TarInf
     """The headers of an open tar, one at a time.
 
     Raises:
-        DamagedError: more headers than a dataset has images, or headers for all members that grow and grow: compressed,
-            both take next to no room.
+        DamagedError: more headers than any dataset has images, or global headers that grow without end; compressed,
+            both take almost no space.
     """
     for number, info in enumerate(tar):
         tar.members = []  # type: ignore[attr-defined]  # a tar may have a million, and tarfile would keep them all
         if number == _MOST_MEMBERS or sum(map(len, tar.pax_headers.values())) > _MOST_EXTENSION:
             raise DamagedError(
                 f"{container}: more than {_MOST_MEMBERS:,} members, or more than {_MOST_EXTENSION:,} bytes in the "
-                "headers that hold for all of them; the file is not used."
+                "headers that apply to all of them; the file is not used."
             )
         yield info
 
@@ -182,11 +182,11 @@ def tar_entry(info: tarfile.TarInfo, container: str) -> Member | Link | None:
 
 
 def follow_links(entries: Sequence[Member | Link]) -> list[Member]:
-    """Put in the place of each link what it leads to, under the link's name.
+    """Replace each link by its target, under the link's name.
 
     Args:
-        entries: of one container, in its order. Of several with a name, a hard link means the last one before it, and
-            a symbolic link the last of all, as when the container is unpacked.
+        entries: of one container, in its order. If several have the same name, a hard link means the last one before
+            the link, and a symbolic link the last one of all, as when the container is unpacked.
     """
     if not any(isinstance(entry, Link) for entry in entries):
         return list(entries)  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ def follow_links(entries: Sequence[Member | Link]) -> list[Member]:
         if isinstance(entry, Link) and entry.hard:
             target = by_path.get(posixpath.normpath(entry.target))
             if target and target.name == entry.name:
-                continue  # how tar writes a file that it was given twice
+                continue  # tar writes this for a file that it was given twice
             entry = replace(target, name=entry.name) if target else entry
         by_path[posixpath.normpath(entry.name)] = entry
         known.append(entry)
@@ -216,7 +216,7 @@ def _target(link: Link, by_path: Mapping[str, Member | Link]) -> Member:
         here = found
     else:
         return Member(link.name, 0, problem=f"it is a link to {link.target!r}, which leads from link to link")
-    why = "is no file of the container" if is_inside(path) else "points outside the container"
+    why = "is not a file in the container" if is_inside(path) else "points outside the container"
     return Member(link.name, 0, problem=f"it is a link to {link.target!r}, which {why}")
 
 
@@ -225,12 +225,12 @@ _MOST_PATH = 4096  # bytes
 
 
 def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> Iterator[tuple[Member, bytes | str]]:
-    """The bytes of members, in the order that suits the container; for one that cannot be read, a text that says why.
+    """The bytes of members, in the order that reads fastest; for a member that cannot be read, the reason as text.
 
     Args:
         container: a folder, a zip or a tar.
-        wanted: members that ``list_members`` gave.
-        most_bytes: the most that a member may have.
+        wanted: members that ``list_members`` returned.
+        most_bytes: upper bound on the size of a member.
 
     Raises:
         DamagedError: the container as a whole cannot be read.
@@ -240,7 +240,7 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
         if member.problem:
             yield member, member.problem
         elif member.size > most_bytes:
-            yield member, f"it has {member.size:,} bytes, more than the {most_bytes:,} that an image may have"
+            yield member, f"it has {member.size:,} bytes; the limit for an image is {most_bytes:,}"
         else:
             todo.append(member)
     if container.is_dir():
@@ -254,7 +254,7 @@ def read_members(container: Path, wanted: Iterable[Member], most_bytes: int) -> 
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
-    above: dict[Path, frozenset[tuple[int, int]]] = {}  # for a folder all that it lies in
+    above: dict[Path, frozenset[tuple[int, int]]] = {}  # for each folder all those that it lies in
     closed: list[OSError] = []
     for place, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):  # as ImageFolder does
         here = Path(place)
@@ -278,7 +278,7 @@ def _folder_members(folder: Path) -> Iterator[Member]:
 
 
 def _identity(folder: Path) -> frozenset[tuple[int, int]]:
-    """What is the same under all names of a folder; nothing of one that may not be looked at: it is passed over."""
+    """(device, inode) of a folder; empty if it cannot be stat'ed."""
     try:
         status = folder.stat()
     except OSError:
@@ -318,8 +318,8 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
                 continue
             try:
                 with reading_container(container), archive.open(info) as stream:
-                    # One byte more, so that the end is met, where the CRC is looked at; but never all there is: what
-                    # the directory says of a member's length need not be true.
+                    # One byte more, to reach the end, where the CRC is checked; but never the whole stream: the length
+                    # in the directory may be false.
                     data: bytes | str = stream.read(member.size + 1)
             except DamagedError as error:
                 data = str(error.__cause__ or error)
@@ -327,7 +327,7 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
 
 
 def _read_stream(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, bytes | str]]:
-    """A compressed tar can only be read from its beginning: once through, up to the last wanted member."""
+    """Read a compressed tar once, from its beginning to the last wanted member."""
     left: dict[int | None, list[Member]] = {}  # links share an entry
     for member in wanted:
         left.setdefault(member.entry, []).append(member)
@@ -347,10 +347,10 @@ _GONE = "it is no longer in the container"
 
 
 class Window(io.RawIOBase):
-    """A part of a file as a file of its own, for what reads a member where it stands. Read-only.
+    """A part of a file as a read-only file of its own, for reading a member in place.
 
     Args:
-        whole: open for reading; its position is this one's to move.
+        whole: open for reading; this object moves its position.
         start, size: of the part, in bytes.
     """
 
@@ -360,24 +360,24 @@ class Window(io.RawIOBase):
         self.position = 0
 
     def seekable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move, within the part or beyond it."""
+        """Move to an offset within the part or beyond it; return the new position."""
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         return self.position
 
     def tell(self) -> int:
-        """Where it stands, from the part's beginning."""
+        """The position, in bytes from the start of the part."""
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is left at most."""
+        """Fill ``buffer`` as far as the part has bytes left; return their number."""
         view = memoryview(buffer)
         self.whole.seek(self.start + self.position)
         data = self.whole.read(max(0, min(len(view), self.size - self.position)))
@@ -387,10 +387,10 @@ class Window(io.RawIOBase):
 
 
 def safe_member_name(name: str, container: str) -> str:
-    """``name`` if it is a plain relative path; members that point elsewhere make a container unfit.
+    """``name`` if it is a plain relative path.
 
     Raises:
-        DamagedError: for absolute paths, ``..`` components, backslashes or NUL characters.
+        DamagedError: it is absolute, or has ``..`` components, backslashes or NUL characters.
     """
     if not is_inside(name):
         raise DamagedError(f"{container}: the member {name!r} points outside the container; the file is not used.")
@@ -398,13 +398,13 @@ def safe_member_name(name: str, container: str) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Whether ``name`` is a plain relative path, which stays below the folder that it is joined to."""
+    """Whether ``name`` is a plain relative path that stays below the folder it is joined to."""
     return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)
 
 
 @contextmanager
 def reading_container(path: Path) -> Iterator[None]:
-    """Turn whatever zipfile, tarfile and the decompressors raise on damaged bytes into one clear error.
+    """Turn everything that zipfile, tarfile and the decompressors raise on damaged bytes into one clear error.
 
     Raises:
         DamagedError: the container, or a member of it, cannot be read.
@@ -416,14 +416,14 @@ def reading_container(path: Path) -> Iterator[None]:
     except _CONTAINER_ERRORS as error:
         raise DamagedError(f"{path}: a damaged container ({error}).") from error
     except OSError as error:
-        # bz2 and gzip raise it without a number, and a seek to where a damaged offset points is invalid.
+        # bz2 and gzip raise it without an errno; a seek to a damaged offset gives EINVAL.
         if error.errno not in {None, errno.EINVAL}:
             raise
         raise DamagedError(f"{path}: a damaged container ({error}).") from error
 
 
-# NotImplementedError and RuntimeError are zipfile's answers to flipped method and encryption bits, ValueError is
-# for negative offsets and for names that are no text, KeyError for members that are gone.
+# zipfile raises NotImplementedError and RuntimeError for flipped method and encryption bits, ValueError for negative
+# offsets and names that are not text, and KeyError for members that are gone.
 _CONTAINER_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -440,10 +440,10 @@ _CONTAINER_ERRORS = (
 
 
 def open_tar(path: Path, fileobj: IO[bytes] | None = None) -> tarfile.TarFile:
-    """Open a tar, compressed or not; headers that would take any amount of memory are refused.
+    """Open a tar, compressed or not; refuse headers that could take unlimited memory.
 
     Raises:
-        DamagedError: it is none.
+        DamagedError: it is not a tar.
     """
     try:
         return tarfile.open(path, fileobj=fileobj, tarinfo=_SmallHeader)
@@ -452,28 +452,28 @@ def open_tar(path: Path, fileobj: IO[bytes] | None = None) -> tarfile.TarFile:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is a zip. A zip is known by its end, so a plain tar whose last member is one would pass for it."""
+    """Whether a file is a zip. Tars are excluded first: a zip is recognized by its end, which may be a tar's member."""
     return not _has_tar_mark(path) and zipfile.is_zipfile(path)
 
 
 def _has_tar_mark(path: Path) -> bool:
-    """Whether a file is a plain tar of POSIX or GNU.
+    """Whether a file is an uncompressed POSIX or GNU tar.
 
-    What lacks their mark is read as a stream, which is right for every tar, only slower.
+    Files without their magic are read as a stream, which works for every tar but is slower.
     """
     with open_regular(path) as stream:
         return stream.read(262)[257:262] == b"ustar"
 
 
 class _RefusedError(tarfile.TarError):
-    """A tar with a member that is not read, though it may be sound."""
+    """A tar with a member that is refused, though it may be intact."""
 
 
 class _SmallHeader(tarfile.TarInfo):
-    """A member's header, refused where tarfile would take any number of bytes of it into memory.
+    """A member's header, refused where tarfile would read any number of bytes of it into memory.
 
-    Sparse files are refused: a tar leaves their holes out, so their bytes do not stand there as they are, and the
-    list of the holes may have any length.
+    Sparse files are refused: a tar leaves their holes out, so their bytes are not stored as they are, and the list of
+    holes may have any length.
     """
 
     @classmethod
@@ -494,12 +494,12 @@ class _SmallHeader(tarfile.TarInfo):
         return header
 
     def _proc_gnusparse_10(self, member: Self, pax_headers: Mapping[str, str], _: object) -> None:
-        """Tarfile's own, of this name, reads the list of the holes, however long."""
+        """Override tarfile's method, which reads the list of holes however long it is."""
         raise _sparse(pax_headers.get("GNU.sparse.name", member.name))
 
 
 def _sparse(name: str) -> _RefusedError:
-    return _RefusedError(f"{name!r} is a sparse file, which is not read. Pack the tar again without --sparse (-S).")
+    return _RefusedError(f"{name!r} is a sparse file, not supported. Pack the tar again without --sparse (-S).")
 
 
 _EXTENSIONS = (

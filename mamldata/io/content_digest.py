@@ -1,4 +1,4 @@
-"""The content digest of a container: what its members say, whatever zip or tar holds them."""
+"""The content digest of a container: the same for equal members, in whatever zip or tar they are packed."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from mamldata.io.digest import chunks, sha256_bytes
 
 
 def content_sha256(path: Path, limit: int) -> str:
-    """The content digest of a zip or tar: what its members say, whatever container holds them.
+    """The content digest of a zip or tar, which depends on its members only, not on how they are packed.
 
-    One line ``path NUL sha256hex NEWLINE`` per file, the lines sorted as bytes, sha256 of the whole. Links count as
-    their targets, so that it does not matter which name of a file is the link; those that lead to none do not count.
+    The SHA-256 of one line ``path NUL sha256hex NEWLINE`` per file, the lines sorted as bytes. Links count as their
+    targets, so that it does not matter which name of a file is the link; links that lead to no file do not count.
 
     Args:
         path: the container.
-        limit: the most bytes that all members may unpack to, so that a crafted container cannot
-            keep us busy for ever.
+        limit: upper bound in bytes on all unpacked members, so that a crafted container cannot
+            unpack without end.
 
     Raises:
-        DamagedError: neither a zip nor a tar, a damaged member, an unsafe name, or more than ``limit`` bytes.
+        DamagedError: not a zip or tar, a damaged member, an unsafe name, or more than ``limit`` bytes.
     """
     with reading_container(path):
         return digest_of_contents(_member_digests(path, limit))
 
 
 def digest_of_contents(files: Iterable[tuple[str, str]]) -> str:
-    """The content digest of files, in any order: each is its name, and the SHA-256 of its bytes in hex."""
+    """The content digest of files, in any order, each given as its name and the SHA-256 of its bytes in hex."""
     lines = sorted(name.encode() + b"\0" + digest.encode() + b"\n" for name, digest in files)
     return sha256_bytes(b"".join(lines))
 
@@ -68,7 +68,7 @@ def _member_digests(path: Path, limit: int) -> Iterator[tuple[str, str]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[Member | Link, IO[bytes]]]:
-    """The files of a container, each open, and its links, as if they were empty."""
+    """The files of a container, each with an open stream, and its links, each with an empty one."""
     if is_zip(path):
         with zipfile.ZipFile(path) as container:
             for info in container.infolist():

@@ -21,13 +21,13 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes, most_values: int = 1 << 20) -> Any:
-    """The value of a JSON text of at most ``most_values`` values, which are counted before any of them is made.
+    """Parse a JSON text of at most ``most_values`` values, which are counted before any of them is created.
 
-    An empty list is two bytes of JSON and 64 of memory. Each value stands behind a comma or a bracket; those in strings
-    count too, so leave room for them.
+    An empty list is two bytes of JSON and 64 of memory. Values are counted by commas and opening brackets, also those
+    inside strings, so leave some margin.
 
     Raises:
-        ValueError: it is no JSON, has more values, or is nested too deep.
+        ValueError: it is not JSON, has more values, or is nested too deeply.
     """
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
         raise ValueError(f"more than {most_values:,} values")
@@ -43,7 +43,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path, advance: Advance | None = None) -> str:
-    """SHA-256 of a file's bytes, in hex; ``advance`` is told of each chunk's length."""
+    """SHA-256 of a file's bytes, in hex; ``advance`` is called with each chunk's length in bytes."""
     digest = hashlib.sha256()
     with open_regular(path) as stream:
         for chunk in chunks(stream):
@@ -54,7 +54,7 @@ def sha256_file(path: Path, advance: Advance | None = None) -> str:
 
 
 def md5_file(path: Path) -> str:
-    """MD5 of a file's bytes, in hex: it tells accidents, not attacks. For files with no better published digest."""
+    """MD5 of a file's bytes, in hex. It detects accidents, not attacks: for files with no better published digest."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Open an image: by the formats of the docs, within bounds, and with no other program."""
+"""Open an image: only in the documented formats, within size limits, and without starting another program."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _MOST_PIXELS = 1 << 26  # of one image: photographs of 64 megapixels pass
 
 @contextmanager
 def open_image(data: bytes | Images) -> Iterator[Image.Image]:
-    """An image of one of ``IMAGE_FORMATS``, not decoded yet. Whatever Pillow raises on it is one kind of error.
+    """Open an image of one of ``IMAGE_FORMATS``, not decoded yet. All of Pillow's errors become one kind.
 
     Args:
         data: encoded, or its pixels, uint8 ``[H, W, 3]``.
 
     Raises:
-        ValueError: not an image of these formats, a damaged one, or one of too many pixels.
+        ValueError: it is not an image of these formats, is damaged, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of bombs before it refuses them; our bound is lower than its, and an error.
+            # Pillow warns of decompression bombs before it refuses them; our limit is lower, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # And of odd metadata, in words that name no file.
+            # It also warns of odd metadata, without naming the file.
             warnings.simplefilter("ignore", UserWarning)
             opened = (
                 Image.open(io.BytesIO(data), formats=_FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
@@ -43,8 +43,8 @@ def open_image(data: bytes | Images) -> Iterator[Image.Image]:
             with opened as image:
                 _check_size(image)
                 yield image
-    except UnidentifiedImageError as error:  # Pillow's words name an address in memory
-        raise ValueError(f"no image in a format that can be read ({', '.join(_FORMATS)})") from error
+    except UnidentifiedImageError as error:  # Pillow's message has a memory address
+        raise ValueError(f"not an image in a supported format ({', '.join(_FORMATS)})") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
     except _DAMAGE as error:
@@ -52,12 +52,12 @@ def open_image(data: bytes | Images) -> Iterator[Image.Image]:
 
 
 _FORMATS = tuple(IMAGE_FORMATS)
-# What else Pillow's readers raise on damaged bytes: they take numbers and tables from a file as they are there.
+# What else Pillow's readers raise on damaged bytes: they trust the numbers and tables in a file.
 _DAMAGE = (TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError, struct.error, zlib.error)
 
 
 def _check_size(image: Image.Image) -> None:
-    """Refuse what would take much memory, by what its header says; nothing is decoded yet.
+    """Refuse an image whose header announces too many pixels; nothing is decoded yet.
 
     Raises:
         ValueError: it is too large.
@@ -68,4 +68,4 @@ def _check_size(image: Image.Image) -> None:
         sizes.append((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)))
     for width, height in sizes:
         if width * height > _MOST_PIXELS:
-            raise ValueError(f"{width}x{height} pixels are too many, more than {_MOST_PIXELS:,}; make it smaller")
+            raise ValueError(f"{width}x{height} pixels are more than the limit of {_MOST_PIXELS:,}; make it smaller")

@@ -1,4 +1,4 @@
-"""The header of an ``.npy`` file, the same bytes whatever version of NumPy runs.
+"""The header of an ``.npy`` file, the same bytes under every version of NumPy.
 
 NumPy's own writer has changed its padding over the years; a digest over a file must not depend on that.
 """

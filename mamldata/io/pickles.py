@@ -1,9 +1,9 @@
-"""Pickles from strangers: plain values and arrays are read out of them, and nothing in them is ever run.
+"""Read untrusted pickles: plain values and arrays only, and nothing in them is ever executed.
 
 A pickle is a program. This reader knows only the instructions that make numbers, strings, lists, tuples and dicts, and
-the six calls by which NumPy describes an array; every other instruction or name is refused. Of those calls none is
-made either: stand-ins note what they were told. The bytes of large arrays are not read but noted where they stand, so
-that a pickle larger than memory can be read row by row.
+the six calls by which NumPy describes an array; every other instruction or name is refused. Those calls are not made
+either: stand-ins record their arguments. The bytes of large arrays are not read; their offsets are recorded, so that
+a pickle larger than memory can be read row by row.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 from mamldata.errors import DamagedError
 
-_LARGE = 1 << 8  # bytes; what is as long stays in the file
-_MOST_AXES = 64  # NumPy's own bound
+_LARGE = 1 << 8  # bytes; data of this length or more stays in the file
+_MOST_AXES = 64  # NumPy's own limit
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes that stand in the file, not read yet."""
+    """A range of bytes in the file, not read yet."""
 
     offset: int
     size: int
@@ -49,10 +49,10 @@ class StoredArray:
         self.data: bytes | Span = b""
 
     def fill(self, shape: Any, dtype: Any, data: Any, *, fortran: bool = False) -> StoredArray:
-        """Note the array's content, if it is one.
+        """Set the array's content.
 
         Raises:
-            pickle.UnpicklingError: it does not fit together.
+            pickle.UnpicklingError: shape, dtype and data do not fit together.
         """
         if not isinstance(dtype, _DType) or dtype.known is None:
             what = f"elements {dtype.code!r}" if isinstance(dtype, _DType) else "no elements"
@@ -62,9 +62,9 @@ class StoredArray:
         sides = shape if isinstance(shape, tuple) and len(shape) <= _MOST_AXES else (None,)
         whole = all(isinstance(side, int) and side >= 0 for side in sides)
         if not whole or not isinstance(data, bytes | bytearray | Span):
-            raise pickle.UnpicklingError("an array whose shape or data is none")
+            raise pickle.UnpicklingError("an array with an invalid shape or data")
         if fortran and len(shape) > 1:
-            raise pickle.UnpicklingError("an array in Fortran's order; store it again in C order")
+            raise pickle.UnpicklingError("an array in Fortran order; store it again in C order")
         size = data.size if isinstance(data, Span) else len(data)
         if size != math.prod(shape) * dtype.known.itemsize:
             raise pickle.UnpicklingError(f"an array of shape {shape} with {size:,} bytes")
@@ -76,7 +76,7 @@ class StoredArray:
         """Rows ``start`` to ``stop - 1`` of the first axis, read from the pickle's file.
 
         Raises:
-            DamagedError: the file has become shorter.
+            DamagedError: the file was truncated meanwhile.
         """
         stride = math.prod(self.shape[1:]) * self.dtype.itemsize
         if isinstance(self.data, Span):
@@ -85,30 +85,30 @@ class StoredArray:
         else:
             data = self.data[start * stride : stop * stride]
         if len(data) != (stop - start) * stride:
-            raise DamagedError("the pickle has become shorter while it was read")
+            raise DamagedError("the pickle was truncated while it was read")
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
 
 
 def load_values(stream: IO[bytes], name: str) -> Any:
-    """What a pickle holds: numbers, strings, bytes, lists, tuples, dicts, and a ``StoredArray`` for each array.
+    """Load a pickle: numbers, strings, bytes, lists, tuples, dicts, and a ``StoredArray`` for each array.
 
     Args:
         stream: the pickle, seekable, at its beginning.
         name: its name, for messages.
 
     Raises:
-        DamagedError: it is none, it is damaged, or something in it is neither plain values nor an array.
+        DamagedError: it is not a pickle, is damaged, or has something other than plain values and arrays.
     """
     try:
         return _Reader(stream).load()
     except (pickle.UnpicklingError, *_DAMAGE) as error:
         raise DamagedError(
-            f"{name} is not read: {error or type(error).__name__}. Only arrays, dicts, lists and strings are taken "
-            "from pickles; whatever else they hold could run a program."
+            f"{name} is refused: {error or type(error).__name__}. Only arrays, dicts, lists and strings are read "
+            "from pickles; anything else could run a program."
         ) from error
 
 
-# What the reader meets in bytes that are no pickle.
+# What the reader raises on bytes that are not a pickle.
 _DAMAGE = (
     EOFError,
     ValueError,
@@ -127,7 +127,7 @@ _ELEMENTS = frozenset({"b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"})
 
 
 class _DType:
-    """NumPy's description of an element, as the pickle tells it."""
+    """NumPy's description of an element, as the pickle gives it."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -135,12 +135,12 @@ class _DType:
 
     def set_state(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) < 2:
-            raise pickle.UnpicklingError("a dtype whose state is none")
+            raise pickle.UnpicklingError("a dtype with an invalid state")
         self.order = _text(state[1])
 
     @property
     def known(self) -> np.dtype[Any] | None:
-        """The dtype, if it is of whole numbers or truths."""
+        """The dtype if it is integer or boolean, else None."""
         good = self.code in _ELEMENTS and self.order in {"<", ">", "|", "="}
         return np.dtype(self.order + self.code) if good else None
 
@@ -154,7 +154,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that a pickle imports: nothing but a mark, which ``REDUCE`` looks up."""
+    """A name that a pickle imports: only a marker, which ``REDUCE`` looks up."""
 
     call: Callable[..., Any] | None
 
@@ -177,14 +177,14 @@ def _scalar(dtype: Any, data: Any) -> int:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    # So does Python 3 write bytes in the protocols of Python 2.
+    # Python 3 writes bytes this way in the protocols of Python 2.
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("a call of codecs.encode that is not for plain bytes")
+        raise pickle.UnpicklingError("a call of codecs.encode for something other than plain bytes")
     return text.encode("latin-1")
 
 
 def _no_bytes() -> bytes:
-    # And so empty ones.
+    # Empty bytes are written as a call of ``bytes``.
     return b""
 
 
@@ -208,15 +208,15 @@ _PLAIN = """
 """
 
 
-# An instruction of one byte may take a hundred of memory. Pickles of images have few for their length: those of
-# tieredImageNet 50 reads an image of some 16 kB, 22 million in all.
+# A one-byte instruction may take a hundred bytes of memory. Pickles of images have few instructions for their length:
+# those of tieredImageNet take 50 reads per image of about 16 kB, 22 million in all.
 _FREE_READS = 1 << 21
 _BYTES_A_READ = 1 << 7
 _MOST_READS = 1 << 25
 
 
 class _Counted:
-    """A stream that is read from no more than ``most`` times: an instruction takes one or two reads."""
+    """A stream that allows at most ``most`` reads; an instruction takes one or two."""
 
     def __init__(self, stream: IO[bytes], most: int) -> None:
         self.stream, self.most, self.left = stream, most, most
@@ -236,15 +236,15 @@ class _Counted:
 
 
 class _Reader(pickle._Unpickler):
-    """Python's own unpickler, written in Python, with all but the plain instructions taken out.
+    """Python's own pure-Python unpickler, reduced to the plain instructions.
 
-    An instruction that is not in ``dispatch`` is a ``KeyError``, which names its byte.
+    An instruction that is not in ``dispatch`` raises a ``KeyError`` with its byte.
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _PLAIN.split())
     }
-    # What the instructions work on; the class above makes them.
+    # What the instructions work on; the base class sets them.
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
@@ -255,7 +255,7 @@ class _Reader(pickle._Unpickler):
         self.size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         counted = _Counted(stream, min(_MOST_READS, _FREE_READS + self.size // _BYTES_A_READ))
-        # Strings of Python 2 may be bytes: an array's, for one.
+        # Strings of Python 2 may be bytes, such as an array's data.
         super().__init__(counted, encoding="latin-1")
 
     def load(self) -> Any:
@@ -277,7 +277,7 @@ class _Reader(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it refers to an object {pid!r} that is not in it")
 
     def load_frame(self) -> None:
-        # A frame only says how much to read ahead, and may say that it is all of a large file.
+        # A frame only says how much to read ahead, which may be all of a large file.
         self.read(8)
 
     dispatch[pickle.FRAME[0]] = load_frame
@@ -285,7 +285,7 @@ class _Reader(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments, called = self.stack.pop(), self.stack[-1]
         if not isinstance(called, _Name) or called.call is None or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("it calls what is no function")
+            raise pickle.UnpicklingError("it calls something that is not a function")
         self.stack[-1] = called.call(*arguments)
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -298,7 +298,7 @@ class _Reader(pickle._Unpickler):
         elif isinstance(target, _DType):
             target.set_state(state)
         else:
-            raise pickle.UnpicklingError("it sets the state of what is no array")
+            raise pickle.UnpicklingError("it sets the state of something that is not an array")
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -315,12 +315,12 @@ class _Reader(pickle._Unpickler):
         self._set_items(items)
 
     def _set_items(self, items: list[Any]) -> None:
-        # A tuple of a tuple of a tuple, each twice in the next, is a few bytes, and takes for ever to hash.
+        # Nested tuples, each twice in the next, are a few bytes but take practically forever to hash.
         if not all(isinstance(key, str | bytes | int) for key in items[::2]):
-            raise pickle.UnpicklingError("a dict with keys that are neither strings nor whole numbers")
+            raise pickle.UnpicklingError("a dict with keys that are neither strings nor integers")
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise pickle.UnpicklingError("it sets the items of what is no dict")
+            raise pickle.UnpicklingError("it sets the items of something that is not a dict")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     dispatch[pickle.SETITEM[0]] = load_setitem
@@ -331,7 +331,7 @@ class _Reader(pickle._Unpickler):
         (size,) = struct.unpack(layout, self.read(struct.calcsize(layout)))
         start = self.stream.tell()
         if not 0 <= size <= self.size - start:
-            raise EOFError(f"it is cut off: {size:,} bytes should follow where {self.size - start:,} are left")
+            raise EOFError(f"it is truncated: {size:,} bytes should follow, but only {self.size - start:,} are left")
         if size < _LARGE:
             self.append(self.read(size))
         else:

@@ -1,4 +1,4 @@
-"""Tables of a TOML file, read with every fault noted at its place."""
+"""Read tables of a TOML file and collect every fault with its place."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def toml_names(folder: Traversable) -> list[str]:
 
 
 def read_toml(data: bytes, source: str) -> dict[str, Any]:
-    """What a TOML file says; ``source`` is its name.
+    """Parse a TOML file; ``source`` is its name, for messages.
 
     Raises:
-        ManifestError: it is none.
+        ManifestError: it is not valid TOML.
     """
     try:
         return tomllib.loads(data.decode("utf-8"))
@@ -28,12 +28,12 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
 
 
 class Table:
-    """A TOML table being read: gives values by key and type, and notes every fault with its place.
+    """A TOML table being read: returns values by key and type, and collects every fault with its place.
 
     Args:
         values: the table.
-        place: of it in the file, for messages; empty at the top.
-        faults: where faults are noted.
+        place: its place in the file, for messages; empty at the top.
+        faults: the list to which faults are added.
     """
 
     def __init__(self, values: dict[str, Any], place: str, faults: list[str]) -> None:
@@ -43,7 +43,7 @@ class Table:
         self.known: set[str] = set()
 
     def fault(self, key: str, text: str) -> None:
-        """Note what is wrong with the value of ``key``."""
+        """Add what is wrong with the value of ``key`` to the faults."""
         self.faults.append(f"{self.at(key)}: {text}")
 
     def at(self, key: str) -> str:
@@ -51,7 +51,7 @@ class Table:
         return f"{self.place}.{key}" if self.place else key
 
     def take(self, key: str, kind: type, default: Any = None, *, required: bool = True) -> Any:
-        """The value of ``key`` if it is a ``kind``; else ``default``, and a fault if it is wrong or must be there."""
+        """The value of ``key`` if it is a ``kind``, else ``default``; a wrong or missing required value is a fault."""
         self.known.add(key)
         if key not in self.values:
             if required:
@@ -64,7 +64,7 @@ class Table:
         return value
 
     def text(self, key: str, check: Callable[[str], str | None] | None = None, *, required: bool = True) -> str:
-        """A string that is not empty; ``check`` says what is wrong with it, if anything is."""
+        """A string that is not empty; ``check`` returns what is wrong with it, or None."""
         value: str = self.take(key, str, "", required=required)
         problem = check(value) if check and value else None
         if problem:
@@ -74,7 +74,7 @@ class Table:
         return value
 
     def whole(self, key: str, minimum: int, maximum: int | None = None, *, required: bool = True) -> int:
-        """A whole number between bounds."""
+        """An integer between bounds."""
         value: int = self.take(key, int, minimum, required=required)
         if value < minimum or (maximum is not None and value > maximum):
             limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
@@ -82,7 +82,7 @@ class Table:
         return value
 
     def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
-        """One of several words; with a default it may be missing."""
+        """One of several words; it may be missing if there is a default."""
         value: str = self.take(key, str, default or "", required=default is None)
         if value and value not in choices:
             self.fault(key, f"{value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
@@ -90,12 +90,12 @@ class Table:
 
     def table(self, key: str, *, required: bool = True) -> Table:
         """A table in this one."""
-        # A table that is not there is one fault, not one for each of its keys.
+        # A missing table is one fault, not one for each of its keys.
         faults = self.faults if isinstance(self.values.get(key), dict) else []
         return Table(self.take(key, dict, {}, required=required), self.at(key), faults)
 
     def finish(self) -> None:
-        """Note every key that nobody took: a misspelt option must not be passed over."""
+        """Report every key that was never read, so that misspelt options do not go unnoticed."""
         for key in self.values:
             if key not in self.known:
                 self.fault(key, f"is not known here.{did_you_mean(key, self.known)}")

@@ -1,4 +1,4 @@
-"""Places that raw files are had from: folders, http(s) addresses, and what fsspec names (``s3://bucket/folder``)."""
+"""Places of raw files: folders, http(s) addresses, and other URLs that fsspec reads (``s3://bucket/folder``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HERE = ("memory",)  # fsspec's file systems that need no network
 
 
 def find(place: str, name: str) -> str | None:
-    """Where the file ``name`` may be at a place that a user gave: a path, a URL, or None if the folder lacks it.
+    """Where the file ``name`` may be at a place that a user gave: a path or URL; None if the folder does not have it.
 
     Raises:
         RequestError: the place is neither an existing folder or file nor a URL that can be read.
@@ -32,7 +32,7 @@ def find(place: str, name: str) -> str | None:
 
 def join(url: str, name: str) -> str:
     """The address of a file in the folder at ``url``."""
-    # Before a query, because addresses may carry an access key in it.
+    # Insert it before the query, which may carry an access key.
     base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
@@ -48,20 +48,20 @@ def is_local(source: str) -> bool:
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
-    """Whether ``place`` is an address and no path."""
+    """Whether ``place`` is an address, not a path."""
     return isinstance(place, str) and "://" in place
 
 
 def shown_place(place: str | os.PathLike[str]) -> str:
-    """A place as it may be shown and stored: an address without user, password and query, a path as it is.
+    """A place in the form that may be shown and stored: addresses lose user, password and query; paths do not change.
 
-    The query is the key where addresses are signed; ``?…`` stands for it.
+    The query may be the key of a signed address; ``?…`` stands for it.
     """
     place = str(place)
     scheme, mark, _ = place.partition("://")
     if not mark:
         return place
-    # What stands before the last @ of the host, also where a password has a ? that should have been written %3F.
+    # Everything before the last @ of the host, even if a password has a ? that should have been written %3F.
     address, mark, _ = re.sub(r"(?<=://)[^/]*@", "", place).partition("?")
     shown = scheme.lower() + address.removeprefix(scheme)
     return f"{shown}{mark}…" if mark else shown
@@ -73,7 +73,7 @@ def shown_text(text: str) -> str:
 
 
 def shown_error(error: BaseException) -> str:
-    """What another library's error says, without keys in addresses; its type if it says nothing."""
+    """The message of another library's error, without keys in addresses; its type if the message is empty."""
     return shown_text(str(error)) or type(error).__name__
 
 
@@ -84,7 +84,7 @@ def needs_network(source: str) -> bool:
 
 @contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """Open a path, or whatever fsspec reads, for its bytes. What the file system raises is its own affair."""
+    """Open a path, or any URL that fsspec reads, for its bytes. Errors of the file system are passed through."""
     if is_local(source):
         with Path(source).open("rb") as stream:
             yield stream
@@ -104,7 +104,7 @@ def local_path(place: str) -> Path | None:
     """The folder or file that a place names, or None if it is a URL.
 
     Raises:
-        RequestError: it names nothing that is there.
+        RequestError: there is no such folder or file.
     """
     scheme = _scheme(place)
     if scheme not in {"", "file"}:
@@ -112,7 +112,7 @@ def local_path(place: str) -> Path | None:
     path = Path(unquote(urlsplit(place).path)) if scheme else Path(place).expanduser()
     if path.is_dir() or path.is_file():
         return path.absolute()
-    raise RequestError(f"--from {place}: {path} is neither a folder, a file nor a URL.")
+    raise RequestError(f"Source {place}: {path} is neither a folder, a file nor a URL.")
 
 
 def local_address(url: str) -> Path | None:
@@ -123,18 +123,18 @@ def local_address(url: str) -> Path | None:
 def _require_readable(place: str) -> None:
     if is_http(place):
         if not _host(place):
-            raise RequestError(f"--from {shown_place(place)}: an address with no host.")
+            raise RequestError(f"Source {shown_place(place)}: an address with no host.")
         return
     instead = "Give a folder, an http(s) address, or a URL that fsspec reads, such as s3://bucket/folder."
     for protocol in _scheme(place).split("::"):
-        require_protocol(protocol, f"--from {place}", instead)
+        require_protocol(protocol, f"Source {place}", instead)
 
 
 def require_address(url: str) -> None:
-    """Refuse what is no plain address: nothing that starts a program, and no chains of file systems.
+    """Refuse anything but a plain address, such as chained file systems and protocols that start programs.
 
     Raises:
-        RequestError: with the reason.
+        RequestError: it is not a plain address, with the reason.
     """
     scheme = _scheme(url)
     if scheme in _HTTP:
@@ -149,22 +149,22 @@ def require_address(url: str) -> None:
 
 
 def require_protocol(protocol: str, asked: str, instead: str) -> None:
-    """Check that fsspec reads a protocol here.
+    """Check that fsspec can read a protocol on this machine.
 
     Args:
         protocol: such as ``s3``.
         asked: what the user gave, for the message.
-        instead: what would be right.
+        instead: what to give instead, for the message.
 
     Raises:
-        RequestError: it does not know it, or lacks a package for it.
+        RequestError: fsspec does not know the protocol, or needs a package that is missing.
     """
     import fsspec
 
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise RequestError(f"{shown_text(asked)}: reading {protocol}:// needs one more package. {error}") from error
+        raise RequestError(f"{shown_text(asked)}: reading {protocol}:// needs another package. {error}") from error
     except ValueError as error:
         raise RequestError(f"{shown_text(asked)}: {protocol}:// is not known. {instead}") from error
 

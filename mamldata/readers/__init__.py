@@ -1,1 +1,1 @@
-"""Where the images of a dataset are in its raw files, and which class each shows. A reader decodes nothing."""
+"""Readers find the images of a dataset in its raw files, and the class of each. They decode nothing."""

@@ -17,11 +17,11 @@ from mamldata.readers.left_out import Tally
 def _cifar_100(_recipe: ReaderRecipe, files: Sequence[Path], _report: Report, _tally: Tally) -> Iterator[ImageRef]:
     """CIFAR-100's pickles for Python: ``train`` and ``test``, whose images are rows of 3 x 32 x 32, and ``meta``.
 
-    An image's name is its part and its row there.
+    An image is named after its part and its row in it.
     """
     (file,) = files
     members = {PurePosixPath(member.name).name: member for member in list_members(file)}
-    wrong = f"{file} is not laid out as cifar-100-python.tar.gz is"
+    wrong = f"{file} does not have the layout of cifar-100-python.tar.gz"
     try:
         names = class_names(load_member(file, members["meta"])["fine_label_names"])
         for part in ("train", "test"):

@@ -16,7 +16,7 @@ from mamldata.sampling.splits import SPLITS
 def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report, tally: Tally) -> Iterator[ImageRef]:
     """Images in folders named after their class: ``[split/]class/image``.
 
-    The same class and image name twice, in one file or in two, is one image if the bytes are the same.
+    Images with the same class, name and bytes, in one file or several, count as one.
     """
     seen: dict[tuple[str, str], list[ImageRef]] = {}
     homes: dict[str, dict[str, Path]] = {}
@@ -48,7 +48,7 @@ def _class_folders(recipe: ReaderRecipe, files: Sequence[Path], report: Report, 
 
 
 def _check_doubles(doubles: Sequence[Sequence[ImageRef]], report: Report) -> None:
-    """Report images that have the class and the name of another, and other bytes. The first of each is taken."""
+    """Report images with the class and name of another but different bytes. The first of each is used."""
     sums = _checksums([image for alike in doubles for image in alike])
     for first, *others in doubles:
         for image in others:
@@ -56,20 +56,20 @@ def _check_doubles(doubles: Sequence[Sequence[ImageRef]], report: Report) -> Non
             if isinstance(mine, str):
                 report(image.fault(mine))
             elif (mine, image.member.size) != (its, first.member.size) and not isinstance(its, str):
-                same = f"the image that {first.file.name} has under the same class and name"
+                same = f"the image of the same class and name in {first.file.name}"
                 where = f"{image.file}, {image.member.name}"
-                report(Fault("layout", f"{where}: not {same} ({image.class_name}/{image.name})"))
+                report(Fault("layout", f"{where}: differs from {same} ({image.class_name}/{image.name})"))
 
 
 def _checksums(images: Sequence[ImageRef]) -> dict[int, int | str]:
-    """For the ``id`` of each image the CRC-32 of its bytes, which zips note; or why it cannot be read."""
+    """For the ``id`` of each image the CRC-32 of its bytes, which zips store, or why it cannot be read."""
     sums: dict[int, int | str] = {id(image): image.member.crc for image in images if image.member.crc is not None}
     unknown: dict[Path, list[ImageRef]] = {}
     for image in images:
         if id(image) not in sums:
             unknown.setdefault(image.file, []).append(image)
     for file, wanted in unknown.items():
-        found: dict[Member, list[int | str]] = {}  # in a compressed tar two of a name and size are equal members
+        found: dict[Member, list[int | str]] = {}  # in a compressed tar, members of one name and size are equal
         for member, data in read_members(file, [image.member for image in wanted], MOST_IMAGE_BYTES):
             found.setdefault(member, []).append(data if isinstance(data, str) else zlib.crc32(data))
         sums |= {id(image): found[image.member].pop(0) for image in wanted}
@@ -77,7 +77,7 @@ def _checksums(images: Sequence[ImageRef]) -> dict[int, int | str]:
 
 
 def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
-    """The split and the class that an image's folders name; no class where there are too few of them."""
+    """The split and the class that an image's folders name; both empty if there are too few folders."""
     if len(folders) < (recipe.depth or 1) + recipe.splits:
         return "", ""
     start = len(folders) - recipe.depth if recipe.depth else int(recipe.splits)

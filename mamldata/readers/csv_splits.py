@@ -14,7 +14,7 @@ from mamldata.sampling.splits import SPLITS
 
 
 def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report, _tally: Tally) -> Iterator[ImageRef]:
-    """Images that ``train.csv``, ``val.csv`` and ``test.csv`` name, wherever in the other files they are."""
+    """Images that ``train.csv``, ``val.csv`` and ``test.csv`` name, anywhere in the other files."""
     rows: list[Row] = []
     tables = {file.name: file for file in files if file.suffix == ".csv"}
     for split in SPLITS:
@@ -35,18 +35,18 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report, _t
             for file, member in by_name.get(row.filename.rpartition("/")[2], ())
             if f"/{member.name}".endswith(f"/{row.filename}")
         ]
-        # What has the very name is meant before what only ends in it.
+        # An equal name wins over a path that only ends in it.
         matches = [(file, member) for file, member in matches if member.name == row.filename] or matches
         if len(matches) == 1:
             file, member = matches[0]
             if (other := known.setdefault((file, member), row)).filename != row.filename:
                 where = f"{other.filename} in {other.place}: {file.name}/{member.name}"
-                report(Fault("layout", f"{row.place}: {row.filename} would be one and the same image as {where}"))
+                report(Fault("layout", f"{row.place}: {row.filename} means the same image as {where}"))
                 continue
             yield ImageRef(row.label, row.filename, file, member, split=row.split, asked=row.place)
         elif matches:
             places = ", ".join(f"{file.name}/{member.name}" for file, member in matches)
-            report(Fault("layout", f"{row.place}: {row.filename} is there more than once: {places}"))
+            report(Fault("layout", f"{row.place}: {row.filename} exists more than once: {places}"))
         else:
             report(row.missing())
 

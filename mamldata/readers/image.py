@@ -32,8 +32,8 @@ class ReaderRecipe:
     Attributes:
         type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
             ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100`` and ``tiered-imagenet``: their pickles.
-        depth: how many path components above the image name its class; 0 for all of them.
-        splits: whether the component above those is the split.
+        depth: how many path components above the image form its class name; 0 for all of them.
+        splits: whether the component above them is the split.
         damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
     """
 
@@ -43,7 +43,7 @@ class ReaderRecipe:
     damaged: str = "fail"
 
     def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
-        """Those that cannot be passed over by leaving images out."""
+        """The faults that leaving images out cannot resolve."""
         return [fault for fault in faults if not (fault.of_one_image and self.damaged == "leave-out")]
 
 
@@ -56,8 +56,8 @@ class ImageRef:
         file: the raw file, or the folder, that holds it.
         member: the file in it.
         row: the image's row, if the member is an array of images.
-        split: the split that the raw files put its class in; empty if they do not.
-        asked: where a list asked for it, such as ``train.csv, line 7``; for messages.
+        split: the split of its class in the raw files; empty if they give none.
+        asked: where a list names it, such as ``train.csv, line 7``; for messages.
     """
 
     class_name: str
@@ -84,9 +84,9 @@ class Reader:
     """A raw format.
 
     Attributes:
-        name: what a manifest calls it.
-        options: the fields of ``ReaderRecipe`` that it takes, beside its name.
-        find: gives each image in the raw files; faults are reported, and what is left out is counted.
+        name: its name in a manifest.
+        options: the fields of ``ReaderRecipe`` that it uses, besides ``type``.
+        find: yields each image in the raw files; reports faults and counts the files it leaves out.
     """
 
     name: str
@@ -95,13 +95,13 @@ class Reader:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name, and not one that a file manager left behind."""
+    """Whether a file's name is that of an image, and not of a leftover of a file manager."""
     path = PurePosixPath(name)
     return path.suffix.lower() in _IMAGE_SUFFIXES and not is_hidden(path)
 
 
 def why_not(member: Member) -> Why:
-    """Why a file that is in no class, or no image, is left out."""
+    """Why a file that is not an image of a class is left out."""
     if is_hidden(PurePosixPath(member.name)):
         return "hidden"
     if is_image(member.name):
@@ -110,17 +110,17 @@ def why_not(member: Member) -> Why:
 
 
 def as_text(name: str) -> str:
-    """A file's name as text. File systems and tars name files by any bytes; those that are no UTF-8 are spelt out."""
+    """A file's name as text. Names in file systems and tars may be any bytes; those not in UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def read_images(images: Sequence[ImageRef]) -> Iterator[tuple[int, bytes | Pixels | str]]:
     """Each image's position in ``images``, and its encoded bytes, its pixels, or why it cannot be read.
 
-    In the order that suits the files; a container is opened once for all images in it.
+    In the order that reads the files fastest; each container is opened once.
 
     Raises:
-        DamagedError: a file that cannot be read at all.
+        DamagedError: a whole file cannot be read.
     """
     numbered = sorted(enumerate(images), key=lambda item: (str(item[1].file), item[1].row is not None))
     for (file, stored), group in groupby(numbered, key=lambda item: (item[1].file, item[1].row is not None)):
@@ -145,10 +145,10 @@ def _array_image(file: Path, image: ImageRef) -> Pixels | str:
 
 @lru_cache(maxsize=3)  # the three of CIFAR-100; a worker reads many pieces of each
 def load_member(file: Path, member: Member) -> dict[str, Any]:
-    """A dict that a container holds as a pickle, its arrays in memory.
+    """Load a dict from a pickle in a container, with its arrays in memory.
 
     Raises:
-        DamagedError: it is no such thing.
+        DamagedError: the member cannot be read, or is not a pickled dict.
     """
     ((_, data),) = read_members(file, [member], _MOST_ARRAY_BYTES)
     if isinstance(data, str):
@@ -156,15 +156,15 @@ def load_member(file: Path, member: Member) -> dict[str, Any]:
     stream = io.BytesIO(data)
     values = load_values(stream, f"{file}, {member.name}")
     if not isinstance(values, dict):
-        raise DamagedError(f"{file}, {member.name}: it holds no dict")
-    # A pickle may have one array under many keys: it is read once.
+        raise DamagedError(f"{file}, {member.name}: it is not a dict")
+    # A pickle may have one array under many keys; it is read only once.
     arrays = {id(value): value for value in values.values() if isinstance(value, StoredArray)}
     loaded = {key: array.rows(stream, 0, array.shape[0]) for key, array in arrays.items()}
     return {str(key): loaded.get(id(value), value) for key, value in values.items()}
 
 
 def class_names(value: Any) -> list[str]:
-    """Class names out of a pickle: strings, and nothing whose text might be endless."""
+    """Class names from a pickle: only strings, because the text of other values might be endless."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError("class names that are no list of strings")
+        raise TypeError("class names are not a list of strings")
     return value

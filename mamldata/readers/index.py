@@ -1,4 +1,4 @@
-"""Every image of a dataset, in canonical order, by the reader of its format."""
+"""Find every image of a dataset with the reader of its format, and put them in canonical order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ImageIndex:
 
     Attributes:
         images: every image, the classes contiguous.
-        faults: what is wrong with the raw files; images that are not there have no place in ``images``.
-        left_out: files that the reader took for no images, where it looks at all files.
+        faults: what is wrong with the raw files; missing images are not in ``images``.
+        left_out: files that the reader did not take as images, if it looks at all files.
     """
 
     images: tuple[ImageRef, ...]
@@ -28,7 +28,7 @@ class ImageIndex:
     left_out: tuple[LeftOut, ...] = ()
 
     def classes(self) -> list[tuple[str, str, int]]:
-        """Each class in order: its name, the split that the raw files put it in (or nothing), its number of images."""
+        """Each class in order: its name, its split in the raw files (or an empty string), its number of images."""
         groups = groupby(self.images, key=lambda image: (image.class_name, image.split))
         return [(name, split, sum(1 for _ in group)) for (name, split), group in groups]
 
@@ -41,7 +41,7 @@ def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
         files: the raw files, in the manifest's order; or one folder of images.
 
     Raises:
-        DamagedError: a file that the reader cannot read, or no image at all.
+        DamagedError: the reader cannot read a file, or there is no image at all.
     """
     faults: list[Fault] = []
     tally = Tally()

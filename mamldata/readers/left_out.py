@@ -1,4 +1,4 @@
-"""What lay among a dataset's images and was not taken for one: how many files, why, and the names of some."""
+"""Count the files of a dataset that are not used as images: how many, why, and some of their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 Why = Literal["no image", "no class", "unreadable", "hidden", "folder without images", "damaged"]
 _WORDS: Mapping[Why, tuple[str, str]] = {  # of one, of several
     "no image": ("file that is not read as an image", "files that are not read as images"),
-    "no class": ("image that lies in no class's folder", "images that lie in no class's folder"),
+    "no class": ("image outside all class folders", "images outside all class folders"),
     "unreadable": ("link or folder that cannot be followed", "links or folders that cannot be followed"),
     "hidden": ("hidden file", "hidden files"),
     "folder without images": ("folder of files without any image", "folders of files without any image"),
@@ -29,8 +29,8 @@ class LeftOut:
 
     Attributes:
         why: the reason.
-        count: how many files; of ``folder without images`` how many folders.
-        endings: how many files have each ending, the most frequent ones; where endings are the reason.
+        count: number of files, or of folders for ``folder without images``.
+        endings: number of files with each of the most frequent endings, if endings are the reason.
         names: of the first few.
     """
 
@@ -49,32 +49,32 @@ class LeftOut:
         return text
 
     def to_values(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The values as they are stored in JSON."""
         return {**asdict(self), "names": list(self.names)}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> LeftOut:
-        """What ``to_values`` gave."""
+        """The inverse of ``to_values``."""
         return cls(values["why"], values["count"], values["endings"], tuple(values["names"]))
 
 
 class Tally:
-    """Notes which files a reader takes and which it leaves out."""
+    """Records which files a reader takes and which it leaves out."""
 
     def __init__(self) -> None:
         self._left_out: dict[Why, list[str]] = {why: [] for why in get_args(Why)}
-        self._folders: dict[str, None] = {}  # of files that are left out, where images of a class might lie
-        self._full: set[str] = {""}  # folders of images, and those that they lie in
+        self._folders: dict[str, None] = {}  # of left-out files, where images of a class could be
+        self._full: set[str] = {""}  # folders of images, and their parents
 
     def take(self, name: str) -> None:
-        """A file is an image of a class."""
+        """Record a file that is an image of a class."""
         folder = name.rpartition("/")[0]
         while folder not in self._full:
             self._full.add(folder)
             folder = folder.rpartition("/")[0]
 
     def leave_out(self, name: str, why: Why, *, in_class: bool) -> None:
-        """A file is none; ``in_class``: it lies where images of a class might."""
+        """Record a file that is left out; ``in_class``: it is where images of a class could be."""
         self._left_out[why].append(name)
         if in_class and why != "hidden":
             self._folders[name.rpartition("/")[0]] = None
@@ -86,13 +86,13 @@ class Tally:
         return tuple(group(why, names) for why, names in groups.items() if names)
 
     def __str__(self) -> str:
-        """For the end of a message."""
+        """A sentence to append to a message; empty if nothing was left out."""
         text = "; ".join(map(str, self.groups()))
         return f" Left out: {text}" if text else ""
 
 
 def group(why: Why, names: Sequence[str]) -> LeftOut:
-    """Files that were left out for one reason, by their names; of damaged images, what is wrong with them."""
+    """Files left out for one reason, given by their names; damaged images by what is wrong with them."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names if why == "no image")
     return LeftOut(
         why,
@@ -103,11 +103,11 @@ def group(why: Why, names: Sequence[str]) -> LeftOut:
 
 
 def is_hidden(path: PurePosixPath) -> bool:
-    """Whether it is a file that people do not see, or that a file manager left behind."""
+    """Whether a file is hidden, or the leftover of a file manager."""
     return any(part.startswith(".") or part in _JUNK for part in path.parts)
 
 
 def _shown(name: str) -> str:
-    """A name as one line; what a terminal would not show as text is spelt out, and what is too long is cut off."""
+    """A name on one line: unprintable characters are escaped, and long names are cut off."""
     short = name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}…"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)

@@ -1,4 +1,4 @@
-"""Split files in the form that MiniImagenet made common: a CSV for each split, with the header ``filename,label``."""
+"""Split files in MiniImagenet's format: a CSV for each split, with the header ``filename,label``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_LINES = 1 << 21  # ImageNet has 1.28 million images
 
 @dataclass(frozen=True)
 class Row:
-    """One image that a split file names, and where it does."""
+    """One image that a split file names, with the file and line."""
 
     filename: str
     label: str
@@ -28,23 +28,23 @@ class Row:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """The file and line, for messages."""
         return f"{self.file}, line {self.line}"
 
     def missing(self) -> Fault:
-        """That the image is not there."""
+        """The fault that the image does not exist."""
         return Fault("missing", f"{self.place}: there is no image {self.filename}")
 
 
 def read_rows(path: Path, split: str, report: Report) -> list[Row]:
-    """The good rows of a split file; every other one is reported with its line."""
+    """The valid rows of a split file; every other row is reported with its line."""
     try:
         text = read_whole(path, MOST_TEXT).decode("utf-8-sig")
     except OSError as error:
         report(Fault("table", f"{path.name}: it cannot be read ({error.strerror})"))
         return []
     except UnicodeDecodeError as error:
-        report(Fault("table", f"{path.name}: not a text in UTF-8 ({error})"))
+        report(Fault("table", f"{path.name}: not UTF-8 text ({error})"))
         return []
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
@@ -75,21 +75,23 @@ def _row(fields: list[str], split: str, file: str, line: int, report: Report) ->
     elif not is_inside(fields[0]):
         report(Fault("table", f"{place}: {fields[0]!r} points outside the images' folder"))
     elif not is_inside(fields[1]):
-        report(Fault("table", f"{place}: {fields[1]!r} is no name for a class"))
+        report(Fault("table", f"{place}: {fields[1]!r} is not a valid class name"))
     else:
         yield Row(fields[0], fields[1], split, file, line)
 
 
 def check_classes(rows: Iterable[Row], report: Report) -> None:
-    """Report images that stand twice, and classes in two splits: an episode's images and classes are all different."""
+    """Report images named twice, and classes in two splits; those of an episode must all differ."""
     images: dict[str, Row] = {}
     classes: dict[str, Row] = {}
     told = set()
     for row in rows:
         first = images.setdefault(row.filename, row)
         if first is not row:
-            report(Fault("table", f"{row.place}: {row.filename} stands in {first.place} already"))
+            report(Fault("table", f"{row.place}: {row.filename} is already in {first.place}"))
         home = classes.setdefault(row.label, row)
         if home.split != row.split and (row.label, row.split) not in told:
             told.add((row.label, row.split))
-            report(Fault("class", f"{row.place}: the class {row.label} is in {home.place} too, which is another split"))
+            report(
+                Fault("class", f"{row.place}: the class {row.label} is also in {home.place}, which is another split")
+            )

@@ -17,13 +17,13 @@ from mamldata.sampling.splits import SPLITS
 def _tiered_imagenet(
     _recipe: ReaderRecipe, files: Sequence[Path], _report: Report, _tally: Tally
 ) -> Iterator[ImageRef]:
-    """TieredImageNet's pickles: for each split a list of PNGs, each an array, and the labels.
+    """TieredImageNet's pickles: for each split a list of PNGs, each an array of bytes, and the labels.
 
-    Classes are called after their split, number and words: two classes of ImageNet are called "crane".
+    Classes are named by their split, number and words, because two classes of ImageNet are called "crane".
     """
     (file,) = files
     members = {PurePosixPath(member.name).name: member for member in list_members(file)}
-    wrong = f"{file} is not laid out as tiered-imagenet.tar is"
+    wrong = f"{file} does not have the layout of tiered-imagenet.tar"
     try:
         for split in SPLITS:
             labels = load_member(file, members[f"{split}_labels.pkl"])

@@ -1,1 +1,1 @@
-"""Which classes and images make up an episode, and in which order: pure functions of numbers. No files."""
+"""Which classes and images make up an episode, and in which order: pure functions of numbers, without files."""

@@ -1,4 +1,4 @@
-"""The mean and deviation by which images are normalised: those of the train split, as exact sums make them."""
+"""The mean and standard deviation that normalise images: those of the train split, computed from exact sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Normalization(NamedTuple):
     """Mean and standard deviation of each channel over all pixels of some classes, in units of the range [0, 1].
 
-    What torchvision's ``Normalize`` takes. Rounded to six decimals, so that they are the same on every machine.
+    These are the arguments of torchvision's ``Normalize``. They are rounded to six decimals, the same on every machine.
     """
 
     mean: tuple[float, ...]
@@ -19,11 +19,11 @@ class Normalization(NamedTuple):
 
 
 def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization:
-    """From each channel's sum of values and sum of squares, values being 0 to 255.
+    """The normalization from each channel's sum of values and sum of squares; values are 0 to 255.
 
     Args:
-        sums: for each channel.
-        pixels: that the sums are over; of none, mean 0 and deviation 1.
+        sums: (sum, sum of squares) for each channel.
+        pixels: number of pixels that the sums are over; 0 gives mean 0 and deviation 1.
     """
     pairs = [_mean_and_std(total, squares, pixels) if pixels else (0.0, 1.0) for total, squares in sums]
     return Normalization(tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs))
@@ -32,5 +32,5 @@ def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization
 def _mean_and_std(total: int, squares: int, pixels: int) -> tuple[float, float]:
     mean = Fraction(total, pixels)
     variance = Fraction(squares, pixels) - mean * mean
-    # A channel that never changes has nothing to be divided by.
+    # A constant channel has deviation 0: divide by 1.
     return round(float(mean / 255), 6), round(math.sqrt(variance) / 255, 6) or 1.0

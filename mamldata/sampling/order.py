@@ -1,4 +1,4 @@
-"""The order of a stream: which episodes meta-batch t holds. A pure function of numbers, and so resumable anywhere."""
+"""The order of a stream: which episodes are in meta-batch t. A pure function of numbers, so any t can be resumed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mamldata.io.digest import canonical_json, sha256_bytes
 
 Indices = npt.NDArray[np.int64]
 
-_KEPT = 2  # epochs: read-ahead and a second pass look at neighbours
+_KEPT = 2  # epochs: prefetching and a second pass use neighbouring ones
 
 
 @dataclass(frozen=True)
 class Order:
     """Meta-batches counted through all epochs, from t = 0.
 
-    A shuffled order takes a new permutation for each epoch and leaves out what does not fill a meta-batch, so that
-    all have one shape; which episodes those are differs from epoch to epoch. A plain order gives every episode once
-    in each epoch, the last meta-batch being smaller if need be.
+    A shuffled order takes a new permutation for each epoch and drops the episodes that do not fill a meta-batch, so
+    that all have the same shape; which ones are dropped differs from epoch to epoch. A plain order has every episode
+    once in each epoch; the last meta-batch may be smaller.
 
-    Remixed episodes are random already, and new in each epoch: their order is plain, but they are counted through
-    all epochs, and those that fill no meta-batch are left out as in a shuffled order.
+    Remixed episodes are already random and new in each epoch: their order is plain, but their indices run through all
+    epochs, and those that do not fill a meta-batch are dropped as in a shuffled order.
 
     Attributes:
-        episodes: how many there are in an epoch; None if they never end, and then their order is plain.
+        episodes: number of episodes in an epoch; None if they never end, and then their order is plain.
         batch_size: episodes in a meta-batch.
         shuffle: whether to permute.
         seed: of the permutations.
         remix: whether the episodes are those of a ``RemixedSource`` with the same seed.
-        shards: how many episodes each shard has, if a shuffled epoch is to go through them one after the other: the
+        shards: number of episodes in each shard, if a shuffled epoch goes through one shard after the other: the
             shards in a new order, and the episodes of each in a new order.
     """
 
@@ -85,12 +85,12 @@ class Order:
 
 @lru_cache(maxsize=_KEPT)
 def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
-    """How an epoch goes through shards: their numbers in turn, and at which place of the epoch each of them ends.
+    """How an epoch goes through shards: their numbers in turn, and the position in the epoch at which each ends.
 
     Args:
         order: one that takes shard after shard: plain, or with ``shards``.
-        epoch: which one.
-        shards: how many episodes each has.
+        epoch: its number.
+        shards: number of episodes in each.
 
     Returns:
         int64 ``[shards]``, twice; read-only.
@@ -103,9 +103,9 @@ def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indic
 
 
 def share(indices: Indices, rank: int, world_size: int) -> Indices:
-    """What one of several processes takes of a meta-batch: its part of a division as even as can be, in order.
+    """One rank's near-equal contiguous slice of a meta-batch.
 
-    The parts of all ranks, one after the other, are the whole meta-batch, however many ranks there are.
+    The slices of all ranks, concatenated in order, are the whole meta-batch.
     """
     return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
 
@@ -125,7 +125,7 @@ def permute(seed: int, epoch: int, count: int, order: str) -> Indices:
 
 @lru_cache(maxsize=_KEPT)
 def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
-    """The order of an epoch, see ``permute``; read-only, and kept for those who ask next."""
+    """The order of an epoch, see ``permute``; cached and read-only."""
     positions = permute(seed, epoch, count, order)
     positions.flags.writeable = False
     return positions
@@ -137,7 +137,7 @@ def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices
 
     Args:
         seed, epoch: of the permutations.
-        shards: how many episodes each has.
+        shards: number of episodes in each.
     """
     starts = np.cumsum([0, *shards])
     order = permutation(seed, epoch, len(shards), "shards").tolist()

@@ -1,7 +1,7 @@
-"""Remix: an epoch of training may join the ways of stored episodes to other episodes. A pure function of numbers.
+"""Remix: recombine the ways of stored episodes into other episodes for an epoch. A pure function of numbers.
 
-A way is a class with its support and its query images, as it stands in a stored episode. Way ``w`` is place
-``w % n_way`` of episode ``w // n_way``. A small archive trains more like endless fresh episodes in this manner.
+A way is a class with its support and query images, as stored in an episode. Way ``w`` is place ``w % n_way`` of episode
+``w // n_way``. Remixing makes training on a small archive more like training on endless fresh episodes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mamldata.sampling.order import Indices, permute
 
 Classes = npt.NDArray[np.int32]
 
-_STEPS = 32  # episodes that are looked at before a list is made
+_STEPS = 32  # episodes that are searched before a list is built
 
 
 def remix(classes: Classes, seed: int, epoch: int) -> Indices:
-    """The episodes of an epoch: a permutation of all ways, cut into episodes, with no class twice in any.
+    """The episodes of an epoch: a permutation of all ways, cut into episodes, none with a class twice.
 
-    A pure function of its arguments. The permutation alone would put a class twice into some episodes; those are
-    mended by ``_part_twins``, which exchanges ways and loses none. Every way is in exactly one episode.
+    A pure function of its arguments. The permutation alone would put a class twice into some episodes; ``_part_twins``
+    repairs these by exchanging ways. Every way is in exactly one episode.
 
     Args:
         classes: int32 ``[episodes, n_way]``, as stored; no class twice in an episode.
@@ -33,7 +33,7 @@ def remix(classes: Classes, seed: int, epoch: int) -> Indices:
         Ways: int64 ``[episodes, n_way]``, read-only.
 
     Raises:
-        DamagedError: a stored episode has a class twice, which can leave no way to mix them.
+        DamagedError: a stored episode has a class twice, which can make remixing impossible.
     """
     if len(twins := _twins(classes)):
         raise DamagedError(
@@ -49,25 +49,25 @@ def remix(classes: Classes, seed: int, epoch: int) -> Indices:
 def _part_twins(ways: Indices, classes: Classes) -> None:
     """Exchange ways until no episode has a class twice. Works in place on both arrays, ``[episodes, n_way]``.
 
-    A twin is a way whose class stands before it in its episode. The twins are taken in order of their positions; a
-    twin at position p, of class a, changes places with the first way after it, going round at the end, that is in an
-    episode without a, and that is a twin itself, or of a class which p's episode lacks. Each exchange makes the number
-    of twins smaller by at least one.
+    A twin is a way whose class occurs before it in its episode. The twins are taken in order of their positions. A twin
+    at position p, of class a, is exchanged with the first way after it, wrapping around at the end, that is in an
+    episode without a and is either a twin itself or of a class that p's episode lacks. Each exchange reduces the number
+    of twins by at least one.
 
-    The first episode after p's without a always has such a way: if it has no twin, it has n_way classes other than a,
-    and p's episode has at most n_way - 2 such. And there always is an episode without a: no stored episode had a class
-    twice, so a is in at most as many ways as there are episodes, and p's has two of them. So the work is to find that
-    episode: a step or two where there are many more classes than ways; where there are not, a list of the episodes
-    without a class is kept. All in all at most ``episodes * n_way`` exchanges, each a search in a sorted list.
+    The first episode without a after p's always has such a way: if it has no twin, it has n_way classes other than a,
+    of which p's episode has at most n_way - 2. And an episode without a always exists: no stored episode had a class
+    twice, so a is in at most as many ways as there are episodes, and p's episode has two of them. The work is to find
+    that episode: a step or two if there are many more classes than ways; otherwise a list of the episodes without a
+    class is kept. In all there are at most ``episodes * n_way`` exchanges, each with a search in a sorted list.
     """
     lacking = _Lacking(classes)
-    # Once more, because an exchange with a twin may leave one where there was none.
+    # Repeat, because an exchange with a twin may create one in the other episode.
     while len(twins := _twins(classes)):
         for episode, place in zip(*(part.tolist() for part in np.divmod(twins, classes.shape[1])), strict=True):
             own = lacking.row(episode)
             twin = own[place]
             if twin not in own[:place]:
-                continue  # an earlier exchange has parted it
+                continue  # no longer a twin after an earlier exchange
             found = lacking.after(episode, twin)
             other = lacking.row(found)
             there = next(q for q, class_ in enumerate(other) if class_ not in own or class_ in other[:q])
@@ -78,10 +78,10 @@ def _part_twins(ways: Indices, classes: Classes) -> None:
 
 
 class _Lacking:
-    """Finds episodes that lack a class; of the classes that few episodes lack, it keeps lists of them.
+    """Finds episodes that lack a class; keeps lists of them for classes that few episodes lack.
 
     Args:
-        classes: int32 ``[episodes, n_way]``, which the caller keeps up to date, as well as what ``row`` gives.
+        classes: int32 ``[episodes, n_way]``; the caller keeps it and the lists from ``row`` up to date.
     """
 
     def __init__(self, classes: Classes) -> None:
@@ -96,7 +96,7 @@ class _Lacking:
         return found
 
     def after(self, episode: int, class_: int) -> int:
-        """The first episode after this one, going round at the end, that lacks a class; there must be one."""
+        """The first episode after this one, wrapping around at the end, that lacks a class; one must exist."""
         if class_ not in self._lists:
             for number in range(episode + 1, episode + min(_STEPS, len(self.classes))):
                 if class_ not in self.row(number % len(self.classes)):
@@ -106,7 +106,7 @@ class _Lacking:
         return listed[bisect(listed, episode) % len(listed)]
 
     def exchanged(self, one: int, other: int, *classes: int) -> None:
-        """Mend the lists after two episodes have exchanged ways of these classes."""
+        """Update the lists after two episodes have exchanged ways of these classes."""
         for class_ in self._lists.keys() & set(classes):
             listed = self._lists[class_]
             for episode in (one, other):
@@ -119,7 +119,7 @@ class _Lacking:
 
 
 def _twins(classes: Classes) -> Indices:
-    """The positions, in ``classes`` laid flat, of all ways whose class stands before them in their episode."""
+    """The positions, in flattened ``classes``, of all ways whose class occurs before them in their episode."""
     ranked = np.sort(classes, axis=1)
     suspects = np.flatnonzero((ranked[:, 1:] == ranked[:, :-1]).any(axis=1))
     order = np.argsort(classes[suspects], axis=1, kind="stable")  # the first of equals stays the first

@@ -1,6 +1,6 @@
 """Episodes: which classes and images make up episode i. A pure function of numbers, vectorised over episodes.
 
-The algorithm is described in ``docs/format.md`` so that anyone can write it again, and golden digests pin it.
+The algorithm is described in ``docs/format.md``, so that anyone can reimplement it, and pinned by golden digests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mamldata.errors import RequestError
 from mamldata.io.digest import canonical_json, sha256_bytes
 
-ROTATIONS = ("all", "train", "none")  # in which splits each class is turned into three more
+ROTATIONS = ("all", "train", "none")  # splits in which the rotations of a class are classes too
 QUARTER_TURNS = 4  # of a class, with rotations
 _MOST_POOL = 1 << 21  # numbers in a shuffled pool: bounds memory, and stays near the processor's cache
 
@@ -30,14 +30,14 @@ def quarter_turns(rotations: str, split: str) -> int:
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """All that an episode depends on, but its index.
+    """Everything that an episode depends on except its index.
 
     Attributes:
         bank_sha256: the digest of the bank that rows refer to.
         split_scheme, split: which classes may appear.
         n_way, k_shot, k_query: classes; support and query images per class.
-        quarter_turns: 4 if each class is also turned by 90, 180 and 270 degrees into three more classes, else 1.
-        seed: any whole number from 0.
+        quarter_turns: 4 if each class turned by 90, 180 and 270 degrees gives three more classes, else 1.
+        seed: an integer, at least 0.
     """
 
     bank_sha256: str
@@ -61,12 +61,12 @@ class EpisodeSpec:
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
-@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
+@dataclass(frozen=True, eq=False)  # comparing arrays gives no single bool
 class ClassTable:
     """The classes that the episodes of one split are drawn from, turned ones included.
 
     Attributes:
-        names: the class that each entry shows; the four turns of a class stand together.
+        names: the class of each entry; the four turns of a class are adjacent.
         quarter_turns: counter-clockwise quarter turns, int64 ``[classes]``.
         first_row: the first image's row in the bank, int64 ``[classes]``.
         images: the number of images, int64 ``[classes]``.
@@ -81,7 +81,7 @@ class ClassTable:
         return len(self.names)
 
     def label(self, index: int) -> str:
-        """A class as people read it, such as ``Greek/character03, turned 90``."""
+        """A readable class name, such as ``Greek/character03, turned 90``."""
         turns = int(self.quarter_turns[index])
         return self.names[index] + (f", turned {90 * turns}" if turns else "")
 
@@ -110,7 +110,7 @@ class EpisodeSampler:
     """Draws the episodes of one split.
 
     Raises:
-        RequestError: more ways than classes, or a class with fewer images than ``k_shot + k_query``.
+        RequestError: there are more ways than classes, or a class has fewer images than ``k_shot + k_query``.
     """
 
     def __init__(self, spec: EpisodeSpec, table: ClassTable) -> None:
@@ -119,7 +119,7 @@ class EpisodeSampler:
         self._per_class = spec.k_shot + spec.k_query
         _refuse_the_impossible(spec, table)
         draws = spec.n_way * (1 + self._per_class)
-        self._blocks = math.ceil(draws / 4)  # Philox gives four numbers for each value of its counter
+        self._blocks = math.ceil(draws / 4)  # Philox yields four numbers per counter value
         self._key = np.array(spec.key, dtype=np.uint64)
 
     def sample(self, first: int, count: int) -> Source:
@@ -173,11 +173,11 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
 def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
     place = f"split {spec.split!r} of split scheme {spec.split_scheme!r}"
     if not len(table):
-        raise RequestError(f"{place} has no classes. Ask for no episodes of it, or put classes into it.")
+        raise RequestError(f"{place} has no classes. Request no episodes of it, or put classes into it.")
     if spec.n_way > len(table):
         raise RequestError(
             f"{place} has {len(table)} classes, but n_way is {spec.n_way}. "
-            f"Lower n_way (--n-way), or ask for no {spec.split} episodes (build: --{spec.split} 0)."
+            f"Lower n_way, or set the number of {spec.split} episodes to 0."
         )
     need = spec.k_shot + spec.k_query
     short = np.flatnonzero(table.images < need)

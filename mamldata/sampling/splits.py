@@ -22,7 +22,7 @@ class SplitScheme:
         lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded.
         counts: for each split its number of classes, if seeded.
         seed: of the division, if seeded.
-        by_files: the raw files themselves say it: split files, or a folder for each split.
+        by_files: whether the raw files give the splits, as split files or as a folder for each split.
     """
 
     name: str
@@ -40,13 +40,13 @@ def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_
         scheme: lists of classes, or counts and a seed.
         class_names: all classes of the bank, in canonical order.
         dataset: for messages.
-        class_splits: the split of each class, where the raw files say it.
+        class_splits: the split of each class, if the raw files give it.
 
     Returns:
         For each of train, val and test a sorted tuple; no class is in two of them.
 
     Raises:
-        RequestError: a listed class that is not there, a class in two splits, or more classes asked for than exist.
+        RequestError: a listed class does not exist, a class is in two splits, or the counts exceed the classes.
     """
     if scheme.by_files:
         return {split: tuple(c for c, home in enumerate(class_splits) if home == split) for split in SPLITS}
@@ -58,7 +58,7 @@ def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_
 def _seeded(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Division:
     """Order the classes by sha256 of ``seed NUL name`` and cut: train first, then val, then test.
 
-    The order depends on nothing but the names, so any language can repeat it in one line.
+    The order depends only on the seed and the names, so any language can reproduce it in one line.
     """
     wanted = sum(scheme.counts.values())
     if wanted > len(class_names):
@@ -76,7 +76,7 @@ def _seeded(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Di
 
 
 def division_key(seed: int, class_name: str) -> bytes:
-    """What a seeded division sorts by: SHA-256 of the seed in decimal, a NUL, and the class name in UTF-8."""
+    """The sort key of a seeded division: SHA-256 of the seed in decimal, a NUL, and the class name in UTF-8."""
     return hashlib.sha256(f"{seed}\0{class_name}".encode()).digest()
 
 

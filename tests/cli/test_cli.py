@@ -376,7 +376,7 @@ def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
     toml = tmp_path / "photos.toml"
     written = run("manifest", tmp_path / "photos", "--out", toml)
     assert "dataset photos, reader class-folders, of images.tar" in written.stdout
-    refused(run("manifest", tmp_path / "photos", "--out", toml), 2, "is there already")
+    refused(run("manifest", tmp_path / "photos", "--out", toml), 2, "already exists")
     assert json.loads(run("fetch", toml, "--dry-run", "--json", root=root).stdout)[0]["action"] == "missing"
     refused(run("fetch", toml, root=root), 1, "images.tar: looked for in", "--from FOLDER")
     fetched = run("fetch", toml, "--from", tmp_path / "photos", root=root)

@@ -661,7 +661,7 @@ class TestPlaces:
         done = run(FULL_DISK + PLAIN, limit, glyphs_root, out)
         assert done.returncode == 1
         assert "WriteError: No space left to write" in done.stderr
-        assert "run the same command again (train: with --resume): it goes on" in done.stderr
+        assert "run the same command again: finished work is kept" in done.stderr
         assert not (out / INDEX).exists()
         done = run(PLAIN, glyphs_root, out)
         assert done.returncode == 0, done.stderr

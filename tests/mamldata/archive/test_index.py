@@ -397,7 +397,7 @@ class TestCrafted:
         with (own / INDEX).open("rb+") as stream:
             stream.truncate((1 << 28) + 1)
         with pytest.raises(
-            DamagedError, match=r"archive\.json cannot be read \(268,435,457 bytes, more than the 268,435,456"
+            DamagedError, match=r"archive\.json cannot be read \(268,435,457 bytes, more than the limit of 268,435,456"
         ):
             read_archive(own)
 

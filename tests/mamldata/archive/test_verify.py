@@ -313,7 +313,7 @@ class TestDataset:
         extra.write_bytes(b"x")
         try:
             problems = verify_dataset(glyphs_manifest, root)
-            assert problems == [f"{extra} has no description glyphs-84.json. Delete it: the next build makes it anew."]
+            assert problems == [f"{extra} has no description glyphs-84.json. Delete it: the next build makes it again."]
         finally:
             extra.unlink()
 

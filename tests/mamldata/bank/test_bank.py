@@ -231,7 +231,7 @@ def test_made_anew_when_a_source_changes(make_dataset: Make) -> None:
     with zipfile.ZipFile(tiny.archive, "a") as container:
         container.writestr("tiny/Zelkova/one/1.png", container.read(container.namelist()[0]))
     manifest = described_anew(tiny.manifest, tiny.archive)
-    pattern = r"tiny\.zip \(there, but not verified as the manifest describes it\)\. Run: mamldata fetch .*/tiny\.toml "
+    pattern = r"tiny\.zip \(exists, but is not verified for this manifest\)\. Run: mamldata fetch .*/tiny\.toml "
     with pytest.raises(DataMissingError, match=pattern):
         make_bank(manifest, tiny.root)
     (tiny.folder.raw / tiny.archive.name).unlink()
@@ -248,11 +248,11 @@ def test_a_file_that_nobody_verified(receipt: str, make_dataset: Make) -> None:
     path = tiny.folder.receipt(tiny.archive.name)
     whole = path.read_text()
     path.write_text(receipt.format(other="0" * 64, right=sha256(tiny.archive)))
-    with pytest.raises(DataMissingError, match="not verified as the manifest describes it"):
+    with pytest.raises(DataMissingError, match="not verified for this manifest"):
         make_bank(tiny.manifest, tiny.root)
     path.write_text(whole)
     os.truncate(tiny.folder.raw / tiny.archive.name, 1000)
-    with pytest.raises(DataMissingError, match="not verified as the manifest describes it"):
+    with pytest.raises(DataMissingError, match="not verified for this manifest"):
         make_bank(tiny.manifest, tiny.root)
 
 
@@ -370,7 +370,7 @@ def test_a_private_bank_of_others(make_dataset: Make, run_read_only: Callable[..
     done = run_read_only(tiny.root, "-c", PRIVATE, tiny.root, tiny.manifest_path)
     assert done.stderr == ""
     for name in ("tiny-8.json", "tiny-8.npy"):
-        assert done.stdout.count(f"{tiny.folder.path / name} is there, and may not be read. Ask its owner") == 2
+        assert done.stdout.count(f"{tiny.folder.path / name} exists but is not readable. Ask its owner") == 2
 
 
 def test_a_known_digest_changes_no_bank(make_dataset: Make) -> None:
@@ -387,7 +387,7 @@ def test_another_digest_than_the_known_one_is_refused(make_dataset: Make) -> Non
     tiny = make_dataset()
     wrong = with_image(tiny.manifest, bank_sha256={8: "0" * 64})
     pattern = (
-        r"tiny at 8 pixels came out as sha256 [0-9a-f]{64}, where 0{64} is known.*mamldata verify .*tiny\.toml.*Pillow"
+        r"tiny at 8 pixels has sha256 [0-9a-f]{64}, but the known digest is 0{64}.*mamldata verify .*tiny\.toml.*Pillow"
     )
     for _ in range(2):
         with pytest.raises(DamagedError, match=pattern):
@@ -597,7 +597,7 @@ def test_missing_raw_files_name_the_command(make_dataset: Make) -> None:
     assert not tiny.root.exists(), "asking leaves no trace"
     tiny.folder.raw.mkdir(parents=True)
     shutil.copy(tiny.archive, tiny.folder.raw)
-    with pytest.raises(DataMissingError, match=pattern.format(r" \(there, but not verified .*\)")):
+    with pytest.raises(DataMissingError, match=pattern.format(r" \(exists, but is not verified .*\)")):
         make_bank(tiny.manifest, tiny.root)
 
 

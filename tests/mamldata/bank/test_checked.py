@@ -240,7 +240,7 @@ def test_a_disk_that_cannot_be_read(tiny: Any, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(checked, "sha256_file", broken)
-    pattern = rf"{tiny.folder.bank(8)} cannot be read \(Input/output error\)\. Mend its disk, or delete it: the next"
+    pattern = rf"{tiny.folder.bank(8)} cannot be read \(Input/output error\)\. Check its disk, or delete it: the next"
     with pytest.raises(DamagedError, match=pattern):
         make_bank(tiny.manifest, tiny.root)
     assert len(check_bank(tiny.folder.bank_json(8))) == 1

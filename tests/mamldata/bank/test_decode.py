@@ -65,7 +65,7 @@ def test_16_bit_greys_are_turned_upright() -> None:
 @pytest.mark.parametrize("values", [np.arange(256, dtype=np.int32), np.linspace(0, 1, 256, dtype=np.float32)])
 def test_numbers_without_a_known_range_are_refused(values: np.ndarray) -> None:
     """Nobody knows which of them is white."""
-    with pytest.raises(ValueError, match="32-bit numbers, of which nothing says which is white; save it with 8 or 16"):
+    with pytest.raises(ValueError, match="32-bit numbers without a known white value; save it with 8 or 16"):
         decoded(encoded(Image.fromarray(values.reshape(16, 16)), "TIFF"))
 
 
@@ -139,7 +139,7 @@ def test_other_formats(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         data = encoded(Image.fromarray(GREYS), kind)
     with pytest.raises(
-        ValueError, match=r"no image in a format that can be read \(PNG, JPEG, PPM, BMP, GIF, WEBP, TIFF\)"
+        ValueError, match=r"not an image in a supported format \(PNG, JPEG, PPM, BMP, GIF, WEBP, TIFF\)"
     ):
         decoded(data)
 
@@ -192,13 +192,13 @@ def test_a_tile_that_is_larger_than_its_image() -> None:
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32768, 323: 32768, 324: 8, 325: 8}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(12)
-    with pytest.raises(ValueError, match="32768x32768 pixels are too many, more than 67,108,864; make it smaller"):
+    with pytest.raises(ValueError, match="32768x32768 pixels are more than the limit of 67,108,864; make it smaller"):
         decoded(data)
 
 
 def test_too_many_pixels() -> None:
     """A small file that decodes to a gigabyte is refused before it is decoded."""
-    with pytest.raises(ValueError, match="8200x8200 pixels are too many"):
+    with pytest.raises(ValueError, match="8200x8200 pixels are more than"):
         decode_image(encoded(Image.new("1", (8200, 8200))), 8, 1, "lanczos", invert=True)
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_image(b"P4\n60000 60000\n", 8, 1, "lanczos", invert=True)

@@ -154,11 +154,11 @@ def test_unknown_keys_are_faults(old: str, new: str, fault: str) -> None:
     ("old", "new", "fault"),
     [
         ('sha256 = "' + "0" * 64 + '"', "", "files[0].sha256: is missing"),
-        ('sha256 = "' + "0" * 64, 'sha256 = "' + "0" * 63, "files[0].sha256: must be 64 small hexadecimal digits"),
-        ('sha256 = "' + "0" * 64, 'sha256 = "' + "A" * 64, "files[0].sha256: must be 64 small hexadecimal digits"),
+        ('sha256 = "' + "0" * 64, 'sha256 = "' + "0" * 63, "files[0].sha256: must be 64 lowercase hexadecimal digits"),
+        ('sha256 = "' + "0" * 64, 'sha256 = "' + "A" * 64, "files[0].sha256: must be 64 lowercase hexadecimal digits"),
         ('sha256 = "' + "0" * 64, 'sha256 = "', "files[0].sha256: is empty"),
-        ("bytes = 10", f"bytes = 10\nmd5 = '{'0' * 32}'", "files[0].md5: is not needed where there is a sha256"),
-        ('sha256 = "' + "0" * 64 + '"', "md5 = 'x'", "files[0].md5: must be 32 small hexadecimal digits"),
+        ("bytes = 10", f"bytes = 10\nmd5 = '{'0' * 32}'", "files[0].md5: is not needed if there is a sha256"),
+        ('sha256 = "' + "0" * 64 + '"', "md5 = 'x'", "files[0].md5: must be 32 lowercase hexadecimal digits"),
         ('name = "mine.zip"', 'name = "images.tar"', "files[0].name: 'images.tar' must be a plain file name"),
         ("[image]", "[images]\nforms = []\n[image]", "images.forms: must have at least one entry"),
         ("[image]", "[images]\nforms = [1]\n[image]", "images.forms[0]: must be a table"),
@@ -202,8 +202,8 @@ def test_unknown_keys_are_faults(old: str, new: str, fault: str) -> None:
         ('rotations = "none"', 'rotations = "some"', "rotations: 'some' is not one of all, train, none."),
         ('split_scheme = "own"', 'split_scheme = "won"', "split_scheme: 'won' is not one of own. Did you mean 'own'?"),
         ('format = "mamldata-manifest/1"', 'format = "mamldata-manifest/9"', "format: is 'mamldata-manifest/9'"),
-        ('name = "mine"', 'name = "../mine"', "name: '../mine' may only have small letters"),
-        ("[splits.own]", '[splits."My own"]', "splits.My own: 'My own' may only have small letters"),
+        ('name = "mine"', 'name = "../mine"', "name: '../mine' may only have lowercase letters"),
+        ("[splits.own]", '[splits."My own"]', "splits.My own: 'My own' may only have lowercase letters"),
         ("train = 2", "train = 0", "splits.own.train: must be at least 1, not 0"),
         ("train = 2", "train = 2.5", "splits.own.train: must be a whole number, not 2.5"),
         ("seed = 0", "", "splits.own.train: must be a list of classes or the name of a text file"),
@@ -236,7 +236,7 @@ def test_urls_are_http_or_https_only(url: Any) -> None:
 def test_the_same_file_name_twice() -> None:
     """Two raw files under one name would overwrite each other."""
     files = GOOD[GOOD.index("[[files]]") : GOOD.index("[reader]")]
-    assert faults(("[reader]", files + "[reader]")) == ("files: the name 'mine.zip' stands twice",)
+    assert faults(("[reader]", files + "[reader]")) == ("files: the name 'mine.zip' appears twice",)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_manifest_that_is_too_long(tmp_path: Path) -> None:
         load_manifest(str(tmp_path / "mine.toml"))
     (fault,) = faults(listed("classes.txt"), folder=tmp_path)
     assert "cannot read the class list 'classes.txt'" in fault
-    assert "67,108,865 bytes, more than the 67,108,864" in fault
+    assert "67,108,865 bytes, more than the limit of 67,108,864" in fault
 
 
 def test_not_toml() -> None:
@@ -349,8 +349,8 @@ def test_class_lists_in_text_files(tmp_path: Path) -> None:
     ("name", "fault"),
     [
         ("gone.txt", "splits.own.train: cannot read the class list 'gone.txt'"),
-        ("../outside.txt", "splits.own.train: '../outside.txt' must be a path below the manifest's own folder"),
-        ("/etc/hostname", "splits.own.train: '/etc/hostname' must be a path below the manifest's own folder"),
+        ("../outside.txt", "splits.own.train: '../outside.txt' must be a path below the manifest's folder"),
+        ("/etc/hostname", "splits.own.train: '/etc/hostname' must be a path below the manifest's folder"),
         ("empty.txt", "splits.own.train: the class list 'empty.txt' is empty"),
         ("latin.txt", "splits.own.train: cannot read the class list 'latin.txt'"),
         ("folder", "splits.own.train: cannot read the class list 'folder'"),

@@ -171,9 +171,9 @@ def test_classes_in_archives(boxes: list[list[str]], classes: list[str], splits:
     [
         (
             ["p/train/x/cat", "p/val/dog", "p/test/emu"],
-            "numbers of folders below p/train, val and test: pack",
+            "different depths below p/train, val and test: pack",
         ),
-        (["p/train/cat", "p/val/dog", "p/more/emu"], "has classes below train, val, but not all: 'more' is none of"),
+        (["p/train/cat", "p/val/dog", "p/more/emu"], "has classes below train, val, but also 'more', which is not"),
     ],
 )
 def test_splits_that_cannot_be_described(homes: list[str], message: str, tmp_path: Path):
@@ -226,7 +226,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path):
     folder = photos(tmp_path / "p")
     write_manifest(folder, tmp_path / "mine.toml", "my-name")
     assert load_manifest(str(tmp_path / "mine.toml")).name == "my-name"
-    with pytest.raises(RequestError, match=r"mine\.toml is there already"):
+    with pytest.raises(RequestError, match=r"mine\.toml already exists"):
         write_manifest(folder, tmp_path / "mine.toml")
 
 
@@ -244,10 +244,10 @@ def test_what_cannot_be_described(tmp_path: Path):
     (partly / "val.csv").unlink()
     for folder, message in {
         empty: "There are no images in .*empty",
-        flat: "lie in no folders, and no train.csv, val.csv, test.csv say their classes",
-        few: "need at least one class each; the images lie in 2",
+        flat: "have no classes: put them into folders named after their classes",
+        few: "need at least one class each; the images have 2",
         partly: "has train.csv, but not all of train.csv, val.csv, test.csv",
-        tmp_path / "none": "is no folder",
+        tmp_path / "none": "is not a folder",
     }.items():
         with pytest.raises(RequestError, match=message):
             write_manifest(folder, out)

@@ -272,7 +272,7 @@ class TestTransfers:
         """Another file is refused, with both digests, and its address is not asked again."""
         other = bytes(len(DATA))
         url = server.serve("/f", Reply(data=other))
-        with pytest.raises(FetchError, match="could not be had") as raised:
+        with pytest.raises(FetchError, match="could not be fetched") as raised:
             get(tmp_path, source(url))
         assert hashlib.sha256(other).hexdigest() in str(raised.value)
         assert hashlib.sha256(DATA).hexdigest() in str(raised.value)
@@ -449,7 +449,7 @@ class TestPlaces:
         url = server.serve("/f", Reply())
         with pytest.raises(FetchError, match=r"file\.bin: looked for in") as raised:
             get(tmp_path, source(url), sources=(server.address,), offline=True)
-        assert f"to be had from {url}" in str(raised.value)
+        assert f"available from {url}" in str(raised.value)
         assert "--from FOLDER" in str(raised.value)
         assert not server.log
 
@@ -715,7 +715,7 @@ class TestVerification:
         folder = DatasetFolder(tmp_path / "root", "thing")
         thing = manifest_of(source())
         folder.receipt("file.bin").unlink()
-        assert "file.bin.sha256 is missing; file.bin beside it is right" in check_raw(thing, tmp_path / "root")[0]
+        assert "file.bin.sha256 is missing; file.bin beside it is correct" in check_raw(thing, tmp_path / "root")[0]
         (folder.raw / "file.bin").chmod(0o644)
         (folder.raw / "file.bin").write_bytes(DATA[:-1])
         assert "is damaged: sha256" in check_raw(thing, tmp_path / "root")[0]

@@ -90,7 +90,7 @@ class TestRounds:
             rest(answer, DATA, 10, 20),
             rest(answer, DATA, 20, 30),
         ]
-        with pytest.raises(FetchError, match="20 of 60,000 bytes are kept; the same command goes on from there"):
+        with pytest.raises(FetchError, match="20 of 60,000 bytes are kept; the same command resumes there"):
             get(tmp_path, entry(wire.url))
         assert len(wire.requests) == QUICK.rounds
         assert names(tmp_path) == [".file.bin.origin.json", "file.bin.part"]
@@ -112,7 +112,7 @@ class TestRounds:
         with pytest.raises(FetchError) as raised:
             get(tmp_path, entry(NOWHERE, secret), notify=told.append)
         assert str(raised.value) == (
-            "file.bin could not be had. Tried:\n"
+            "file.bin could not be fetched. Tried:\n"
             f"  {NOWHERE}: the connection failed ([Errno 111] Connection refused)\n"
             f"  {wire.url}?…: HTTP 403 Forbidden\n"
             f"Or get it by hand from {wire.url}?…, put it into a folder, and run: "
@@ -141,10 +141,10 @@ class TestRounds:
     @pytest.mark.parametrize("place", ["http://me:secret@", "nosuch://me:secret@host/a", "http://me:secret@/a?secret"])
     def test_a_place_that_is_refused_keeps_its_password(self, place: str, tmp_path: Path):
         """Nor is it in the message that says what is wrong with a place, or where a file is not."""
-        with pytest.raises(RequestError, match=r"--from (http|nosuch)://") as raised:
+        with pytest.raises(RequestError, match=r"Source (http|nosuch)://") as raised:
             get(tmp_path, entry(), sources=[place])
         assert "secret" not in str(raised.value)
-        with pytest.raises(FetchError, match=r"to be had from http://host/a\?…") as missing:
+        with pytest.raises(FetchError, match=r"available from http://host/a\?…") as missing:
             get(tmp_path, entry("http://me:secret@host/a?secret"), offline=True)
         assert "secret" not in str(missing.value)
 
@@ -152,7 +152,7 @@ class TestRounds:
         """All files are tried, and all that failed are named at once."""
         wire.answers = [answer(DATA, Content_Length=len(DATA))]
         files = [entry(name="a"), entry(wire.url, name="b"), entry(name="c")]
-        with pytest.raises(FetchError, match=r"(?s)a could not be had.*c could not be had"):
+        with pytest.raises(FetchError, match=r"(?s)a could not be fetched.*c could not be fetched"):
             get(tmp_path, *files)
         assert names(tmp_path) == ["b", "b.sha256"]
 
@@ -254,7 +254,7 @@ class TestParts:
         with pytest.raises(FetchError, match="another file came"):
             get(tmp_path, entry(wire.url), notify=told.append)
         assert len(wire.requests) == 2
-        assert "file.bin: the first 10 bytes, from before, are of no use; starting anew" in told
+        assert "file.bin: the first 10 bytes, from before, are not of this file; starting again" in told
 
 
 class TestCopies:
@@ -264,7 +264,7 @@ class TestCopies:
         """What is longer than the file may be is given up there and then, and not asked for again."""
         (tmp_path / "file.bin").write_bytes(DATA * 100)
         told: list[str] = []
-        with pytest.raises(FetchError, match="it has more than the 60,000 bytes that the file may have"):
+        with pytest.raises(FetchError, match="it has more than 60,000 bytes, the limit for this file"):
             get(tmp_path / "root", entry(), sources=[str(tmp_path)], offline=True, notify=told.append)
         assert len(told) == 1
 
@@ -323,7 +323,7 @@ class TestHad:
     def test_a_folder_in_its_place(self, wire: Wire, tmp_path: Path):
         """It is said before anything is downloaded."""
         (DatasetFolder(tmp_path, "thing").raw / "file.bin").mkdir(parents=True)
-        with pytest.raises(WriteError, match="is a folder, where a file should be"):
+        with pytest.raises(WriteError, match="is a folder, but should be a file"):
             get(tmp_path, entry(wire.url))
         assert wire.requests == []
 
@@ -361,7 +361,7 @@ def test_who_waits_for_the_lock_says_so_and_takes_what_the_other_got(tmp_path: P
         (folder.raw / "file.bin").write_bytes(DATA)
         write_receipt(folder, "file.bin", Receipt(entry().sha256))
     thread.join()
-    assert told == [f"Another process is at work on {folder.path}; waiting until it is done."]
+    assert told == [f"Another process is working on {folder.path}; waiting until it is done."]
     assert [result.how for result in results] == ["had"]
 
 

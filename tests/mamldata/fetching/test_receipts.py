@@ -252,7 +252,7 @@ class TestIsVerified:
         write_receipt(folder, entry.name, Receipt(hashlib.sha256(data).hexdigest()))
         assert not is_verified(folder, entry)
         (problem,) = check_raw(manifest_of(entry), tmp_path)
-        assert "file.tar.sha256 was altered, or is of another manifest; file.tar beside it is right" in problem
+        assert "file.tar.sha256 was altered, or is for another manifest; file.tar beside it is correct" in problem
         assert "Run: mamldata fetch 'my thing.toml'" in problem
 
 
@@ -289,7 +289,7 @@ class TestCheck:
         assert check_raw(manifest_of(entry), tmp_path) == []
         DatasetFolder(tmp_path, "thing").receipt(entry.name).write_bytes(b"")
         (problem,) = check_raw(manifest_of(entry), tmp_path)
-        assert "file.tar.sha256 is damaged; file.tar beside it is right" in problem
+        assert "file.tar.sha256 is damaged; file.tar beside it is correct" in problem
 
     def test_every_file_is_looked_at(self, entry: SourceFile, tmp_path: Path):
         """A problem of one file does not hide that of the next."""

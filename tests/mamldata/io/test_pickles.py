@@ -125,7 +125,7 @@ def test_a_payload_does_not_run(protocol: int, tmp_path: Path):
     """A real one: plain pickle.load makes the file, and this reader does not."""
     mark = tmp_path / "pwned"
     data = pickle.dumps({"image_data": ARRAY, "class_dict": Call(os.system, f"touch {mark}")}, protocol)
-    with pytest.raises(DamagedError, match=r"evil\.pkl is not read: it names (posix|nt)\.system"):
+    with pytest.raises(DamagedError, match=r"evil\.pkl is refused: it names (posix|nt)\.system"):
         load_values(io.BytesIO(data), "evil.pkl")
     assert not mark.exists()
     pickle.loads(data)
@@ -178,7 +178,7 @@ def test_everything_else_is_refused(value: Any):
 )
 def test_programs_written_by_hand(program: bytes):
     """Every way that the instructions have to reach code, and some nonsense."""
-    with pytest.raises(DamagedError, match=r"x\.pkl is not read"):
+    with pytest.raises(DamagedError, match=r"x\.pkl is refused"):
         load_values(io.BytesIO(program), "x.pkl")
 
 
@@ -191,13 +191,13 @@ ARRAY_OF = b"cnumpy.core.multiarray\n_reconstruct\nK\x00\x85R"
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"}" + NESTED + b"K\x01s.", "a dict with keys that are neither strings nor whole numbers"),
+        (b"}" + NESTED + b"K\x01s.", "a dict with keys that are neither strings nor integers"),
         (b"}(" + NESTED + b"K\x01u.", "a dict with keys that are neither"),
         (b"(" + NESTED + b"K\x01d.", "a dict with keys that are neither"),
         (DTYPE + NESTED + b"\x85R.", "a tuple where a string should be"),
         (ARRAY_OF + b"(K\x01)" + NESTED + b"\x89C\x00tb.", "an array of no elements"),
-        (ARRAY_OF + b"(K\x01" + NESTED + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "whose shape or data is none"),
-        (ARRAY_OF + b"(K\x01(" + HUGE + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "whose shape or data is none"),
+        (ARRAY_OF + b"(K\x01" + NESTED + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "an invalid shape or data"),
+        (ARRAY_OF + b"(K\x01(" + HUGE + DTYPE + b"U\x02u1\x85R\x89C\x00tb.", "an invalid shape or data"),
     ],
 )
 def test_small_pickles_that_would_take_for_ever(program: bytes, message: str):
@@ -209,7 +209,7 @@ def test_small_pickles_that_would_take_for_ever(program: bytes, message: str):
 @pytest.mark.parametrize("program", [b"](K\x00K\x01u.", b"]K\x00K\x01s.", b"}(K\x00u.", b"(K\x00d."])
 def test_items_of_what_is_no_dict(program: bytes):
     """A list, and a key without a value."""
-    with pytest.raises(DamagedError, match="it sets the items of what is no dict"):
+    with pytest.raises(DamagedError, match="it sets the items of something that is not a dict"):
         load_values(io.BytesIO(b"\x80\x02" + program), "x.pkl")
 
 
@@ -242,13 +242,13 @@ def test_cut_off_anywhere(protocol: int):
     """A pickle that ends early is not read."""
     whole = pickle.dumps({"image_data": ARRAY, "class_dict": {"n01": [0, 5]}}, protocol)
     for length in range(0, len(whole) - 1, 97):
-        with pytest.raises(DamagedError, match="is not read"):
+        with pytest.raises(DamagedError, match="is refused"):
             load_values(io.BytesIO(whole[:length]), "x.pkl")
 
 
 def test_fortran_order_is_refused():
     """Its rows are not where ours would be."""
-    with pytest.raises(DamagedError, match="Fortran's order"):
+    with pytest.raises(DamagedError, match="Fortran order"):
         load(np.asfortranarray(ARRAY))
 
 

@@ -58,10 +58,10 @@ def test_what_is_what():
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("nowhere", "--from nowhere: nowhere is neither a folder, a file nor a URL."),
-        ("file:///no/where", "--from file:///no/where: /no/where is neither a folder, a file nor a URL."),
-        ("http:///path", "--from http:///path: an address with no host."),
-        ("http://[::1/path", "--from http://[::1/path: an address with no host."),
+        ("nowhere", "Source nowhere: nowhere is neither a folder, a file nor a URL."),
+        ("file:///no/where", "Source file:///no/where: /no/where is neither a folder, a file nor a URL."),
+        ("http:///path", "Source http:///path: an address with no host."),
+        ("http://[::1/path", "Source http://[::1/path: an address with no host."),
         ("nonsense://x", "nonsense:// is not known. Give a folder, an http(s) address, or a URL that fsspec reads"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
     """The message names the package."""
     known = {"class": "no_such_package.System", "err": "Install no_such_package to read this"}
     monkeypatch.setitem(known_implementations, "needy", known)
-    with pytest.raises(RequestError, match=r"reading needy:// needs one more package\. Install no_such_package"):
+    with pytest.raises(RequestError, match=r"reading needy:// needs another package\. Install no_such_package"):
         find("needy://bucket", "f.zip")
 
 

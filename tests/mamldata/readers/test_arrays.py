@@ -269,5 +269,5 @@ def test_a_cache_of_more_than_images(shape: tuple[int, ...], tmp_path: Path):
     cache = {"image_data": images, "class_dict": {"a": numbers[: shape[0]], "b": numbers if shape[0] > 1 else []}}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(cache, 4))
     found = Found(ImageForm("pickled-arrays", files={"train": ("a.pkl",)}), tmp_path)
-    with pytest.raises(DamagedError, match=r"a\.pkl is not laid out as MiniImagenet's caches are"):
+    with pytest.raises(DamagedError, match=r"a\.pkl does not have the layout of MiniImagenet's caches"):
         list_images(found, [Row("1.jpg", "a", "train", "train.csv", 2)], lambda _: None)

@@ -138,7 +138,7 @@ def test_the_same_image_in_containers_of_two_kinds(other: str, kind: str, tmp_pa
     one = write(kind, tmp_path / "1", [("one/a/1.png", b"same"), ("one/b/1.png", b"this")])
     two = write(other, tmp_path / "2", [("two/a/1.png", b"same"), ("two/b/1.png", b"that")])
     index = index_images(DEPTH_1, [one, two])
-    fault = f"{two}, two/b/1.png: not the image that 1 has under the same class and name (b/1.png)"
+    fault = f"{two}, two/b/1.png: differs from the image of the same class and name in 1 (b/1.png)"
     assert listed(index) == [("a", "1.png"), ("b", "1.png")]
     assert [found.text for found in index.faults] == [fault]
 
@@ -157,7 +157,7 @@ def test_a_clash_is_refused(kind: str, again: str, tmp_path: Path) -> None:
     """Different images under one class and name: neither is the right one, whether they are as long or not."""
     members = [("s/a/1.png", b"this"), (again, b"that"), ("u/a/1.png", b"longer")]
     path = write(kind, tmp_path / "x", members)
-    fault = "{}, {}: not the image that x has under the same class and name (a/1.png)"
+    fault = "{}, {}: differs from the image of the same class and name in x (a/1.png)"
     found = [fault.text for fault in index_images(DEPTH_1, [path]).faults]
     assert found == [fault.format(path, again), fault.format(path, "u/a/1.png")]
 
@@ -220,7 +220,7 @@ def test_a_member_too_large_to_be_an_image(tmp_path: Path) -> None:
     """More than 64 MiB is not even unpacked."""
     path = write_zip(tmp_path / "x.zip", [("s/a/1.png", bytes((64 << 20) + 1))], zipfile.ZIP_DEFLATED)
     index = index_images(DEPTH_1, [path])
-    assert contents(index) == ["it has 67,108,865 bytes, more than the 67,108,864 that an image may have"]
+    assert contents(index) == ["it has 67,108,865 bytes; the limit for an image is 67,108,864"]
 
 
 def test_flipped_bytes_never_crash_it(tmp_path: Path) -> None:

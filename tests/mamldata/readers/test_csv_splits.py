@@ -204,29 +204,29 @@ FAULTS = [
     (change("val", 2, ",emu"), ["val.csv, line 2: the filename is empty"]),
     (change("val", 2, "../emu0.png,emu"), ["val.csv, line 2: '../emu0.png' points outside the images' folder"]),
     (change("val", 2, "/etc/passwd,emu"), ["val.csv, line 2: '/etc/passwd' points outside the images' folder"]),
-    (change("val", 2, "emu0.png,../emu"), ["val.csv, line 2: '../emu' is no name for a class"]),
+    (change("val", 2, "emu0.png,../emu"), ["val.csv, line 2: '../emu' is not a valid class name"]),
     (change("val", 2, '"emu0.png,emu'), ["val.csv, line 3: unexpected end of data", "val.csv: it names no image"]),
-    (change("train", 3, "cat0.png,cat"), ["train.csv, line 3: cat0.png stands in train.csv, line 2 already"]),
+    (change("train", 3, "cat0.png,cat"), ["train.csv, line 3: cat0.png is already in train.csv, line 2"]),
     (
         change("val", 2, "cat0.png,emu"),
-        ["val.csv, line 2: cat0.png stands in train.csv, line 2 already"],
+        ["val.csv, line 2: cat0.png is already in train.csv, line 2"],
     ),
     (
         change("test", 2, "ape0.png,dog"),
-        ["test.csv, line 2: the class dog is in train.csv, line 5 too, which is another split"],
+        ["test.csv, line 2: the class dog is also in train.csv, line 5, which is another split"],
     ),
     (change("test", 2, "ape9.png,ape"), ["test.csv, line 2: there is no image ape9.png"]),
     (image("dog2.png", None), ["train.csv, line 7: there is no image dog2.png"]),
     (
         image("dog2.png", b"<html>not found</html>"),
-        ["train.csv, line 7: images.zip, images/dog2.png: no image in a format that can be read"],
+        ["train.csv, line 7: images.zip, images/dog2.png: not an image in a supported format"],
     ),
-    (image("dog2.png", b""), ["train.csv, line 7: images.zip, images/dog2.png: no image in a format that can be read"]),
+    (image("dog2.png", b""), ["train.csv, line 7: images.zip, images/dog2.png: not an image in a supported format"]),
     (
         image("dog2.png", encoded(np.full((64, 64, 3), 7, dtype=np.uint8))[:60]),
         ["train.csv, line 7: images.zip, images/dog2.png: "],
     ),
-    (image("dog2.png", BOMB), ["train.csv, line 7: images.zip, images/dog2.png: 10000x10000 pixels are too many"]),
+    (image("dog2.png", BOMB), ["train.csv, line 7: images.zip, images/dog2.png: 10000x10000 pixels are more than"]),
 ]
 
 
@@ -258,7 +258,7 @@ def test_two_rows_that_mean_one_image(beasts: Made):
     beasts.tables["train"].append("more/dog2.png,dog")
     (fault,) = beasts.faults()
     assert fault == (
-        "train.csv, line 10: more/dog2.png would be one and the same image as dog2.png in train.csv, line 7: "
+        "train.csv, line 10: more/dog2.png means the same image as dog2.png in train.csv, line 7: "
         "images.zip/images/more/dog2.png"
     )
 
@@ -276,7 +276,7 @@ def test_an_image_twice_in_the_container(beasts: Made):
     """Two files that end alike: which one is meant?"""
     beasts.images["more/dog2.png"] = beasts.images["dog2.png"]
     (fault,) = beasts.faults()
-    assert fault.startswith("train.csv, line 7: dog2.png is there more than once: images.zip/images/")
+    assert fault.startswith("train.csv, line 7: dog2.png exists more than once: images.zip/images/")
 
 
 def test_a_missing_table(beasts: Made):
@@ -291,7 +291,7 @@ def test_a_table_that_is_no_text(beasts: Made):
     (beasts.raw / "val.csv").write_bytes(b"filename,label\nemu\xe9.png,emu\n")
     files = [beasts.raw / file.name for file in manifest.files]
     (fault,) = index_images(CSV, files).faults
-    assert fault.text.startswith("val.csv: not a text in UTF-8")
+    assert fault.text.startswith("val.csv: not UTF-8 text")
 
 
 def test_a_byte_order_mark_and_carriage_returns(beasts: Made):

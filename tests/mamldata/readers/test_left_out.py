@@ -94,7 +94,7 @@ def test_the_text():
     """One line that says how many, what, and which."""
     assert [str(group) for group in LEFT_OUT] == [
         "7 files that are not read as images (.heic 4, .txt 3): README.txt, a/1.HEIC, above/readme.txt, …",
-        "1 image that lies in no class's folder: loose.png",
+        "1 image outside all class folders: loose.png",
         "3 hidden files",
         "2 folders of files without any image: deep/er, flowers",
     ]

@@ -1,1 +1,1 @@
-"""Episodes on disk and at addresses: planned, written, read and verified. It knows no torch."""
+"""Episodes on disk and at addresses: planned, written, read and verified. Does not import torch."""

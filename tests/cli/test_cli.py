@@ -471,7 +471,7 @@ def test_an_archive_at_an_address(archive: Path, tmp_path: Path):
         assert result.stdout == run("eval", tmp_path / "run", archive, "--device", "cpu").stdout
         broken = run("verify", address, root=root)
         assert broken.exit_code == 1
-        assert "test-00000.tar could not be had" in broken.stdout
+        assert "test-00000.tar could not be fetched" in broken.stdout
     finally:
         memory.rm("/cli", recursive=True)
 
@@ -693,7 +693,7 @@ class TestBadInput:
         """An address that is none is wrong usage, before anything is written."""
         pytest.importorskip("distributed", reason="the package distributed is not installed; the test group has it")
         result = run("build", "glyphs", "--out", tmp_path / "a", "--dask", "nonsense", root=glyphs_root)
-        refused(result, 2, "'nonsense' is no address of a Dask scheduler")
+        refused(result, 2, "'nonsense' is not a Dask scheduler's address")
         assert not (tmp_path / "a").exists()
 
     def test_a_web_server_to_build_to(self, glyphs_root: Path):

@@ -215,7 +215,7 @@ class TestLayout:
     def test_a_member_too_large_for_a_tar(self):
         """A tar header has eleven octal digits for a length: more is refused, not written wrongly."""
         assert EpisodeLayout(2, 1, 1, (60_000, 60_000, 1)).query.bytes == 2 * 60_000**2
-        with pytest.raises(RequestError, match=r"query file would be [89],[0-9,]+ bytes; a tar holds none of 8 GiB"):
+        with pytest.raises(RequestError, match=r"query file would be [89],[0-9,]+ bytes; tar allows less than 8 GiB"):
             EpisodeLayout(2, 1, 2, (47_377, 47_375, 1))
 
     def test_a_view_is_no_copy_and_ignores_the_closing_blocks(self):
@@ -327,7 +327,7 @@ class TestArchiveJson:
 class TestNotAnArchive:
     def test_a_folder_of_something_else(self, tmp_path):
         """A folder without archive.json is refused with the command that makes one."""
-        with pytest.raises(RequestError, match=r"is not an archive: there is no archive\.json in it.*mamldata build"):
+        with pytest.raises(RequestError, match=r"is not an archive: it has no archive\.json.*mamldata build"):
             read_archive(tmp_path)
 
     def test_a_folder_that_is_not_there(self, tmp_path):
@@ -595,7 +595,7 @@ class TestOpenShard:
         for data, episode in ((wrong, 0), (right[:-stride] + wrong[-stride:], 2)):
             (tmp_path / shard.file).write_bytes(data + bytes(END))
             open_shard(tmp_path / shard.file, shard, archive.layout)
-            text = rf"{shard.file} holds other episodes than archive\.json says: episode {episode} in it"
+            text = rf"{shard.file} holds other episodes than archive\.json says: its episode {episode}"
             with pytest.raises(DamagedError, match=text):
                 open_shard(tmp_path / shard.file, shard, archive.layout, sampler=sampler)
 

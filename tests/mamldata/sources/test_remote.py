@@ -516,7 +516,7 @@ class TestFaults:
         (own / INDEX_SUM).write_bytes(index_sum(sha256_bytes(data)))
         server = Server(own)
         try:
-            with pytest.raises(DamagedError, match="not what was written"):
+            with pytest.raises(DamagedError, match="it has changed"):
                 remote(server)
         finally:
             server.close()
@@ -662,7 +662,7 @@ class TestCache:
             remote(server, cache_dir=tmp_path, cache_bytes=bound - 1)
         with pytest.raises(RequestError, match="needs a cache_dir"):
             remote(server, cache_bytes=bound)
-        with pytest.raises(RequestError, match="a folder is read where it is"):
+        with pytest.raises(RequestError, match="a folder needs no cache"):
             EpisodeStream(folder, cache_dir=tmp_path)
 
     def test_what_killed_downloads_left_makes_room(self, folder, server, tmp_path):

@@ -38,8 +38,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         split: ``train`` (the default), ``val`` or ``test``.
         batch_size: episodes in a meta-batch.
         seed: of the order; equal seeds give equal orders on every machine.
-        shuffle: a new permutation in each epoch, without the last episodes if they fill no meta-batch; False: each
-            episode once, in order. None: shuffled for the train split of an archive, in order otherwise.
+        shuffle: a new permutation in each epoch, without the last ones if they fill no meta-batch. False: each episode
+            once, in order. None: shuffled for the train split of an archive, in order otherwise.
         remix: form the episodes of each epoch again from the ways of all stored ones, for training on an archive;
             see ``mamldata.sources.remixed``.
         rank, world_size: this process and the number of processes, which share each meta-batch; its episodes do not
@@ -51,7 +51,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         normalise: the former spelling of ``normalize``.
         verify: hash each shard when it is opened, which finds even one changed pixel.
         cache_dir: where the shards of an archive at an address are kept; None: four of them in a temporary folder.
-        cache_bytes: upper bound in bytes on the shards there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
+        cache_bytes: upper bound on the bytes there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
 
     Raises:
         RequestError: the source or an argument is invalid.

@@ -495,7 +495,7 @@ def test_a_recipe_gives_settings_and_episodes(glyphs_root: Path, tmp_path: Path)
     assert config["settings"]["inner_lr"] == 0.4
     assert config["settings"]["meta_schedule"] == "constant"
     assert config["settings"]["steps"] == 2
-    assert "Not as the recipe maml-omniglot-5w1s has it: dataset is glyphs, not omniglot." in done.stderr
+    assert "Different from the recipe maml-omniglot-5w1s: dataset is glyphs, not omniglot." in done.stderr
     refused(run("train", "glyphs", "--recipe", "maml", "--out", tmp_path / "b", root=glyphs_root), 2, "no recipe")
 
 
@@ -570,7 +570,7 @@ def test_compare(archive: Path, tmp_path: Path):
         (["--algorithms", "maml,fomamel"], "there is no algorithm 'fomamel'. Did you mean 'fomaml'?"),
         (["--algorithms", "maml"], "at least two"),
         (["--set", "maml.inner_lr"], "is not of the form ALGORITHM.SETTING=VALUE"),
-        (["--set", "anil.inner_lr=1"], "'anil' is not among those compared: maml, fomaml"),
+        (["--set", "anil.inner_lr=1"], "'anil' is not one of those compared: maml, fomaml"),
         (["--set", "maml.inner_rl=1"], "there is no setting 'inner_rl'. Did you mean 'inner_lr'?"),
         (["--set", "maml.inner_lr=fast"], "maml: Invalid training settings:\n  inner_lr must be a number"),
         (["--set", "fomaml.checkpoint_inner=true"], "fomaml: Invalid training settings"),
@@ -834,7 +834,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cli.commands.datasets.list_datasets", interrupt)
-    refused(run("datasets"), 1, "Interrupted", "it goes on")
+    refused(run("datasets"), 1, "Interrupted", "to continue")
 
 
 def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):

@@ -272,12 +272,12 @@ class TestNormalised:
         for expected, batch in zip(plain, EpisodeStream(colours, "test", BATCH, normalize=given), strict=True):
             torch.testing.assert_close(batch.query_x, (expected.query_x - mean) / std, atol=2e-6, rtol=0)
         for wrong in (Normalization((0.1,), (0.5,)), given._replace(std=(0.5, 0.0, 0.5))):
-            with pytest.raises(RequestError, match="above 0 for each channel, of which these images have 3"):
+            with pytest.raises(RequestError, match="above 0 for each of the images' 3 channels"):
                 EpisodeStream(colours, "test", BATCH, normalize=wrong)
 
     def test_bytes_cannot_be_normalised(self, folder):
         """There is no such dtype."""
-        with pytest.raises(RequestError, match=r"leave normalise or dtype=torch\.uint8 out"):
+        with pytest.raises(RequestError, match=r"Leave out normalize or dtype=torch\.uint8"):
             EpisodeStream(folder, normalize=True, dtype=torch.uint8)
 
 

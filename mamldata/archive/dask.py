@@ -40,7 +40,7 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         raise RequestError(f"{address!r} is not a Dask scheduler's address ({error}). Give tcp://host:8786.") from error
     except OSError as error:
         raise MamldataError(
-            f"No Dask scheduler answers at {address} ({error}). Check the address, and that it runs."
+            f"No Dask scheduler answers at {address} ({error}). Check that it runs, and its address."
         ) from error
     with _quiet(), client:
         try:

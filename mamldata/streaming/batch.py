@@ -102,7 +102,7 @@ class BatchReader:
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 
     def indices(self, t: int) -> Indices:
-        """This rank's episodes of meta-batch ``t``: int64, one dimension."""
+        """The episodes of meta-batch ``t`` that this rank reads: int64, one dimension."""
         return share(self.order.indices(t), self.rank, self.world_size)
 
     def look_ahead(self, t: int) -> None:

@@ -264,7 +264,7 @@ class _Pass(Iterator[EpisodeBatch]):
         return EpisodeBatch(*(tensor.clone() for tensor in batch)) if self._in_worker else batch
 
     def state_dict(self) -> dict[str, int]:
-        """This process's position in the pass; the end of a pass differs from the beginning of the next one."""
+        """The position in the pass; the end of a pass differs from the beginning of the next one."""
         left = self._begin()
         return {"next_batch": left.start, "stop": left.stop, "worker": self._worker, "workers": self._workers}
 

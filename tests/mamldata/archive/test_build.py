@@ -473,7 +473,9 @@ class TestExecutor:
 
         with (
             Elsewhere(1) as executor,
-            pytest.raises(WriteError, match=r"Workers wrote 5 shards, but 5 of them are not in .*out \(first: train-00000"),
+            pytest.raises(
+                WriteError, match=r"Workers wrote 5 shards, but 5 of them are not in .*out \(first: train-00000"
+            ),
         ):
             build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
         assert not (tmp_path / "out" / INDEX).exists()

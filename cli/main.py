@@ -18,7 +18,7 @@ from mamldata.version import __version__
 
 # Each verb and its line in the overview. The module of the same name in ``cli.commands`` defines it as ``command``.
 VERBS = {
-    "datasets": "List the datasets, and which of their files are on this machine.",
+    "datasets": "List the datasets, and which files of them are here.",
     "fetch": "Get a dataset's raw files and verify them.",
     "verify": "Hash all files of a dataset or an archive again.",
     "build": "Build an archive of episodes.",
@@ -29,7 +29,7 @@ VERBS = {
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
     "manifest": "Write a manifest for your own files.",
-    "doctor": "Print the facts about this machine that a bug report needs.",
+    "doctor": "Print what a bug report needs to say about this machine.",
 }
 
 EPILOG = """\b

@@ -36,12 +36,12 @@ def _portion(_context: click.Context, _option: click.Parameter, value: str | Non
     epilog="\b\nExample:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600",
 )
 @click.argument("name", metavar="NAME|FILE.toml|FOLDER")
-@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="Where the archive goes, such as s3://… .")
+@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="The new archive: a folder, or s3://… .")
 @episode_options()
 @click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Train episodes.")
 @click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Val episodes.")
 @click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Test episodes.")
-@click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit into 64 MiB]")
+@click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit in 64 MiB]")
 @click.option("--workers", type=click.IntRange(1), help="Processes on this machine.  [default: one for each processor]")
 @click.option("--dask", metavar="ADDRESS", help="Write the shards on the Dask cluster with this scheduler.")
 @click.option("--shards", metavar="I/N", callback=_portion, help="Write only the I-th of N portions, from 1/N to N/N.")
@@ -63,7 +63,8 @@ def command(
 ) -> None:
     """Build an archive of episodes; the same command gives the same bytes on every machine.
 
-    If it is interrupted, the same command continues. Images are first decoded into a bank, once for each image size.
+    To continue an interrupted build, run the same command again. Images are first decoded into a bank, once for each
+    image size.
 
     A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Without such splits, 64 % of
     the classes are train, 16 % val and 20 % test, drawn with seed 0.

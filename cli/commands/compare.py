@@ -46,7 +46,7 @@ _OF_ONE = (
     "--set", "own", multiple=True, metavar="ALGORITHM.SETTING=VALUE", help="A setting of one algorithm.  [repeatable]"
 )
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
-@click.option("--episodes", "count", type=click.IntRange(2), help="To evaluate on.  [default: all, or 600 live ones]")
+@click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @setting_options(leave_out=_OF_ONE)
 @episode_options(seed=False)
 @root_option
@@ -65,8 +65,8 @@ def command(
 ) -> None:
     """Train with several algorithms on the same episodes, and report the accuracy and cost of each.
 
-    Writes a run folder for each, compare.json, the table compare.md, and pictures. If it is interrupted, the same
-    command continues.
+    Writes a run folder for each, compare.json, the table compare.md, and pictures. To continue an
+    interrupted comparison, run the same command again.
     """
     from trainer.reports.compare import RESULT, compare, table
     from trainer.reports.plots import have_matplotlib, plot_comparison

@@ -16,7 +16,7 @@ from mamldata.datasets.paths import data_root
 @root_option
 @json_option
 def command(root: str | None, as_json: bool) -> None:
-    """List the built-in datasets, their split schemes, and which of their files are on this machine."""
+    """List the built-in datasets, their split schemes, and which files of them are on this machine."""
     entries = list_datasets(data_root(root))
     if as_json:
         print_json(entries)

@@ -20,7 +20,7 @@ from trainer.settings import SETTINGS
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
-@click.option("--episodes", "count", type=click.IntRange(2), help="To evaluate on.  [default: all, or 600 live ones]")
+@click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()

@@ -26,7 +26,7 @@ from mamldata.io.urls import shown_place
 @root_option
 @json_option
 def command(target: str, digest: str | None, root: str | None, as_json: bool) -> None:
-    """Hash raw files and banks, or an archive's shards, again; exit with 1 if a byte has changed."""
+    """Hash a dataset's raw files and banks, or an archive's shards, again; exit with 1 if a byte has changed."""
     folder = archive_folder(target)
     if folder is None:
         if digest is not None:

@@ -181,7 +181,7 @@ def _read_archive(store: Store) -> Archive | None:
     """The finished archive at a place, if there is one.
 
     Raises:
-        DamagedError: its ``archive.json`` is not what was written.
+        DamagedError: its ``archive.json`` is damaged.
     """
     data = store.read(INDEX)
     return None if data is None else check_archive(data, store.read(INDEX_SUM), f"{store}/{INDEX}")

@@ -1,4 +1,4 @@
-"""The group of all verbs. A verb's module is imported when the verb is used, so that ``--help`` answers at once."""
+"""The group of all verbs. A verb's module is imported only when the verb is used, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import click
 from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
 from mamldata.version import __version__
 
-# verb: its line in the overview. The module of the same name in ``cli.commands`` has it as ``command``.
+# Each verb and its line in the overview. The module of the same name in ``cli.commands`` defines it as ``command``.
 VERBS = {
-    "datasets": "List the datasets, and what of them is here.",
+    "datasets": "List the datasets, and which files of them are here.",
     "fetch": "Get a dataset's raw files and verify them.",
-    "verify": "Hash everything of a dataset or an archive again.",
+    "verify": "Hash all files of a dataset or an archive again.",
     "build": "Build an archive of episodes.",
-    "inspect": "Show what is in an archive, and its digest.",
+    "inspect": "Show an archive's contents and its digest.",
     "preview": "Draw an episode as a picture.",
     "recipes": "List the settings of published experiments.",
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
-    "manifest": "Write a manifest for files of your own.",
-    "doctor": "Print what a bug report needs.",
+    "manifest": "Write a manifest for your own files.",
+    "doctor": "Print what a bug report needs to say about this machine.",
 }
 
 EPILOG = """\b
@@ -40,11 +40,11 @@ Example, without a network:
 """
 
 
-_PATIENCE = 10  # seconds that a process which says nothing waits for the one that does
+_PATIENCE = 10  # seconds that a silent process waits for the one that shows the error
 
 
 class Failure(click.ClickException):
-    """An error of ours as click shows it: its message on stderr, its exit code, no traceback."""
+    """Show an error of ours as click does: its message on stderr and its exit code, without a traceback."""
 
     def __init__(self, error: MamldataError) -> None:
         super().__init__(str(error))
@@ -55,7 +55,7 @@ class Verbs(click.Group):
     """A group that knows its commands by name and imports only the one that is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All verbs, in the order of work."""
+        """All verbs, in the order in which they are used."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
@@ -66,30 +66,30 @@ class Verbs(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The overview, from the table above instead of from the modules."""
+        """Write the overview from ``VERBS``, without importing the modules."""
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line, and end the process."""
-        # Threads that share one of torch's operations wait for the last of them by spinning, by default for so long
-        # that, where other programs use the processors too, they take the time in which that one could run. libgomp
-        # reads this when torch is loaded; long enough for the next operation to find them awake.
+        # Threads that share one of torch's operations wait for the last of them by spinning. By default they spin so
+        # long that, on a busy machine, they take the processor time that the last one needs. With this value, which
+        # libgomp reads when torch is loaded, they still spin long enough to be awake for the next operation.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
             if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
-                # Threads of gloo that let go of their last tensors while the interpreter shuts down abort the process
-                # now and then (torch 2.15), which torchrun would take for a failure of a job that is done.
+                # If gloo's threads free their last tensors while the interpreter shuts down, the process sometimes
+                # aborts (torch 2.15), and torchrun would report a failure of a finished job.
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code or 0)
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a verb; what a user can mend is shown without a traceback."""
+        """Run a verb; show errors that a user can fix without a traceback."""
         try:
             return super().invoke(ctx)
         except MamldataError as error:
@@ -97,7 +97,7 @@ class Verbs(click.Group):
             if not _shows(error):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
-            if isinstance(error, StoppedError):  # what was asked for is no error to show as one
+            if isinstance(error, StoppedError):  # the user asked for it, so it is not shown as an error
                 click.echo(str(error), err=True)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
@@ -115,31 +115,31 @@ class Verbs(click.Group):
             if not _shows(error):
                 raise click.exceptions.Exit(1) from None
             raise click.ClickException(
-                "Interrupted. Run the same command again (train: with --resume): it goes on."
+                "Interrupted. Run the same command again (train: with --resume) to continue."
             ) from None
 
 
 def _shows(error: BaseException) -> bool:
-    """Whether this process of a job shows an error, which others may have, too."""
+    """Whether this process of a job shows an error, which other processes may have too."""
     if isinstance(error, PeerError):
-        return False  # the other one does
+        return False  # the failed process shows it
     if isinstance(error, StoppedError | KeyboardInterrupt):
         return os.environ.get("RANK", "0") == "0"
     if isinstance(error, click.UsageError):
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong may be that machine's: a file is missing
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # once for each machine: a file may be missing on one of them
     if isinstance(error, LostPeerError):
-        return os.environ.get("LOCAL_RANK", "0") in {"0", "1"}  # one of them may be the one that is gone
+        return os.environ.get("LOCAL_RANK", "0") in {"0", "1"}  # 0 or 1 may be the lost process itself
     return True
 
 
 def _let_others_speak(error: BaseException) -> None:
-    """Wait for the process that shows an error: torchrun ends all, by SIGTERM, as soon as the first one has ended."""
-    if not isinstance(error, StoppedError):  # all have saved; a scheduler may be waiting
+    """Wait for the process that shows an error: when one process ends, torchrun ends all others by SIGTERM."""
+    if not isinstance(error, StoppedError):  # all have saved, and a scheduler may be waiting
         time.sleep(_PATIENCE)
 
 
 def _tell_torchrun(error: Exception) -> None:
-    """Leave the message where torchrun looks for the cause of a failure that it reports."""
+    """Write the message to the file from which torchrun reports the cause of a failure."""
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):  # the message is shown in any case
@@ -149,4 +149,4 @@ def _tell_torchrun(error: Exception) -> None:
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mamldata")
 def main() -> None:
-    """Few-shot datasets as verified, bit-reproducible episode archives; and a lean MAML trainer."""
+    """Few-shot datasets as verified, bit-reproducible episode archives, and a lean MAML trainer."""

@@ -18,27 +18,27 @@ root_option = click.option(
     type=click.Path(file_okay=False),
     envvar="MAMLDATA_ROOT",
     show_envvar=True,
-    help="Where datasets are kept.  [default: the user's cache folder]",
+    help="The folder of all datasets.  [default: the user's cache folder]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-# The settings of episodes: None means that the user did not say.
+# The settings of episodes; None: the user did not set it.
 _EPISODE_OPTIONS = {
     "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
     "k_shot": click.option("--k-shot", type=click.IntRange(1), help="Support images per class.  [default: 1]"),
     "k_query": click.option("--k-query", type=click.IntRange(1), help="Query images per class.  [default: 15]"),
-    "split_scheme": click.option("--split-scheme", help="How the classes are divided.  [default: the dataset's own]"),
+    "split_scheme": click.option("--split-scheme", help="How the classes are split.  [default: the dataset's own]"),
     "rotations": click.option(
-        "--rotations", type=click.Choice(ROTATIONS), help="Turned classes.  [default: the dataset's own]"
+        "--rotations", type=click.Choice(ROTATIONS), help="Splits with rotated classes.  [default: the dataset's own]"
     ),
     "image_size": click.option(
-        "--image-size", type=click.IntRange(1, 4096), help="In pixels.  [default: the dataset's own]"
+        "--image-size", type=click.IntRange(1, 4096), help="Side of the images in pixels.  [default: the dataset's own]"
     ),
-    "seed": click.option("--seed", type=click.IntRange(0), help="Of the episodes.  [default: 0]"),
+    "seed": click.option("--seed", type=click.IntRange(0), help="Seed of the episodes.  [default: 0]"),
 }
 
 
 def episode_options(*, seed: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options that say what episodes are; the command gets those that were given as ``episodes``, a dict.
+    """Add the options that define episodes; the command gets those that were given in a dict ``episodes``.
 
     Args:
         seed: whether ``--seed`` is one of them.
@@ -49,11 +49,11 @@ def episode_options(*, seed: bool = True) -> Callable[[Callable[..., Any]], Call
 def options_as(
     argument: str, options: Mapping[str, Callable[..., Any]]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add options to a command, which gets those that were given as one argument, a dict.
+    """Add options to a command, which gets those that were given in one dict.
 
     Args:
-        argument: its name.
-        options: click's decorators, by the names of their parameters.
+        argument: the name of that dict's parameter.
+        options: click's decorators, by parameter name.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def as_words(options: Mapping[str, Any]) -> list[object]:
-    """Options by their parameters' names, as the command line has them."""
+    """Options and values, given by parameter name, as words of a command line."""
     return [word for name, value in options.items() for word in (option_name(name), value)]
 
 

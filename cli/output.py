@@ -1,4 +1,4 @@
-"""What the verbs print: lines on stderr, results on stdout, progress bars, and the next command."""
+"""The verbs' output: messages on stderr, results on stdout, progress bars, and the next command."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cli.options import as_words
 
 
 def say(message: str) -> None:
-    """A message for people, on stderr."""
+    """Print a message for people on stderr."""
     click.echo(message, err=True)
 
 
 def next_command(*commands: Sequence[object]) -> None:
-    """The closing line: what one would do next, as a shell takes it.
+    """Print the closing line: the command to run next, quoted for a shell.
 
     Args:
-        commands: the verb and its arguments, each; a ``--root`` of the command under way is added.
+        commands: each a verb and its arguments; the current command's ``--root`` is added.
     """
     context = click.get_current_context()
     given_root = context.get_parameter_source("root") is click.core.ParameterSource.COMMANDLINE
@@ -40,7 +40,7 @@ def next_command(*commands: Sequence[object]) -> None:
 
 
 def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:
-    """For ``next_command``: train with the defaults, into a new folder called after the data.
+    """For ``next_command``: train with the defaults, into a new folder named after the data.
 
     Args:
         target: an archive, or a dataset.
@@ -49,7 +49,7 @@ def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxy
     name = _name(target)
     names = chain([f"{name}-maml"], (f"{name}-maml-{number}" for number in count(2)))
     out = next(one for one in names if not Path(one).exists())
-    shape = {option: value for option, value in episodes.items() if option != "seed"}  # train's own is of the weights
+    shape = {option: value for option, value in episodes.items() if option != "seed"}  # train's --seed sets the weights
     return ["train", target, *as_words(shape), "--out", out]
 
 
@@ -60,18 +60,18 @@ def _name(target: Path | str) -> str:
 
 
 def build_command(dataset: str) -> list[object]:
-    """For ``next_command``: build with the defaults, which are 5 ways and 1 shot."""
+    """For ``next_command``: build with the defaults, 5-way 1-shot."""
     return ["build", dataset, "--out", f"{_name(dataset)}-5w1s"]
 
 
 def print_json(value: Any) -> None:
-    """A result for programs, on stdout."""
+    """Print a result for programs on stdout."""
     click.echo(json.dumps(value, indent=2))
 
 
 @contextmanager
 def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int], object]]:
-    """Progress as a bar on stderr with rate and time left; nothing at all where stderr is no terminal."""
+    """A progress bar on stderr with rate and time left; no output if stderr is not a terminal."""
     scale = unit == "B"
     with tqdm(
         total=total,
@@ -87,7 +87,7 @@ def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int]
 
 
 def size_text(size: int) -> str:
-    """Bytes as people read them."""
+    """A size in bytes as people read it."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

@@ -1,4 +1,4 @@
-"""What a verb works on: a dataset or an archive, and the episodes of either."""
+"""The target of a verb, a dataset or an archive, and its episodes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def archive_folder(target: str) -> Path | str | None:
     if target.endswith(".toml") or target in builtin_names():
         return None
     if path.is_dir():
-        # Of what was an archive once, whoever reads it says what is wrong with it.
+        # A damaged or unfinished archive counts as one: reading it reports what is wrong.
         return path if (path / ".build").is_dir() or any(path.glob("*-00000.tar")) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
@@ -43,20 +43,20 @@ def archive_folder(target: str) -> Path | str | None:
 
 
 def archive_cache(folder: Path | str, root: str | None) -> Path | None:
-    """Where the shards of an archive at an address are kept between commands; None for a folder."""
+    """The cache folder for shards of an archive at an address; None for a folder."""
     return data_root(root) / "archive-cache" if is_remote(folder) else None
 
 
 def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
-    """An archive's episodes are what they are: options that would change them are wrong usage.
+    """Refuse options that would change episodes, because those of an archive are fixed.
 
     Raises:
-        click.UsageError: some were given.
+        click.UsageError: such options were given.
     """
     if options:
         names = ", ".join(option_name(name) for name in options)
         raise click.UsageError(
-            f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave the option out."
+            f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave out these options."
         )
 
 
@@ -67,11 +67,11 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
         target: an archive, or a dataset's name or manifest.
         root: the data root.
         episodes: the options that the user gave for live episodes.
-        remix: whether to train on remixed episodes, if the user said.
+        remix: whether to train on remixed episodes; None: the user did not set it.
 
     Raises:
         RequestError: ``target`` is neither an archive nor a dataset.
-        click.UsageError: options for episodes with an archive, or for an archive with live episodes.
+        click.UsageError: options for live episodes were given with an archive, or the reverse.
     """
     from trainer.data import archive_data, live_data
 
@@ -85,5 +85,5 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
 
 
 def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
-    """How many episodes to evaluate on: those asked for, else all of an archive, else 600, the field's custom."""
+    """How many episodes to evaluate on: ``asked``, else all of an archive, else 600, as is usual in the field."""
     return asked or data.available(split) or 600

@@ -30,26 +30,26 @@ def _option(setting: Setting, name: str, *, hidden: bool = False) -> Callable[..
     )
 
 
-# None means that the user did not say. ``TrainSettings`` checks the numbers, so that all faults are told at once.
+# None: the user did not set it. ``TrainSettings`` checks the values, so that all faults are reported at once.
 _OPTIONS = {
     "recipe": click.option(
-        "--recipe", metavar="NAME|FILE.toml", help="Begin with the settings of a recipe; see mamldata recipes."
+        "--recipe", metavar="NAME|FILE.toml", help="Start from the settings of a recipe; see mamldata recipes."
     ),
     **{name: _option(setting, name) for name, setting in SETTINGS.items()},
     **{old: _option(SETTINGS[new], old, hidden=True) for old, new in OLD_NAMES.items()},
     "remix": click.option(
         "--remix/--no-remix",
         default=None,
-        help="In each epoch, form new episodes from the ways of all episodes of an archive.  [default: yes]",
+        help="Form new episodes in each epoch from the ways of all episodes of an archive.  [default: yes]",
     ),
 }
 
 
 def setting_options(*, leave_out: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options that say how to train; the command gets those that were given as ``chosen``, a dict.
+    """Add the options that define training; the command gets those that were given in a dict ``chosen``.
 
     Args:
-        leave_out: those that make no sense for the command.
+        leave_out: options that do not apply to the command.
     """
     return options_as("chosen", {name: option for name, option in _OPTIONS.items() if name not in set(leave_out)})
 
@@ -61,7 +61,7 @@ def begin(
     chosen: dict[str, Any],
     tell: Callable[[str], object] = say,
 ) -> tuple[EpisodeData, dict[str, Any], dict[str, Any]]:
-    """The episodes to train on, and what the recipe and over it the user say of them.
+    """The episodes to train on, with the settings of the recipe and, overriding them, of the user.
 
     Returns:
         The episodes, arguments for ``TrainSettings``, and options for live episodes.
@@ -70,12 +70,12 @@ def begin(
         target: an archive, or a dataset.
         root: the data root.
         episodes: the options for live episodes that the user gave.
-        chosen: those of ``setting_options`` that the user gave.
-        tell: told how the episodes differ from the recipe's.
+        chosen: the options of ``setting_options`` that the user gave.
+        tell: called with each difference between the episodes and the recipe's.
 
     Raises:
-        RequestError: no such recipe, or ``target`` is neither an archive nor a dataset.
-        click.UsageError: options that do not go with ``target``.
+        RequestError: there is no such recipe, or ``target`` is neither an archive nor a dataset.
+        click.UsageError: an option does not fit ``target``.
     """
     values = renamed(chosen)
     recipe, remix = values.pop("recipe", None), values.pop("remix", None)
@@ -90,7 +90,7 @@ def begin(
     data = episode_data(target, root, episodes, remix=remix)
     if plan is not None:
         for difference in plan.differences(data.describe()):
-            tell(f"Not as the recipe {plan.name} has it: {difference}")
+            tell(f"Different from the recipe {plan.name}: {difference}")
     most = data.available("val") or TrainSettings.eval_episodes
     values.setdefault("eval_episodes", min(TrainSettings.eval_episodes, most))
     return data, values, episodes

@@ -1,4 +1,4 @@
-"""What a bug report needs to say about the machine."""
+"""The facts about a machine that a bug report needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error that a user can cause or meet, each with the exit code that the command line gives it."""
+"""Every error that a user can cause or meet, each with its exit code on the command line."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the nearest of the known words, else nothing."""
+    """`` Did you mean 'x'?`` for the nearest known word, else an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class MamldataError(Exception):
-    """Something failed that a user can understand and mend. The message says what, where and how."""
+    """A failure that a user can understand and fix. The message says what is wrong, where, and how to fix it."""
 
     exit_code = 1
 
 
 class RequestError(MamldataError):
-    """The request itself cannot be met as written (unknown name, impossible episode, not an archive)."""
+    """The request is invalid (unknown name, impossible episode, not an archive)."""
 
     exit_code = 2
 
 
 class ManifestError(RequestError):
-    """A manifest with faults, all of them reported at once.
+    """A manifest with faults, all reported at once.
 
     Args:
-        source: the manifest's file, as the user knows it.
+        source: the manifest's file, as shown to the user.
         faults: one line each, ``place: what is wrong``.
     """
 
@@ -41,38 +41,38 @@ class ManifestError(RequestError):
 
 
 class DataMissingError(MamldataError):
-    """Data that must be fetched or built first; the message names the command."""
+    """Data must be fetched or built first; the message names the command."""
 
 
 class FetchError(MamldataError):
-    """A file could not be had from any of its sources, or what came was not the file."""
+    """A file could not be fetched from any of its sources, or the wrong file was received."""
 
 
 class DamagedError(MamldataError):
-    """Bytes on disk that are not what they were when they were written."""
+    """Bytes on disk are not those that were written."""
 
 
 class WriteError(MamldataError):
-    """A place that cannot be written to (permissions, a full disk, something else in the way)."""
+    """A place cannot be written to (permissions, a full disk, another file in the way)."""
 
 
 class DivergedError(MamldataError):
-    """Training whose loss or gradient is not finite any more."""
+    """The loss or gradient of a training run is no longer finite."""
 
 
 class StoppedError(MamldataError):
-    """A signal asked a run to stop: what it has is saved, and it can go on."""
+    """A signal stopped a run, which has saved its state and can be resumed."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 
 
 class PeerError(MamldataError):
-    """Another process of the same job failed, and says itself what happened.
+    """Another process of the same job failed, and reports the error itself.
 
     Args:
-        rank: of that process.
-        message: what it says.
-        exit_code: that it ends with.
+        rank: the rank of that process.
+        message: its error message.
+        exit_code: its exit code.
     """
 
     def __init__(self, rank: int, message: str, exit_code: int = 1) -> None:
@@ -81,7 +81,7 @@ class PeerError(MamldataError):
 
 
 class LostPeerError(MamldataError):
-    """Another process of the same job is gone without a word."""
+    """Another process of the same job ended without reporting an error."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Fault:
 
     Attributes:
         kind: ``table`` (a split file), ``class`` (in two splits), ``layout``, ``missing`` or ``image``.
-        text: file and place, and what is wrong.
+        text: the file, the place in it, and what is wrong.
     """
 
     kind: str
@@ -98,7 +98,7 @@ class Fault:
 
     @property
     def of_one_image(self) -> bool:
-        """Whether it concerns a single image, which a manifest may say to leave out."""
+        """Whether it concerns a single image, which a manifest may leave out."""
         return self.kind in {"missing", "image"}
 
 
@@ -106,12 +106,12 @@ Report = Callable[[Fault], object]
 
 
 class DatasetError(DamagedError):
-    """Raw files that do not fit together, or images that cannot be read: all faults at once.
+    """Raw files do not fit together, or images cannot be read: all faults at once.
 
     Args:
         dataset: its name.
-        faults: in the order in which they are shown; of each kind the first ones are.
-        advice: how to mend them.
+        faults: in the order shown; the message has the first 20 of each kind.
+        advice: how to fix them.
     """
 
     def __init__(self, dataset: str, faults: Sequence[Fault], advice: str) -> None:

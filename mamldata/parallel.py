@@ -1,4 +1,4 @@
-"""Run the same pure task many times: in this process, in several, or wherever an executor runs them."""
+"""Run a pure function on many tasks: in this process, in several, or in an executor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mamldata.errors import MamldataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_MOST_IN_FLIGHT = 4096  # keeps a large cluster busy, and memory small
+_MOST_IN_FLIGHT = 4096  # enough to keep a large cluster busy, and few enough to keep memory small
 
 
 def default_workers() -> int:
-    """The processors that this process may use: those it is bound to, or fewer if its container gets less time.
+    """How many processors this process may use: those it is bound to, or fewer if its container is limited.
 
-    Part of a processor counts as a whole one.
+    A fraction of a processor counts as a whole one.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -42,7 +42,7 @@ def _cgroup_limits(root: Path) -> Iterator[float]:
     for line in _words(root / "proc/self/cgroup", "\n"):
         _, controllers, name = line.split(":", 2)
         group = PurePosixPath(name.lstrip("/"))
-        for level in (group, *group.parents):  # where a container sees itself as the root, only the last one is there
+        for level in (group, *group.parents):  # in a container that sees itself as the root, only the last one exists
             if not controllers:
                 limit = _words(root / "sys/fs/cgroup" / level / "cpu.max")
             elif "cpu" in controllers.split(","):
@@ -64,15 +64,15 @@ def _words(path: Path, separator: str | None = None) -> list[str]:
 def run_tasks(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int | Executor = 1
 ) -> Iterator[tuple[Task, Result]]:
-    """``function(task)`` for every task, as they finish, in no particular order.
+    """Yield each task with ``function(task)`` as it finishes, in no particular order.
 
     Args:
-        function: importable by name, because other processes import it.
+        function: a function that other processes can import by name.
         tasks: values that can be pickled.
-        workers: processes; with 1 everything happens in this one. Or an executor, which is left open.
+        workers: the number of processes; 1 runs everything in this one. Or an executor, which is left open.
 
     Raises:
-        MamldataError: a worker process died, or the executor gave up; what is finished stays finished.
+        MamldataError: a worker process died, or the executor gave up; finished tasks stay finished.
     """
     if isinstance(workers, Executor):
         yield from _collect(workers, function, tasks, _MOST_IN_FLIGHT)
@@ -86,7 +86,7 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent)
     try:
-        # Few at a time: a pool that breaks while tasks are handed in may leave a process behind (Python 3.11).
+        # Few at a time: a pool that breaks while tasks are submitted may leave a process behind (Python 3.11).
         yield from _collect(pool, function, todo, 4 * workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -100,7 +100,7 @@ def _collect(
     finished: SimpleQueue[Future[Result]] = SimpleQueue()
     try:
         while True:
-            # Within the try: a worker may die while tasks are still being handed in.
+            # Inside the try, because a worker may die while tasks are being submitted.
             for task in islice(left, most - len(pending)):
                 future = executor.submit(function, task)
                 pending[future] = task
@@ -110,16 +110,16 @@ def _collect(
             future = finished.get()
             yield pending.pop(future), future.result()
     except BrokenExecutor as error:
-        # A broken pool fails its tasks itself, and breaks down for good if one is cancelled before its turn.
+        # A broken pool fails its tasks itself; cancelling one of them first would crash it.
         pending.clear()
         raise MamldataError(
-            "A worker process died (killed, or out of memory). Run the same command again: it goes on from "
-            "what is finished; fewer --workers need less memory."
+            "A worker process died (killed, or out of memory). Run the same command again: it continues "
+            "from the finished tasks. Fewer workers need less memory."
         ) from error
     except CancelledError as error:
         raise MamldataError(
-            "The executor gave up a task: it was shut down, or lost its workers. Run the same command again: it goes "
-            "on from what is finished."
+            "The executor gave up a task: it was shut down, or lost its workers. Run the same command again: it "
+            "continues from the finished tasks."
         ) from error
     finally:
         for future in pending:
@@ -127,7 +127,7 @@ def _collect(
 
 
 def _end_with_parent() -> None:
-    """In a worker: end when the parent is gone, which nothing else would tell an idle worker."""
+    """In a worker: end when the parent has ended, which an idle worker would not notice otherwise."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

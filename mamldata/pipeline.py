@@ -1,4 +1,4 @@
-"""From the name of a dataset to its archive, in two calls; and an archive read back, wherever it is."""
+"""From the name of a dataset to its archive in two calls; and reading an archive, wherever it is."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def fetch(
     progress: Progress = silent,
     notify: Notify = silence,
 ) -> list[Fetched]:
-    """Get a dataset's raw files and verify them. What is there is left alone; what was broken off goes on.
+    """Fetch a dataset's raw files and verify them. Existing files are kept; interrupted downloads continue.
 
     Args:
         dataset: a built-in name, or the path of a manifest.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         sources: places to look in before the manifest's own: folders, http(s) addresses, fsspec URLs.
-        offline: touch no network.
-        progress: told of bytes, a bar for each file.
-        notify: told of waiting and of failed tries, a line each.
+        offline: do not use the network.
+        progress: counts bytes, with a bar for each file.
+        notify: gets a line for each wait and each failed try.
 
     Returns:
-        Each file: its name, how it got there, its length and digest.
+        For each file: its name, how it was obtained, its length in bytes and its digest.
 
     Raises:
-        RequestError: an unknown name, or a place that cannot be read.
-        FetchError: files that are not available, or are not the right ones; all are named, with every source tried.
+        RequestError: the name is unknown, or a place cannot be read.
+        FetchError: files are not available or are wrong; the message names all of them, with every source tried.
         WriteError: the root cannot be written to.
     """
     from mamldata.fetching import act
@@ -78,24 +78,25 @@ def build(
 ) -> Archive:
     """Build an archive of episodes: the same arguments give the same bytes on every machine.
 
-    The bank of images is made first if it is not there; nothing is downloaded. Interrupted, the same call goes on.
+    The bank of images is made first if it is missing; nothing is downloaded. After an interruption, the same call
+    continues.
 
     Args:
         dataset: a built-in name, the path of a manifest, or a folder of images.
-        out: the archive's folder, made if it is not there; or an address that fsspec writes to.
+        out: the archive's folder, created if missing; or an address that fsspec can write to.
         n_way, k_shot, k_query: classes; support and query images per class.
         episodes: how many for each of ``train``, ``val`` and ``test``; a split that is not named is left out.
         seed: of the episodes.
         split_scheme, rotations, image_size: the manifest's own if None.
         episodes_per_shard: as many as fit into 64 MiB if None.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
-        workers: processes; one for each processor if None.
-        executor: writes the shards in place of processes on this machine; see ``mamldata.archive.build.build``.
-        progress: told of images and of episodes.
+        workers: number of processes; one for each processor if None.
+        executor: writes the shards instead of processes on this machine; see ``mamldata.archive.build.build``.
+        progress: counts images and episodes.
 
     Raises:
-        RequestError: an unknown name, episodes that cannot be made, or a place that holds something else.
-        DataMissingError: the raw files are not there; the message names the command that gets them.
+        RequestError: the name is unknown, the episodes cannot be made, or the place holds something else.
+        DataMissingError: the raw files are missing; the message names the command that fetches them.
         DamagedError: a raw file or the bank is damaged.
         WriteError: the place cannot be written to.
     """
@@ -108,14 +109,14 @@ def build(
 
 
 def read_archive(place: Place) -> Archive:
-    """What ``archive.json`` says of an archive: its settings, classes, shards and digest. The shards are not touched.
+    """An archive's settings, classes, shards and digest, from ``archive.json``. Shards are not touched.
 
     Args:
         place: its folder or its address.
 
     Raises:
-        RequestError: not an archive, or an unfinished one.
-        FetchError: what is at the address is not available.
-        DamagedError: ``archive.json`` is not what was written.
+        RequestError: it is not an archive, or is an unfinished one.
+        FetchError: a file at the address could not be fetched.
+        DamagedError: ``archive.json`` is damaged.
     """
     return remote.read_remote_archive(str(place)) if is_remote(place) else index.read_archive(Path(place))

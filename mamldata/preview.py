@@ -15,7 +15,7 @@ from mamldata.sources.source import Source
 
 Images = npt.NDArray[np.uint8]
 
-_CELL = 64  # pixels that an image is enlarged to, if it is smaller
+_CELL = 64  # pixels that smaller images are enlarged to
 _MARGIN = 10
 _GAP = 2
 _BETWEEN = 18  # between support and query
@@ -24,11 +24,11 @@ _COLOURS = {"paper": "white", "ink": "black", "support": "#1f5fa8", "query": "#a
 
 
 def episode(source: Source, index: int) -> tuple[Images, Images, list[str]]:
-    """One episode's images and the names of its classes.
+    """An episode's images and the names of its classes.
 
     Args:
         source: an archive's split, or a live one.
-        index: of the episode.
+        index: the episode's index in its split.
 
     Returns:
         Support ``[n_way, k_shot, H, W, C]`` and query ``[n_way, k_query, H, W, C]``, uint8; ``n_way`` names.
@@ -52,8 +52,8 @@ def contact_sheet(support: Images, query: Images, names: Sequence[str], title: s
     Args:
         support: uint8 ``[n_way, k_shot, H, W, C]``.
         query: uint8 ``[n_way, k_query, H, W, C]``.
-        names: of the ``n_way`` classes.
-        title: the line above.
+        names: the names of the ``n_way`` classes.
+        title: the line above the images.
     """
     n_way, k_shot, height, width, _ = support.shape
     scale = max(1, _CELL // max(height, width))
@@ -69,7 +69,7 @@ def contact_sheet(support: Images, query: Images, names: Sequence[str], title: s
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN - 4), title, fill=_COLOURS["ink"], font=font)
     heading = top - _TEXT - 6
-    # One shot of a small image leaves no room for the whole word.
+    # One shot of a small image is narrower than the word.
     draw.text((left, heading), "support", fill=_COLOURS["support"], font=font)
     draw.text((max(query_left, left + 64), heading), "query", fill=_COLOURS["query"], font=font)
     for way in range(n_way):
@@ -93,7 +93,7 @@ def save(sheet: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all.
 
     Raises:
-        RequestError: the name says that it is no PNG.
+        RequestError: the name does not end in .png.
         WriteError: the place cannot be written to.
     """
     if path.suffix.lower() != ".png":
@@ -105,7 +105,7 @@ def save(sheet: Image.Image, path: Path) -> None:
 
 
 def title(source: Source, index: int) -> str:
-    """What the episode is, in one line."""
+    """One line that describes the episode."""
     info = source.info
     origin = f"archive {info.archive_sha256[:12]}" if info.archive_sha256 else f"live, seed {info.episode_seed}"
     return (

@@ -1,4 +1,4 @@
-"""How long work tells of its progress: the library counts and speaks, and whoever calls it draws and prints."""
+"""How long operations report progress: the library counts, and its caller draws bars and prints lines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], object]  # called with the number of units that were just done
+Advance = Callable[[int], object]  # called with the number of units just done
 Notify = Callable[[str], object]  # called with a line of text
 
 
 class Progress(Protocol):
-    """Called as ``progress(label, total, unit)``; gives a context in which ``advance(n)`` counts.
+    """Called as ``progress(label, total, unit)``; returns a context manager that yields ``advance(n)``.
 
     ``unit`` is ``"B"`` for bytes, else a plural noun such as ``"images"``; ``total`` is None when unknown.
     """

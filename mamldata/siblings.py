@@ -1,4 +1,4 @@
-"""The folders installed beside this one, whose names others use too: ``cli``, ``trainer`` and ``manifests``."""
+"""The packages installed beside this one, under names that others may use: ``cli``, ``trainer``, ``manifests``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NAMES = ("cli", "trainer", "manifests")
 
 
 def foreign_siblings() -> Iterator[str]:
-    """What Python would import in place of our siblings: for each such file, whose it is and what to do about it.
+    """One message for each sibling that is missing, or that Python would import from elsewhere, with what to do.
 
-    Nothing is imported. A file that a package of the same name has written over ours is known by its text: each of our
+    Nothing is imported. A file that another package has overwritten is recognized by its text: each of our
     ``__init__.py`` names mamldata.
     """
     here = Path(__file__).resolve().parent
@@ -29,6 +29,6 @@ def foreign_siblings() -> Iterator[str]:
             )
         elif "mamldata" not in found.read_text(encoding="utf-8", errors="replace"):
             yield (
-                f"Another package has written its own {found} over that of mamldata. Give mamldata an environment of "
-                "its own, and install it there."
+                f"Another package has overwritten mamldata's {found} with its own. Install mamldata in an environment "
+                "of its own."
             )

@@ -1,3 +1,3 @@
-"""The version of this package: the one place that says it. The build reads it from here."""
+"""The version of this package, defined only here. The build reads it from this file."""
 
 __version__ = "0.1.0"

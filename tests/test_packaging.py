@@ -90,10 +90,10 @@ def test_a_rival_of_our_names_is_named(python: Path, tmp_path: Path, name: str):
     ours.write_text("print('a package of the same name')\n")
     over = subprocess.run([*command, "datasets"], cwd=tmp_path, capture_output=True, text=True)
     assert (over.returncode, over.stdout) == (1, "")
-    assert f"Another package has written its own {ours.resolve()} over that of mamldata" in over.stderr
+    assert f"Another package has overwritten mamldata's {ours.resolve()}" in over.stderr
     if name != "cli":
         report = subprocess.run([*command, "doctor"], cwd=tmp_path, capture_output=True, text=True)
-        assert f"name conflicts: Another package has written its own {ours.resolve()}" in report.stdout
+        assert f"name conflicts: Another package has overwritten mamldata's {ours.resolve()}" in report.stdout
 
 
 SMALL = {  # what keeps a command of the README short here

@@ -28,7 +28,7 @@ def _portion(_context: click.Context, _option: click.Parameter, value: str | Non
     if value is None:
         return None
     if not (number.isdecimal() and of.isdecimal()):
-        raise click.BadParameter(f"{value!r} is not of the form 3/100: the third of a hundred portions.")
+        raise click.BadParameter(f"{value!r} is not of the form 3/100, the third of a hundred portions.")
     return Portion(int(number), int(of))
 
 
@@ -36,14 +36,14 @@ def _portion(_context: click.Context, _option: click.Parameter, value: str | Non
     epilog="\b\nExample:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600",
 )
 @click.argument("name", metavar="NAME|FILE.toml|FOLDER")
-@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="The archive's place: a folder, or s3://… .")
+@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="The new archive: a folder, or s3://… .")
 @episode_options()
-@click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Episodes.")
-@click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Episodes.")
-@click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Episodes.")
-@click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit into 64 MiB]")
-@click.option("--workers", type=click.IntRange(1), help="Processes here.  [default: one for each processor]")
-@click.option("--dask", metavar="ADDRESS", help="Let a Dask cluster write the shards: its scheduler's address.")
+@click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Train episodes.")
+@click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Val episodes.")
+@click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Test episodes.")
+@click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit in 64 MiB]")
+@click.option("--workers", type=click.IntRange(1), help="Processes on this machine.  [default: one for each processor]")
+@click.option("--dask", metavar="ADDRESS", help="Write the shards on the Dask cluster with this scheduler.")
 @click.option("--shards", metavar="I/N", callback=_portion, help="Write only the I-th of N portions, from 1/N to N/N.")
 @root_option
 @json_option
@@ -63,13 +63,14 @@ def command(
 ) -> None:
     """Build an archive of episodes; the same command gives the same bytes on every machine.
 
-    Interrupted, the same command goes on. Images are decoded into a bank first, once for each image size.
+    To continue an interrupted build, run the same command again. Images are first decoded into a bank, once for each
+    image size.
 
-    A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Where it has no such splits,
-    64 % of the classes are train, 16 % val and 20 % test, drawn with the seed 0.
+    A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Without such splits, 64 % of
+    the classes are train, 16 % val and 20 % test, drawn with seed 0.
 
-    With --shards the work is shared out among calls, on whatever machines, at the same time or not; a last call
-    without it writes what is missing and closes the archive.
+    With --shards, several calls share the work, at the same time or not, on one machine or many. A last call without
+    it writes the missing shards and closes the archive.
     """
     start = time.monotonic()
     image_size = episodes.pop("image_size", None)
@@ -95,7 +96,7 @@ def command(
             share = f"{built.shards} of {built.of_shards} shards"
             click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
             say(f"Done in {time.monotonic() - start:.1f} s.")
-            say("When all portions are done, the same command without --shards closes the archive.")
+            say("When all portions are done, run the same command without --shards to close the archive.")
             return
         archive = build(manifest, bank, place, request, **how)
     if as_json:

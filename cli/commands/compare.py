@@ -21,7 +21,7 @@ from trainer.maml.algorithms import ALGORITHMS
 from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
-# These make one algorithm another one, or go with some only: for one at a time, by --set.
+# These change what an algorithm is, or fit only some: they are set for one algorithm at a time, by --set.
 _OF_ONE = (
     "algorithm",
     "order",
@@ -40,13 +40,13 @@ _OF_ONE = (
     "  mamldata compare glyphs-5w1s --algorithms maml,reptile --set reptile.inner_lr=0.1 --steps 40 --out other",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder of all runs.")
-@click.option("--algorithms", default=_DEFAULT, show_default=True, help="Separated by commas.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder for all runs.")
+@click.option("--algorithms", default=_DEFAULT, show_default=True, help="Algorithms to compare, separated by commas.")
 @click.option(
     "--set", "own", multiple=True, metavar="ALGORITHM.SETTING=VALUE", help="A setting of one algorithm.  [repeatable]"
 )
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="To evaluate on.")
-@click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
+@click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @setting_options(leave_out=_OF_ONE)
 @episode_options(seed=False)
 @root_option
@@ -63,22 +63,22 @@ def command(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Train with several algorithms on the same episodes, and say what each reaches and what it costs.
+    """Train with several algorithms on the same episodes, and report the accuracy and cost of each.
 
-    Writes a run's folder for each, compare.json, the table compare.md, and pictures. Interrupted, the same command
-    goes on.
+    Writes a run folder for each, compare.json, the table compare.md, and pictures. To continue an
+    interrupted comparison, run the same command again.
     """
     from trainer.reports.compare import RESULT, compare, table
     from trainer.reports.plots import have_matplotlib, plot_comparison
     from trainer.system.distributed import world_of
 
     if world_of(os.environ).world_size > 1:
-        raise click.UsageError("compare works in one process: start it without torchrun.")
+        raise click.UsageError("compare runs in one process: start it without torchrun.")
     names = list(dict.fromkeys(part.strip() for part in algorithms.split(",") if part.strip()))
     for name in names:
         if name not in ALGORITHMS:
             raise click.BadParameter(
-                f"there is no algorithm {name!r}.{did_you_mean(name, ALGORITHMS)} There are {', '.join(ALGORITHMS)}.",
+                f"there is no algorithm {name!r}.{did_you_mean(name, ALGORITHMS)} Algorithms: {', '.join(ALGORITHMS)}.",
                 param_hint="--algorithms",
             )
     changes = _changes(own, names)
@@ -96,7 +96,7 @@ def command(
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")
     else:
-        say("For pictures install matplotlib (pip install 'mamldata[plots]') and run the same command again.")
+        say("For pictures, install matplotlib (pip install 'mamldata[plots]') and run the same command again.")
     if as_json:
         print_json(result.to_json())
         return
@@ -106,10 +106,10 @@ def command(
 
 
 def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
-    """What ``--set`` says, by algorithm.
+    """The settings given by ``--set``, for each algorithm.
 
     Raises:
-        click.BadParameter: it is not of the form, or names what is not there.
+        click.BadParameter: one is not of that form, or names an unknown algorithm or setting.
     """
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in own:
@@ -119,7 +119,7 @@ def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
             raise click.BadParameter(f"{text!r} is not of the form ALGORITHM.SETTING=VALUE.", param_hint="--set")
         if algorithm not in changes:
             raise click.BadParameter(
-                f"{text!r}: {algorithm!r} is not among those compared: {', '.join(names)}.", param_hint="--set"
+                f"{text!r}: {algorithm!r} is not one of those compared: {', '.join(names)}.", param_hint="--set"
             )
         setting = setting.replace("-", "_")
         setting = OLD_NAMES.get(setting, setting)
@@ -132,7 +132,7 @@ def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """As TOML has it: numbers, true and false; what is none of these is a string."""
+    """Parse a value as TOML (a number, true, false, …); anything else is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -16,7 +16,7 @@ from mamldata.datasets.paths import data_root
 @root_option
 @json_option
 def command(root: str | None, as_json: bool) -> None:
-    """List the built-in datasets, their split schemes, and what of them is here."""
+    """List the built-in datasets, their split schemes, and which files of them are on this machine."""
     entries = list_datasets(data_root(root))
     if as_json:
         print_json(entries)
@@ -30,4 +30,4 @@ def command(root: str | None, as_json: bool) -> None:
             mark = " (default)" if scheme["default"] else ""
             click.echo(f"    split scheme {scheme['name']}{mark}: {scheme['description']}")
     click.echo(f"Kept in {data_root(root)}")
-    next_command(["fetch", "glyphs"])  # which needs no network
+    next_command(["fetch", "glyphs"])  # glyphs needs no network

@@ -19,9 +19,9 @@ from trainer.settings import SETTINGS
 )
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
-@click.option("--episodes", "count", type=click.IntRange(2), help="[default: all of an archive, 600 live ones]")
-@click.option("--inner-steps", type=click.IntRange(0), help="[default: as in the run's validation]")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
+@click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
+@click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
 @root_option
@@ -37,7 +37,7 @@ def command(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate a checkpoint, or the best one of a run's folder: accuracy with its 95 % interval over episodes."""
+    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes."""
     from trainer.evaluation import evaluate
     from trainer.system.distributed import joined
 

@@ -27,16 +27,16 @@ from mamldata.io.urls import shown_place
     "places",
     metavar="PLACE",
     multiple=True,
-    help="A folder or address to look in before the manifest's own; may be repeated.",
+    help="A folder or address to try before the manifest's own sources.  [repeatable]",
 )
-@click.option("--offline", is_flag=True, help="Touch no network.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--offline", is_flag=True, help="Do not use the network.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @root_option
 @json_option
 def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, root: str | None, as_json: bool) -> None:
     """Get a dataset's raw files, verify each, and keep them read-only.
 
-    A download that was cut off goes on where it stopped. A second run finds everything there.
+    An interrupted download continues where it stopped. Files that are here already are not fetched again.
     """
     manifest = load_manifest(name)
     home = data_root(root)
@@ -64,7 +64,7 @@ def _line(result: Fetched) -> str:
         return f"{result.name}: here already, {size_text(result.bytes)}, verified now"
     origin = f" from {result.source}" if result.source else ""
     check = "content digest" if result.checked_by == "content_sha256" else result.checked_by
-    return f"{result.name}: {result.how}{origin}, {size_text(result.bytes)}, {check} right"
+    return f"{result.name}: {result.how}{origin}, {size_text(result.bytes)}, {check} matches"
 
 
 def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: bool) -> None:
@@ -90,4 +90,4 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
                 click.echo(f"    {shown_place(source)}")
         click.echo(f"into {manifest.home(root).raw}")
     if missing := [action.file.name for action in actions if action.kind == "missing"]:
-        raise FetchError(f"Without a network there is no source for: {', '.join(missing)}. Give one with --from.")
+        raise FetchError(f"Without the network there is no source for: {', '.join(missing)}. Give one with --from.")

@@ -25,9 +25,9 @@ from mamldata.readers.left_out import LeftOut
 @root_option
 @json_option
 def command(archive: str, root: str | None, as_json: bool) -> None:
-    """Show what is in an archive, and the digest to cite.
+    """Show an archive's contents, and the digest to cite.
 
-    Where the bank that it was built from is under the root, also which files were left out.
+    If the bank that it was built from is under the root, also show which files were left out.
     """
     content = read_archive(archive)
     left_out = files_left_out_of(content.dataset, content.image_shape[0], content.bank_sha256, data_root(root))
@@ -43,9 +43,9 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
     """An archive as plain values.
 
     Args:
-        archive: it.
-        folder: its place, as it is shown.
-        left_out: files that are not in its bank; None where that is not known.
+        archive: the archive.
+        folder: its place, as shown to the user.
+        left_out: files that are not in its bank; None if unknown.
     """
     return {
         "archive": str(folder),
@@ -80,18 +80,18 @@ def left_out_values(left_out: Sequence[LeftOut] | None) -> list[dict[str, Any]] 
 
 
 def say_left_out(left_out: Sequence[LeftOut]) -> None:
-    """Files that were left out, on stderr."""
+    """Print the files that were left out on stderr."""
     for group in left_out:
         say(f"Left out: {group}")
 
 
 def _images(split: ArchiveSplit) -> int:
-    """How many images the classes have; one that is turned is the same."""
+    """How many images the classes have; rotated classes are not counted again."""
     return int(split.classes.images[split.classes.quarter_turns == 0].sum())
 
 
 def print_archive(archive: Archive, folder: Path | str) -> None:
-    """An archive as people read it."""
+    """Print an archive for people."""
     height, width, channels = archive.image_shape
     click.echo(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")
     click.echo(

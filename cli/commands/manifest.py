@@ -16,13 +16,13 @@ from mamldata.fetching.author import write_manifest
     epilog="\b\nExample:\n  mamldata manifest my-photos --out my-photos.toml",
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: NAME.toml]")
-@click.option("--name", help="Of the dataset.  [default: the folder's]")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The new manifest.  [default: NAME.toml]")
+@click.option("--name", help="The dataset's name.  [default: the folder's]")
 @json_option
 def command(folder: Path, out: Path | None, name: str | None, as_json: bool) -> None:
     """Write a manifest for the files in FOLDER, with their hashes: archives, CSV split files, or loose images.
 
-    With it others can fetch, verify and build the very same dataset. Fill in its title, licence and citation.
+    With it, others can fetch, verify and build the same dataset. Add its title, licence and citation.
     """
     target = out or Path(f"{name or folder_name(folder)}.toml")
     manifest = write_manifest(folder, target, name, bars)

@@ -23,9 +23,9 @@ from mamldata.sources.source import Source
     epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
-@click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="Its index.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The episode's split.")
+@click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="The episode's index.")
 @episode_options()
 @root_option
 @json_option

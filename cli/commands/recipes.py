@@ -18,7 +18,7 @@ from trainer.runs.recipe import load_recipe, recipe_names
 @click.argument("name", required=False, metavar="[NAME|FILE.toml]")
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the recipes, the settings of published experiments; or show one of them with its source."""
+    """List the recipes (settings of published experiments), or show one of them with its source."""
     recipes = [load_recipe(one) for one in ([name] if name else recipe_names())]
     if as_json:
         print_json([asdict(recipe) for recipe in recipes])

@@ -20,9 +20,9 @@ from cli.train_options import begin, setting_options
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run's folder.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
+@click.option("--resume", is_flag=True, help="Resume the run in --out, or start it if there is none.")
 @episode_options(seed=False)
 @root_option
 @json_option
@@ -37,11 +37,11 @@ def command(
 ) -> None:
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
-    Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder, and curves.png
-    where matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint after the step under way, and
-    exit code 75; a second Ctrl-C ends it at once.
+    Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run folder, and curves.png if
+    matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step with a checkpoint and exit
+    code 75; a second Ctrl-C ends it at once.
 
-    Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
+    To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
     from trainer.loop import train
     from trainer.reports.plots import have_matplotlib, plot_run
@@ -59,7 +59,7 @@ def command(
     if have_matplotlib():
         plot_run(result.run_dir)
     else:
-        say("No curves.png, which matplotlib draws: pip install matplotlib")
+        say("For curves.png, install matplotlib: pip install 'mamldata[plots]'")
     if as_json:
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return

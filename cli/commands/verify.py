@@ -22,15 +22,15 @@ from mamldata.io.urls import shown_place
     epilog="\b\nExamples:\n  mamldata verify glyphs\n  mamldata verify glyphs-5w1s",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--digest", help="The digest that the archive should have, as cited: all 64 digits, or the first ones.")
+@click.option("--digest", help="The digest that the archive should have: all 64 digits, or at least the first 12.")
 @root_option
 @json_option
 def command(target: str, digest: str | None, root: str | None, as_json: bool) -> None:
-    """Hash raw files and banks, or an archive's shards, again; exit 1 if a byte is not what it was."""
+    """Hash a dataset's raw files and banks, or an archive's shards, again; exit with 1 if a byte has changed."""
     folder = archive_folder(target)
     if folder is None:
         if digest is not None:
-            raise click.UsageError("--digest is the digest of an archive; a dataset's digests are in its manifest.")
+            raise click.UsageError("--digest is for archives; the digests of a dataset are in its manifest.")
         problems = verify_dataset(load_manifest(target), data_root(root), bars)
     else:
         problems = verify_archive(folder, bars, digest=digest)

@@ -21,12 +21,12 @@ from mamldata.parallel import run_tasks
 from mamldata.progress import Progress, silent
 from mamldata.sampling.splits import SPLITS
 
-_TRIES = 3  # each fails only if another process clears up in the very moment
+_TRIES = 3  # a try fails only if another process clears up at that moment
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Which shards of a build one call writes: of every ``of`` consecutive ones the ``number``-th, counted from 1."""
+    """Which shards of a build one call writes: the ``number``-th of every ``of`` consecutive ones, counted from 1."""
 
     number: int
     of: int
@@ -34,7 +34,7 @@ class Portion:
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.of:
             last = max(self.of, 1)
-            raise RequestError(f"There is no portion {self}: they are counted from 1/{last} to {last}/{last}.")
+            raise RequestError(f"There is no portion {self}: portions are counted from 1/{last} to {last}/{last}.")
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
@@ -42,7 +42,7 @@ class Portion:
 
 @dataclass(frozen=True)
 class PortionBuilt:
-    """What a portion's shards are: how many, how many of them this call wrote, and how many the archive has."""
+    """Counts of shards: in the portion, written by this call, and in the whole archive."""
 
     shards: int
     written: int
@@ -59,23 +59,23 @@ def build(
     executor: Executor | None = None,
     progress: Progress = silent,
 ) -> Archive:
-    """Build an archive at ``out``, or go on with one that was interrupted there.
+    """Build an archive at ``out``, or continue one that was interrupted there.
 
-    A place that already holds the very archive is left as it is; a shard that is missing there, or has not its
-    length, is written again, and then the others are hashed too.
+    If the place already holds this archive, it is left as it is. If one of its shards is missing or has the wrong
+    length, that shard is written again, and the others are hashed.
 
     Args:
         manifest: the dataset.
         bank: its images.
-        out: the archive's folder, made if it is not there; or an address that fsspec writes to.
+        out: the archive's folder, created if missing; or an address that fsspec can write to.
         request: what to build.
-        workers: processes on this machine that write shards, where there is no executor.
-        executor: writes the shards, and is left open. Its workers, wherever they are, see the bank and ``out`` under
-            the same names as this process.
-        progress: told of episodes.
+        workers: processes on this machine that write shards; ignored if there is an executor.
+        executor: writes the shards, and is left open. Its workers, on any machine, must see the bank and ``out``
+            under the same names as this process.
+        progress: counts episodes.
 
     Raises:
-        RequestError: episodes that cannot be made; or the place holds something else, or cannot be written to at all.
+        RequestError: the episodes cannot be made, the place holds something else, or its kind is read-only.
         WriteError: the place cannot be written to.
         MamldataError: a worker died, or does not see the same files.
     """
@@ -86,9 +86,9 @@ def build(
         return archive
     store.prepare()
     with store.alone():
-        _refuse_other_content(store, plan)  # again: another process may have begun meanwhile
+        _refuse_other_content(store, plan)  # again: another process may have started meanwhile
         archive = _build(plan, bank, store, workers if executor is None else executor, progress)
-        # Only now: whoever waits for a lock that is gone finds nothing left to write.
+        # Not before: a process that still waits for the removed lock must find nothing left to write.
         store.clear()
         return archive
 
@@ -104,9 +104,9 @@ def build_portion(
     executor: Executor | None = None,
     progress: Progress = silent,
 ) -> PortionBuilt:
-    """Write a portion of an archive's shards. The archive is closed by a ``build`` that finds all of them there.
+    """Write a portion of an archive's shards. A ``build`` that finds all of them closes the archive.
 
-    Any portions, also overlapping ones, may be built at the same time, on several machines, and beside a ``build``.
+    Portions, even overlapping ones, may be built at the same time, on several machines, and alongside a ``build``.
 
     Args:
         manifest, bank, out, request, workers, executor, progress: as for ``build``.
@@ -124,14 +124,14 @@ def build_portion(
         return PortionBuilt(len(chosen), 0, len(names))
     _undisturbed(store, lambda: _begin(store, plan))
     made = _make(plan, bank, store, chosen, workers if executor is None else executor, progress)
-    if store.size(INDEX) is not None:  # closed meanwhile by a build that did our work, too
+    if store.size(INDEX) is not None:  # a build that also did our work has closed it meanwhile
         store.clear()
     return PortionBuilt(len(chosen), sum(shard.written for shard in made.values()), len(names))
 
 
 def _refuse_other_content(store: Store, plan: Archive) -> None:
-    """An archive is never written over another one, nor among files that are not its own."""
-    # In this order: whatever another build does meanwhile, what it leaves is not taken for a stranger's.
+    """Never write an archive over another one, or among files that are not its own."""
+    # In this order, so that files of a build that runs meanwhile are not taken for foreign ones.
     strangers = store.entries().keys() - OURS
     started = store.read(PLAN)
     there = _read_archive(store)
@@ -139,17 +139,17 @@ def _refuse_other_content(store: Store, plan: Archive) -> None:
         if there.without_digests().to_json() != plan.to_json():
             raise RequestError(
                 f"{store} already holds another archive ({_difference(there, plan)}). Choose another folder, or "
-                "delete that one."
+                "delete this one."
             )
     elif started is not None:
         if started != plan.to_json():
             other = _started_difference(started, plan, store)
             raise RequestError(
                 f"{store} holds an unfinished build of another archive ({other}). Choose another folder, or delete "
-                "that one."
+                "this one."
             )
     elif strangers:
-        raise RequestError(f"{store} is not empty and not an archive. Choose another folder for the archive.")
+        raise RequestError(f"{store} is not empty and not an archive. Choose another folder.")
 
 
 def _started_difference(started: bytes, plan: Archive, store: Store) -> str:
@@ -181,23 +181,23 @@ def _read_archive(store: Store) -> Archive | None:
     """The finished archive at a place, if there is one.
 
     Raises:
-        DamagedError: its ``archive.json`` is not what was written.
+        DamagedError: its ``archive.json`` is damaged.
     """
     data = store.read(INDEX)
     return None if data is None else check_archive(data, store.read(INDEX_SUM), f"{store}/{INDEX}")
 
 
 def _finished(store: Store) -> Archive | None:
-    """The archive at a place where nothing is left to do."""
+    """The archive at a place, if it is finished: no shard is missing, and nothing is left to clear."""
     archive = _read_archive(store)
     return archive if archive and BUILD not in store.entries() and not _missing(store, archive) else None
 
 
 def _missing(store: Store, archive: Archive) -> list[str]:
-    """The shards that are not there, or have not their length."""
+    """The shards that are missing or have the wrong length."""
     sizes = store.entries()
     doubtful = [shard for shard in archive.shards() if sizes.get(shard.file) != shard.bytes]
-    # On a file system that machines share, a listing may be older than what another machine wrote.
+    # On a shared file system, a listing may not show yet what another machine has written.
     return [shard.file for shard in doubtful if store.size(shard.file) != shard.bytes]
 
 
@@ -210,22 +210,22 @@ def _build(plan: Archive, bank: Bank, store: Store, workers: int | Executor, pro
     archive = plan.with_digests({file: shard.sha256 for file, shard in made.items()})
     if missing := _missing(store, archive):
         raise WriteError(
-            f"{len(missing)} of {len(made)} shards are not in {store} though workers wrote them, the first of them "
-            f"{missing[0]}. All workers need the same file system, at the same path; or give an address that all of "
-            "them reach, such as s3://bucket/folder."
+            f"Workers wrote {len(made)} shards, but {len(missing)} of them are not in {store} (first: {missing[0]}). "
+            "All workers need the same file system, at the same path; or give an address that all of them reach, "
+            "such as s3://bucket/folder."
         )
-    _refuse_other_content(store, plan)  # again: at an address nothing keeps two builds from beginning at once
+    _refuse_other_content(store, plan)  # again: at an address no lock keeps two builds apart
     _undisturbed(store, lambda: _close(store, archive))
     return archive
 
 
 def _begin(store: Store, plan: Archive) -> None:
-    """Make the place an unfinished build of this plan; also one whose finished archive lacks a shard."""
+    """Make the place an unfinished build of this plan, even if it holds the finished archive without some shard."""
     store.write_new(PLAN, plan.to_json())
     _refuse_other_content(store, plan)  # another process may have been first
     there = _read_archive(store)
     if there is not None and _missing(store, there):
-        # What archive.json says becomes the shards' receipts.
+        # The digests in archive.json become the shards' receipts.
         for shard in there.shards():
             store.write(receipt(shard), [shard.sha256.encode()])
         store.remove(INDEX)
@@ -237,7 +237,7 @@ def _close(store: Store, archive: Archive) -> None:
 
 
 def _undisturbed(store: Store, act: Callable[[], None]) -> None:
-    """Do something that needs ``.build``, anew if another process has just closed the archive and cleared it away."""
+    """Do something that needs ``.build``; try again if another process has just closed the archive and removed it."""
     for _ in range(_TRIES):
         store.prepare()
         try:
@@ -245,13 +245,13 @@ def _undisturbed(store: Store, act: Callable[[], None]) -> None:
             return
         except FileNotFoundError:
             continue
-    raise WriteError(f"{store}/{BUILD} is removed again and again. Let one build at a time run there.")
+    raise WriteError(f"{store}/{BUILD} keeps being removed. Run one build at a time there.")
 
 
 def _make(
     plan: Archive, bank: Bank, store: Store, files: Collection[str], workers: int | Executor, progress: Progress
 ) -> dict[str, ShardMade]:
-    """Write shards, or find them there, in whatever order; gives each by its file name."""
+    """Write the shards that are not there yet, in any order; returns all of them by file name."""
     chosen, digest, path = frozenset(files), sha256_bytes(plan.to_json()), bank.path.absolute()
     shards = {
         ShardTask(store, digest, path, name, number): shard

@@ -24,15 +24,15 @@ from mamldata.sampling.splits import SPLITS
 FORMAT = "mamldata/1"
 INDEX = "archive.json"
 INDEX_SUM = "archive.json.sha256"
-MOST_INDEX_BYTES = 1 << 28  # of archive.json: 10**6 classes with names of 200 characters
+MOST_INDEX_BYTES = 1 << 28  # of archive.json: enough for 10**6 classes with names of 200 characters
 MOST_SUM_BYTES = 1 << 10
-_MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million, and room for commas in their names
+_MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million; the rest is for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of an archive: its file name, its episodes, its length and digest."""
+    """One tar of an archive: its file name, episodes, length in bytes and digest."""
 
     file: str
     first_episode: int
@@ -77,16 +77,16 @@ class Archive:
 
     @cached_property
     def layout(self) -> EpisodeLayout:
-        """Where everything stands in each episode."""
+        """Where each part of an episode is."""
         return EpisodeLayout(self.n_way, self.k_shot, self.k_query, self.image_shape)
 
     @cached_property
     def digest(self) -> str:
-        """The archive's digest, the one to cite: the SHA-256 of ``archive.json``."""
+        """The archive's digest, which papers cite: the SHA-256 of ``archive.json``."""
         return sha256_bytes(self.to_json())
 
     def spec(self, split: str) -> EpisodeSpec:
-        """What the episodes of a split are a function of."""
+        """The values that determine the episodes of a split."""
         turns = quarter_turns(self.rotations, split)
         return EpisodeSpec(
             self.bank_sha256,
@@ -107,13 +107,13 @@ class Archive:
         """
         if name not in self.splits:
             raise RequestError(
-                f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}. Build one with "
-                f"episodes of it (--{name} NUMBER): training validates on val, and eval evaluates on test."
+                f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}. Build one that "
+                f"has {name} episodes: training validates on val, and evaluation uses test."
             )
         return self.splits[name]
 
     def with_digests(self, digests: Mapping[str, str]) -> Archive:
-        """The archive with a sha256 for each of its shards, by file name."""
+        """The archive with each shard's sha256, given by file name."""
         splits = {
             name: replace(split, shards=tuple(replace(shard, sha256=digests[shard.file]) for shard in split.shards))
             for name, split in self.splits.items()
@@ -121,7 +121,7 @@ class Archive:
         return replace(self, splits=splits)
 
     def without_digests(self) -> Archive:
-        """The archive as it was before its shards were written: without their digests."""
+        """The archive as planned before its shards were written: without their digests."""
         return self.with_digests(dict.fromkeys((shard.file for shard in self.shards()), ""))
 
     def shards(self) -> Iterator[Shard]:
@@ -180,26 +180,26 @@ def is_archive(path: Path) -> bool:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read and check ``archive.json``; the shards are not touched.
+    """Read and check ``archive.json``, without touching the shards.
 
     Raises:
-        RequestError: the folder is no archive, or an unfinished one.
-        DamagedError: ``archive.json`` is not what was written.
+        RequestError: the folder is not an archive, or is an unfinished one.
+        DamagedError: ``archive.json`` is damaged.
     """
     path = folder / INDEX
     if not path.is_file():
         unfinished = (folder / ".build").is_dir()
         raise RequestError(
-            f"{folder} is an unfinished build. Run the same mamldata build again: it goes on."
+            f"{folder} is an unfinished build. Run the same mamldata build again to finish it."
             if unfinished
-            else f"{folder} is not an archive: there is no {INDEX} in it. Make one with: mamldata build NAME --out DIR"
+            else f"{folder} is not an archive: it has no {INDEX}. Make one with: mamldata build NAME --out DIR"
         )
     digest_file = folder / INDEX_SUM
     try:
         data = read_whole(path, MOST_INDEX_BYTES)
         declared = read_whole(digest_file, MOST_SUM_BYTES) if digest_file.is_file() else None
     except OSError as error:
-        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Copy it anew.") from error
+        raise DamagedError(f"{error.filename} cannot be read ({error.strerror}). Copy it again.") from error
     return check_archive(data, declared, path)
 
 
@@ -207,12 +207,12 @@ def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Arc
     """The archive that ``archive.json`` describes, checked against ``archive.json.sha256``.
 
     Args:
-        data: of ``archive.json``.
-        declared: of ``archive.json.sha256``, if it is there.
-        shown: where ``archive.json`` is, for the message.
+        data: the bytes of ``archive.json``.
+        declared: the bytes of ``archive.json.sha256``; None if it is missing.
+        shown: the place of ``archive.json``, for the message.
 
     Raises:
-        DamagedError: it is not what was written.
+        DamagedError: it is damaged.
     """
     try:
         archive = parse_archive(data)
@@ -221,13 +221,13 @@ def check_archive(data: bytes, declared: bytes | None, shown: Path | str) -> Arc
     if declared is not None and declared != index_sum(archive.digest):
         raise DamagedError(
             f"{shown} is damaged: its sha256 is {archive.digest}, which is not what {INDEX_SUM} says. "
-            "Copy both anew, or delete the folder and build the archive again."
+            "Copy both again, or delete the folder and build the archive again."
         )
     return archive
 
 
 def parse_plan(data: bytes) -> Archive:
-    """An archive whose shards have no digests yet, from the very bytes that its ``to_json`` gave."""
+    """An archive whose shards have no digests yet, from the bytes of its ``to_json``."""
     return _from_json(parse_json(data, _MOST_VALUES))
 
 
@@ -235,7 +235,7 @@ def parse_archive(data: bytes) -> Archive:
     """The archive that ``archive.json`` describes.
 
     Raises:
-        DamagedError: not canonical JSON of this format, or its numbers do not fit together.
+        DamagedError: it is not canonical JSON of this format, or its numbers are inconsistent.
     """
     try:
         document = parse_json(data, _MOST_VALUES)
@@ -250,7 +250,7 @@ def parse_archive(data: bytes) -> Archive:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
         raise DamagedError(f"damaged ({error}).") from error
     if not sound:
-        raise DamagedError("damaged: it is not what was written when the archive was built.")
+        raise DamagedError("damaged: it has changed since the archive was built.")
     return archive
 
 
@@ -268,7 +268,7 @@ def _from_json(document: dict[str, Any]) -> Archive:
         k_query=document["k_query"],
         image_shape=(height, width, channels),
         normalization=Normalization(**{key: tuple(value) for key, value in document["normalisation"].items()}),
-        # JSON sorts them by name; ours is the order of work. A split of another name is noticed by the caller.
+        # JSON sorts splits by name; SPLITS has the order of work. The caller notices a split of another name.
         splits={name: _split_from_json(document["splits"][name]) for name in SPLITS if name in document["splits"]},
     )
 
@@ -290,7 +290,7 @@ def _split_from_json(document: dict[str, Any]) -> ArchiveSplit:
 
 
 def _plain(archive: Archive) -> bool:
-    """Whether every value has the type and the range that a build gives it: JSON's ``true`` and ``1.0`` are not 1."""
+    """Whether every value has the type and range that a build writes: JSON's ``true`` and ``1.0`` are not 1."""
     splits = archive.splits.values()
     shards = [shard for split in splits for shard in split.shards]
     names = [name for split in splits for name in split.classes.names]
@@ -314,9 +314,9 @@ def _plain(archive: Archive) -> bool:
 
 
 def _consistent(archive: Archive) -> bool:
-    """Whether shards cover the episodes without a gap, and have the length that their episodes need."""
+    """Whether the shards cover all episodes without a gap, and have the lengths that their episodes need."""
     for name, split in archive.splits.items():
-        spec, table = archive.spec(name), split.classes  # refuses what no episode can be
+        spec, table = archive.spec(name), split.classes  # raises for impossible episodes
         starts = [0, *np.cumsum([shard.episodes for shard in split.shards]).tolist()]
         expected = [
             (shard_file(name, number), first, stop - first, archive.layout.shard_bytes(stop - first))

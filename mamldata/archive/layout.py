@@ -1,7 +1,7 @@
-"""A shard is a tar and a strided array at the same time: where everything stands in it.
+"""The layout of a shard, which is a tar and a strided array at the same time.
 
-Every episode takes the same number of bytes, so episode i of a shard starts at ``i * stride``: a shard can be read
-as a tar by any tool, or memory-mapped and indexed. ``docs/format.md`` describes it byte by byte.
+Every episode takes the same number of bytes, so episode i of a shard starts at ``i * stride``: any tool can read a
+shard as a tar, and it can be memory-mapped and indexed. ``docs/format.md`` describes it byte by byte.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Member:
-    """One file of an episode: where its tar header, its npy header and its data stand, from the episode's start."""
+    """One file of an episode: offsets of its tar header and of its data, in bytes from the episode's start."""
 
     name: str
     dtype: str
@@ -37,10 +37,10 @@ class Member:
 
 
 class EpisodeLayout:
-    """Where everything stands in an episode; the same for all episodes of an archive.
+    """Where each part of an episode is; the same for all episodes of an archive.
 
     Args:
-        n_way, k_shot, k_query: of the episodes.
+        n_way, k_shot, k_query: classes; support and query images per class.
         image_shape: ``(H, W, C)``.
 
     Attributes:
@@ -60,7 +60,7 @@ class EpisodeLayout:
             data = start + BLOCK + len(npy_header(dtype, shape))
             size = math.prod(shape) * np.dtype(dtype).itemsize
             if data - start + size >= _MOST_MEMBER:
-                raise RequestError(f"An episode's {name} file would be {size:,} bytes; a tar holds none of 8 GiB.")
+                raise RequestError(f"An episode's {name} file would be {size:,} bytes; tar allows less than 8 GiB.")
             members.append(Member(name, dtype, shape, start, data, size))
             start = -(-(data + size) // BLOCK) * BLOCK
         self.support, self.query, self.source = self.members = tuple(members)
@@ -71,7 +71,7 @@ class EpisodeLayout:
         return episodes * self.stride + END
 
     def headers(self, first: int, count: int) -> Bytes:
-        """The tar headers of episodes from ``first`` on: uint8 ``[count, 3, 512]``."""
+        """The tar headers of ``count`` episodes from ``first`` on: uint8 ``[count, 3, 512]``."""
         digits = np.array([list(f"{index:08d}".encode()) for index in range(first, first + count)], dtype=np.uint8)
         headers = np.empty((count, len(self.members), BLOCK), dtype=np.uint8)
         for position, member in enumerate(self.members):
@@ -79,13 +79,13 @@ class EpisodeLayout:
             template = np.frombuffer(_tar_header(f"00000000.{member.name}.npy", size), dtype=np.uint8)
             headers[:, position] = template
             headers[:, position, :8] = digits
-            # Only the digits of the name differ from the template's, and so its checksum by their sum.
+            # Only the digits of the name differ from the template, so the checksum grows by their sum.
             checksum = int(template[148:154].tobytes(), 8) + (digits.astype(np.int64) - ord("0")).sum(axis=1)
             headers[:, position, 148:154] = [list(f"{value:06o}".encode()) for value in checksum.tolist()]
         return headers
 
     def frame(self, first: int, count: int) -> Bytes:
-        """Episodes with their headers and no data yet: uint8 ``[count, stride]``."""
+        """Episodes with headers, and zeros for data: uint8 ``[count, stride]``."""
         block = np.zeros((count, self.stride), dtype=np.uint8)
         headers = self.headers(first, count)
         for position, member in enumerate(self.members):
@@ -114,7 +114,7 @@ def _contiguous_strides(member: Member) -> tuple[int, ...]:
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    """A ustar header that says nothing of who wrote it or when: mtime 0, uid and gid 0, mode 0644, no owners."""
+    """A ustar header that does not depend on writer or time: mtime 0, uid and gid 0, mode 0644, no owners."""
     header = bytearray(BLOCK)
     fields = {
         0: name.encode("ascii"),

@@ -1,4 +1,4 @@
-"""What an archive will be, before an episode of it is drawn: its splits, classes and shards. Touches nothing."""
+"""Plan an archive before any episode is drawn: its splits, classes and shards. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mamldata.sampling.sampler import ROTATIONS, EpisodeSampler, class_table, qu
 from mamldata.sampling.splits import SPLITS, divide
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}
-_SHARD_BYTES = 64 << 20  # a shard's size unless it is chosen: small enough to share out, large enough to stream
+_SHARD_BYTES = 64 << 20  # a shard's default size: small enough to share out, large enough to stream
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BuildRequest:
 
     Attributes:
         n_way, k_shot, k_query: classes; support and query images per class.
-        episodes: for each split, how many; a split of none is left out.
+        episodes: how many for each split; a split with 0 is left out.
         seed: of the episodes.
         split_scheme, rotations: the manifest's own if None; rotations are ``all``, ``train`` or ``none``.
         episodes_per_shard: as many as fit into 64 MiB if None.
@@ -44,9 +44,9 @@ class BuildRequest:
             raise RequestError(f"There is no split {sorted(unknown)[0]!r}; the splits are {', '.join(SPLITS)}.")
         for split, count in self.episodes.items():
             if not 0 <= count < MOST_EPISODES:
-                raise RequestError(f"{split} must be from 0 to {MOST_EPISODES - 1:,} episodes, not {count:,}.")
+                raise RequestError(f"{split} must have from 0 to {MOST_EPISODES - 1:,} episodes, not {count:,}.")
         if not any(self.episodes.values()):
-            raise RequestError("No split has an episode: there is nothing to build.")
+            raise RequestError("No split has any episodes, so there is nothing to build.")
         if self.rotations not in {None, *ROTATIONS}:
             raise RequestError(f"rotations must be one of {', '.join(ROTATIONS)}, not {self.rotations!r}.")
         if self.episodes_per_shard is not None and self.episodes_per_shard < 1:
@@ -54,7 +54,7 @@ class BuildRequest:
 
 
 def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archive:
-    """The archive as it will be, its shards still without digests. Touches nothing.
+    """The archive to build, its shards still without digests. Writes nothing.
 
     Raises:
         RequestError: more ways than classes, more shots than images, an unknown split scheme.
@@ -89,5 +89,5 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
         splits=splits,
     )
     for name, split_plan in archive.splits.items():
-        EpisodeSampler(archive.spec(name), split_plan.classes)  # refuses what cannot be, before anything is written
+        EpisodeSampler(archive.spec(name), split_plan.classes)  # raises for impossible episodes, before any write
     return archive

@@ -1,9 +1,9 @@
-"""Archives at an address: ``https://``, ``s3://``, or whatever fsspec names. Nothing is used before it is verified.
+"""Archives at an address: ``https://``, ``s3://``, or any that fsspec reads. Nothing is used before it is verified.
 
-A shard is brought whole into a folder on this machine, hashed, and only then given its name there; from then on it
-is memory-mapped like a local one. It is not parsed as a tar on the way: the first episode of a shard can be trusted
-only when its last byte is hashed, and by then the file is here.
-Shards are hashed as they come, several at once, each in a thread: receiving, hashing and writing let others run.
+A shard is downloaded whole into a folder on this machine, hashed, and only then renamed to its final name; from then
+on it is memory-mapped like a local one. It is not parsed as a tar while it arrives: its first episode can be trusted
+only when its last byte is hashed, and by then the whole file is here.
+Shards are hashed as they arrive, several at once, each in a thread: receiving, hashing and writing release the GIL.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from mamldata.io.atomic import commit, file_version, locked, locked_if_free, mak
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
 from mamldata.io.urls import is_http, join, require_address, shown_error, shown_place
 
-_log = logging.getLogger(__name__)  # Python shows its warnings on stderr, unless the program has other wishes
+_log = logging.getLogger(__name__)  # by default Python shows its warnings on stderr
 Opened = TypeVar("Opened")
 
 _REMEDY = "Check the address and the network, and try again."
-WRONG_COPY = "The copy at that address is damaged, or of another archive: tell who keeps it."
-_OWN = re.compile(r"[0-9a-f]{64}\.tar(\.part)?")  # the names of shards in a cache, whole and under way
+WRONG_COPY = "The copy at that address is damaged, or of another archive: tell its maintainer."
+_OWN = re.compile(r"[0-9a-f]{64}\.tar(\.part)?")  # names of a cache's files: shards, whole and partial
 _TAG = b"""\
 Signature: 8a477f597d28d172789f06886806bc55
 # Shards of episode archives, fetched by mamldata, which removes the oldest ones where it is given a bound.
@@ -66,8 +66,8 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
 
     Raises:
         RequestError: the address is of a kind that cannot be read.
-        FetchError: one of the two files could not be had.
-        DamagedError: ``archive.json`` is not what was written.
+        FetchError: one of the two files could not be fetched.
+        DamagedError: ``archive.json`` is damaged.
     """
     require_address(url)
     shown = shown_place(join(url, INDEX))
@@ -79,7 +79,7 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
             found.append(path.read_bytes())
     data, digest = found
     if digest != index_sum(sha256_bytes(data)):
-        raise DamagedError(f"{shown} is damaged: its sha256 is {sha256_bytes(data)}, which {INDEX_SUM} does not say.")
+        raise DamagedError(f"{shown} is damaged: its sha256 is {sha256_bytes(data)}, unlike in {INDEX_SUM}.")
     try:
         return parse_archive(data)
     except DamagedError as error:
@@ -90,20 +90,20 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
 class ShardCache:
     """Shards in a folder, each named by its SHA-256, so that processes and archives can share it.
 
-    They lie in a folder of their own inside the given one, which may hold other files too: nothing else is removed.
+    They are in a subfolder of their own (``own``). The folder may hold other files too, which are never removed.
 
-    A shard is hashed as it comes. A record beside it says which version of the file had the right digest; a shard
-    without one, or of another version, is hashed when it is next opened.
+    A shard is hashed as it arrives. A record beside it says which version of the file had the right digest; a shard
+    without a record, or of another version, is hashed when it is next opened.
 
     Attributes:
-        folder: where that folder is.
-        bytes: upper bound on the shards and the abandoned partial downloads in it, except those that other processes
-            fetch or open at this moment; the least recently used ones make room. None: no bound.
-        network: how patient to be.
-        lasting: whether the folder outlives the process: shards are then on the disk before they have their names.
+        folder: the parent of that subfolder.
+        bytes: upper bound in bytes on cached shards and abandoned partial downloads, except those that other processes
+            are fetching or opening; the least recently used go first. None: no bound.
+        network: timeouts and retries.
+        lasting: whether the folder outlives the process: shards are then flushed to disk before they are renamed.
 
     Raises:
-        WriteError: the folder cannot be made.
+        WriteError: the folder cannot be created.
     """
 
     folder: Path
@@ -121,33 +121,33 @@ class ShardCache:
 
     @property
     def own(self) -> Path:
-        """The folder that is the cache's own."""
+        """The subfolder that only the cache uses."""
         return self.folder / "mamldata-shards"
 
     def get(self, url: str, shard: Shard) -> Path:
-        """A shard's file, for whoever shares the cache with no other process; see ``open``."""
+        """A shard's file, if no other process uses the cache; see ``open``."""
         return self.open(url, shard, Path)
 
     def open(self, url: str, shard: Shard, opener: Callable[[Path], Opened]) -> Opened:
-        """Open a shard's file; it is fetched and verified first if it is not there, by one process at a time.
+        """Open a shard's file; if it is missing, one process at a time fetches and verifies it first.
 
         Args:
             url: the shard's address.
             shard: what ``archive.json`` says of it.
-            opener: maps the file at a path. Until it returns no process removes the file; who has it mapped keeps it.
+            opener: maps the file at a path. No process removes the file until it returns; a map stays valid after that.
 
         Raises:
-            FetchError: it could not be had; what came is kept, and the next try goes on from there.
+            FetchError: it could not be fetched; the next try continues from the bytes received so far.
             WriteError: the folder cannot be written to.
-            DamagedError: ``opener`` refused the shard, also after it was fetched again.
+            DamagedError: ``opener`` refused the shard, even after it was fetched again.
         """
         path = self.own / f"{shard.sha256}.tar"
         with locked(path.with_suffix(".lock")):
             if path.is_file():
                 if _is_sound(path, shard):
-                    with suppress(OSError):  # where no record can be written, shards go in the order in which they came
+                    with suppress(OSError):  # without a record, shards are evicted in the order in which they arrived
                         os.utime(_record(path))
-                    with suppress(DamagedError):  # a disk can change bytes and no date, which verify=True notices
+                    with suppress(DamagedError):  # a disk can corrupt bytes and keep the dates; verify=True notices
                         return opener(path)
                 _log.warning("%s is damaged; it is fetched again", path)
                 with writing(path):
@@ -161,11 +161,11 @@ class ShardCache:
 
     @contextmanager
     def _room(self, path: Path, need: int) -> Iterator[None]:
-        """Room for a shard, also beside those that other threads of this process are fetching."""
+        """Make room for a shard, and for those that other threads of this process are fetching."""
         if self.bytes is None:
             yield
             return
-        ours = os.getpid()  # a forked process has a copy of what its parent fetches
+        ours = os.getpid()  # a forked process has a copy of its parent's entries
         with locked(self.own / ".room.lock"):
             self._coming[ours, path] = need
             coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == ours}
@@ -185,7 +185,7 @@ class ShardCache:
 
 
 def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, Path]]:
-    """When each shard, and each part of one that nobody is fetching, was used last (in ns); its bytes, and its path."""
+    """Last use (in ns), size in bytes and path of each shard, and of each partial one that no process is fetching."""
     for found in own.iterdir():
         if not _OWN.fullmatch(found.name):
             continue
@@ -202,7 +202,7 @@ def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, P
 
 
 def _evict(found: Path) -> bool:
-    """Remove a shard, or a part of one, unless a process is fetching or opening it; gives whether it is gone."""
+    """Remove a shard or a partial one, unless a process is fetching or opening it; returns whether it is gone."""
     final = found.with_name(found.name.removesuffix(".part"))
     with locked_if_free(final.with_suffix(".lock")) as free:
         if free:
@@ -213,7 +213,7 @@ def _evict(found: Path) -> bool:
 
 
 def _record(path: Path) -> Path:
-    """The file that says which version of a cached shard was hashed; its date is when the shard was used last."""
+    """The file that says which version of a cached shard was hashed; its mtime is the shard's last use."""
     return path.with_suffix(".json")
 
 
@@ -222,7 +222,7 @@ def _version(path: Path) -> bytes:
 
 
 def _is_sound(path: Path, shard: Shard) -> bool:
-    """Whether a cached shard has the right digest: by this user's record, or else it is hashed."""
+    """Whether a cached shard has the right digest, by this user's record or by hashing it."""
     version = _version(path)
     with suppress(OSError), _record(path).open("rb") as stream:
         if os.fstat(stream.fileno()).st_uid == os.geteuid() and stream.read(len(version) + 1) == version:
@@ -234,13 +234,13 @@ def _is_sound(path: Path, shard: Shard) -> bool:
 
 
 def _note_sound(path: Path, version: bytes | None = None) -> None:
-    """Record that a version of a shard, None for what is there, has the right digest."""
-    with suppress(WriteError):  # it is then hashed again
+    """Record that a version of a shard (None: the current one) has the right digest."""
+    with suppress(WriteError):  # without a record it is hashed again
         write_atomic(_record(path), version or _version(path), lasting=False)
 
 
 class _HashedPart(Part):
-    """A part whose SHA-256 is taken as its bytes come."""
+    """A partial file that is hashed as its bytes arrive."""
 
     def __init__(self, final: Path) -> None:
         super().__init__(final)
@@ -257,8 +257,8 @@ class _HashedPart(Part):
             yield _Hashing(stream, self._add)
 
     def sha256(self) -> str:
-        """Of what there is, in hex."""
-        if self._hashed != self.size:  # brought by another process, or cut short by a full disk
+        """The SHA-256 of the bytes so far, in hex."""
+        if self._hashed != self.size:  # fetched by another process, or cut short by a full disk
             self._digest, self._hashed = hashlib.sha256(), 0
             self._hash_what_there_is()
         return self._digest.hexdigest()
@@ -275,7 +275,7 @@ class _HashedPart(Part):
 
 @dataclass(frozen=True)
 class _Hashing:
-    """Writes bytes, and then tells of them."""
+    """A stream that passes on the bytes that it has written."""
 
     stream: Writable
     wrote: Callable[[bytes], object]
@@ -288,19 +288,19 @@ class _Hashing:
 def _obtain(
     url: str, part: Part, final: Path, bound: int, check: Callable[[], object], network: Network, *, lasting: bool
 ) -> None:
-    """Fetch a file, going on where a try broke off; check it, and give it its name.
+    """Fetch a file, continuing after a broken connection; check it, and rename it.
 
     Args:
         url: its address.
-        part: its bytes so far.
-        final: its path; a lock must keep others away.
-        bound: the most bytes that it may have.
-        check: raises ``SourceError`` if the whole file is not the one; it is then fetched anew.
-        network: how patient to be.
+        part: the bytes so far.
+        final: its path, which the caller must have locked.
+        bound: upper bound on its length, in bytes.
+        check: raises ``SourceError`` if the whole file is the wrong one; it is then fetched again.
+        network: timeouts and retries.
         lasting: whether to flush it to disk.
 
     Raises:
-        FetchError: it could not be had.
+        FetchError: it could not be fetched.
         WriteError: the place cannot be written to.
     """
 
@@ -317,20 +317,20 @@ def _obtain(
     except GaveUpError as error:
         reason = error.failures[url]
         remedy = WRONG_COPY if reason.wrong else _REMEDY
-        raise FetchError(f"{shown_place(url)} could not be had: {reason}. {remedy}") from reason
+        raise FetchError(f"{shown_place(url)} could not be fetched: {reason}. {remedy}") from reason
     with writing(final):
         commit(final, lasting=lasting)
     part.forget()
 
 
 @lru_cache(maxsize=1)
-def _session(process: int) -> requests.Session:  # noqa: ARG001  # what a process has open is not for its children
-    """The one session of a process: connections are kept from shard to shard."""
+def _session(process: int) -> requests.Session:  # noqa: ARG001  # a child must not use its parent's connections
+    """The session of this process, whose connections are reused from shard to shard."""
     return open_session()
 
 
 def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
-    """One try, from the bytes that there are.
+    """Try once, starting after the bytes so far.
 
     Raises:
         SourceError: it failed.
@@ -342,21 +342,21 @@ def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
             if part.size < bound:
                 part.drop()
                 raise
-            # A server has nothing more to give where the file is whole already.
+            # The file is whole already, so the server has no more bytes.
         return
     import fsspec
 
     had = min(part.size, bound)
     try:
         stream = fsspec.open(url, "rb").open()
-    except Exception as error:  # each of fsspec's file systems has exceptions of its own
+    except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = isinstance(error, FileNotFoundError | PermissionError)
         raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error
     with stream, part.writer(had) as target:
         for chunk in _remaining(stream, had):
             had += len(chunk)
             if had > bound:
-                raise SourceError(f"it has more than the {bound:,} bytes that it may have", final=True)
+                raise SourceError(f"it is longer than the allowed {bound:,} bytes", final=True)
             target.write(chunk)
 
 
@@ -365,14 +365,14 @@ def _remaining(stream: Any, start: int) -> Any:
         stream.seek(start)
         yield from chunks(stream)
     except Exception as error:  # as above
-        raise SourceError(f"reading it broke off ({shown_error(error)})") from error
+        raise SourceError(f"reading it failed ({shown_error(error)})") from error
 
 
 def _require_digest(part: _HashedPart, shard: Shard) -> None:
-    """Check that a shard came whole and right; what is not right is removed.
+    """Check that a shard is whole and has the right digest; if the digest is wrong, it is removed.
 
     Raises:
-        SourceError: it did not.
+        SourceError: it is cut off, or has another digest.
     """
     if part.size < shard.bytes:
         raise SourceError(f"it ended after {part.size:,} of {shard.bytes:,} bytes")

@@ -1,4 +1,4 @@
-"""The shards of an archive: their names and lengths, and one opened and checked."""
+"""Open and check the shards of an archive."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
 from mamldata.sampling.sampler import EpisodeSampler
 
-_MOST_POOL = 1 << 24  # numbers that the drawing of an episode shuffles, where shards are compared with it
+_MOST_POOL = 1 << 24  # upper bound on the numbers shuffled to draw an episode that a shard is compared with
 REMEDY = "Copy it again, or delete it and build the archive again."
 _maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
 
 
 def check_size(path: Path, shard: Shard) -> None:
-    """Check that a shard is there and has its length.
+    """Check that a shard exists and has the right length.
 
     Raises:
-        DamagedError: naming the shard, the length expected and got, and the first episode that is cut off.
+        DamagedError: it does not; the message names the shard, its episodes, and both lengths in bytes.
     """
     try:
         got = path.stat().st_size
@@ -59,17 +59,17 @@ def open_shard(
         path: the shard's file.
         shard: what ``archive.json`` says of it.
         layout: the archive's.
-        verify: hash the whole file too, so that flipped pixels are noticed.
-        sampler: of the shard's split; the first and the last episode must then be those that it draws, so that a
-            shard of another split, which can have the same length and headers, is noticed.
-        checked: which version of each file has passed these checks; that one is mapped without them.
+        verify: also hash the whole file, which finds changed pixels.
+        sampler: of the shard's split. The first and the last episode must be those that it draws: a shard of
+            another split can have the same length and headers.
+        checked: the version of each file that has passed these checks, which is mapped without them.
         remedy: the last sentence of errors.
 
     Returns:
         uint8 ``[bytes]``, read-only.
 
     Raises:
-        DamagedError: naming the shard, and the episode where one can be named.
+        DamagedError: the message names the shard, and the episode where possible.
     """
     check_size(path, shard)
     with path.open("rb") as stream:
@@ -87,8 +87,8 @@ def open_shard(
         )
     if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
         raise DamagedError(
-            f"The shard {path} holds other episodes than {INDEX} says: episode {other} in it is not the one that the "
-            f"settings there give. It may be the shard of another split or archive. {remedy}"
+            f"The shard {path} holds other episodes than {INDEX} says: its episode {other} is not the one that "
+            f"those settings give. It may be the shard of another split or archive. {remedy}"
         )
     if checked is not None:
         checked[path] = version
@@ -96,7 +96,7 @@ def open_shard(
 
 
 def open_maps() -> int:
-    """How many shards this process has mapped; each map keeps a file descriptor."""
+    """How many shards this process has mapped; each map keeps one file descriptor."""
     return len(_maps)
 
 
@@ -105,7 +105,7 @@ def _range(shard: Shard) -> str:
 
 
 def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) -> int | None:
-    """The index of the first episode whose tar or npy headers are not the expected ones, if there is one."""
+    """The index of the first episode whose tar or npy headers are wrong; None if all are right."""
     for start, count in shard_sizes(shard.episodes, 1024):
         first = shard.first_episode + start
         block = mapped[start * layout.stride : (start + count) * layout.stride].reshape(count, layout.stride)
@@ -123,10 +123,10 @@ def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) ->
 
 
 def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
-    """The index of the first or last episode of a shard if it is not the one that is drawn for its index.
+    """The index of the first or last episode of a shard if it is not the one that the sampler draws.
 
-    None also for classes of so many images that drawing one episode takes more than 64 MiB: a forged ``archive.json``
-    can claim that.
+    Also None if drawing one episode would take more than 64 MiB, because a forged ``archive.json`` can claim classes
+    of any size.
     """
     if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
         return None

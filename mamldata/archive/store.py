@@ -1,7 +1,7 @@
 """Where an archive is written: a folder, or an address such as ``s3://bucket/folder``.
 
-A file appears under its name whole or not at all, and several writers, on whatever machines, do not disturb one
-another: each writes under a name of its own first. So correctness rests on no lock.
+A file appears under its name whole or not at all. Several writers, even on several machines, do not disturb each
+other, because each first writes under a name of its own. So correctness does not depend on locks.
 """
 
 from __future__ import annotations
@@ -23,67 +23,67 @@ from mamldata.io.atomic import locked, make_folder, publish, read_whole, writing
 from mamldata.io.digest import chunks, sha256_file
 from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_error, shown_place
 
-BUILD = ".build"  # what an unfinished build needs, and nobody else
+BUILD = ".build"  # what only an unfinished build needs
 _LOCK = ".lock"
 OURS = frozenset({BUILD, _LOCK})  # names that only an unfinished build has
 
-# Their file systems show an object when it is whole, and never before; on any other a file grows under its name.
+# These file systems show an object only when it is whole; on any other, a file grows under its name.
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "hf"}
 
-# s3fs holds ten pieces of 50 MB in memory where it may; workers are many already.
+# By default s3fs holds ten pieces of 50 MB in memory, which is too much for each of many workers.
 _OPTIONS = {protocol: {"max_concurrency": 1} for protocol in ("s3", "s3a")}
 
 Pieces = Iterable[bytes | memoryview]
 
 
 class Store(Protocol):
-    """A place for an archive; small when pickled, so that it can be sent to workers. Names are relative to it.
+    """A place for an archive; it pickles small, so that it can be sent to workers. Names are relative to it.
 
-    Every method raises ``WriteError`` where the place cannot be used.
+    Every method raises ``WriteError`` if the place cannot be used.
     """
 
     def __hash__(self) -> int: ...
 
     def entries(self) -> dict[str, int]:
-        """What is at the top, each with its length, or 0 if it is a folder. Of a place that is not there, nothing."""
+        """Names at the top, with lengths in bytes (0 for folders); empty if the place does not exist."""
 
     def size(self, name: str) -> int | None:
-        """A file's length, None if it is not there."""
+        """A file's length in bytes, None if it is missing."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes, None if it is not there."""
+        """A file's bytes, None if it is missing."""
 
     def sha256(self, name: str) -> str:
-        """A file's digest."""
+        """A file's SHA-256, in hex."""
 
     def prepare(self) -> None:
-        """Make room for ``.build``."""
+        """Create ``.build``, where folders exist."""
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """Write a file, over one that is there.
+        """Write a file, replacing an existing one.
 
         Raises:
-            FileNotFoundError: ``.build`` was cleared meanwhile.
+            FileNotFoundError: ``.build`` has been removed meanwhile.
         """
 
     def write_new(self, name: str, data: bytes) -> None:
-        """Write a file unless it is there; where the place can tell, exactly one of several writers does."""
+        """Write a file unless it exists. In a folder, exactly one of several writers succeeds."""
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
 
     def clear(self) -> None:
         """Remove what only an unfinished build needs."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait for other builds of the whole archive, lest the work be done twice. No more than a courtesy."""
+        """Wait for other builds of the whole archive, to avoid doing the work twice. Correctness does not need it."""
 
 
 def store_at(place: Path | str) -> Store:
-    """The store at a path, or at an address that fsspec writes to.
+    """The store at a path, or at an address that fsspec can write to.
 
     Raises:
-        RequestError: an address that cannot be written to.
+        RequestError: the address cannot be written to.
     """
     if not is_remote(place):
         return FolderStore(Path(place).absolute())
@@ -91,7 +91,7 @@ def store_at(place: Path | str) -> Store:
     if is_http(url):
         raise RequestError(
             f"{shown_place(url)}: archives are read over http(s), but a web server takes no files. Build into a "
-            "folder and copy it there, or give an address that can be written to, such as s3://bucket/folder."
+            "folder and copy it there, or give a writable address such as s3://bucket/folder."
         )
     require_address(url)
     local = local_address(url)
@@ -114,7 +114,7 @@ class FolderStore:
         except NotADirectoryError:
             if self.path.exists():
                 raise WriteError(f"{self} is a file. Choose a folder for the archive.") from None
-            return {}  # a parent is one, which making the folder reports
+            return {}  # a parent is a file, which making the folder reports
         except FileNotFoundError:
             return {}
 
@@ -156,13 +156,13 @@ class FolderStore:
                 return
             except FileNotFoundError:
                 raise
-            except OSError:  # a file system without links
+            except OSError:  # the file system has no hard links
                 if not final.exists():
                     publish(part, final)
 
     @contextmanager
     def _part(self, name: str) -> Iterator[Path]:
-        """A name that no other writer has, of a file that is gone afterwards."""
+        """A temporary name that no other writer uses; its file is removed afterwards."""
         part = self.path / BUILD / f"{name}.{uuid.uuid4().hex}.part"
         try:
             yield part
@@ -173,7 +173,7 @@ class FolderStore:
         (self.path / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        # In this order: while .build is there the next build clears up, should this process die here.
+        # In this order: if this process dies in between, the next build sees .build and clears up.
         (self.path / _LOCK).unlink(missing_ok=True)
         shutil.rmtree(self.path / BUILD, ignore_errors=True)
 
@@ -183,7 +183,7 @@ class FolderStore:
 
 @dataclass(frozen=True)
 class AddressStore:
-    """An address that fsspec writes to. A file is made on this machine first, and then put there."""
+    """An address that fsspec can write to. A file is written on this machine first, and then uploaded."""
 
     url: str
 
@@ -191,7 +191,7 @@ class AddressStore:
         return shown_place(self.url)
 
     def _open(self) -> tuple[Any, str]:
-        """The file system, and the path in it. Others write there too, so nothing that it remembers counts."""
+        """The file system, without its cached listings (other processes write there too), and the path in it."""
         import fsspec
 
         system, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(self.url.partition("://")[0].lower(), {}))
@@ -205,7 +205,7 @@ class AddressStore:
                 entries: list[dict[str, Any]] = system.ls(root, detail=True)
             except FileNotFoundError:
                 return {}
-            # A file is listed as itself, or even as its own child. Some programs put an empty one in place of a folder.
+            # A file is listed as itself, or even as its own child. Some programs create empty files as folders.
             if len(entries) == 1 and system.isfile(root) and system.size(root):
                 raise WriteError(f"{self} is a file. Choose another address for the archive.")
         found = {}
@@ -263,7 +263,7 @@ class AddressStore:
         growing = f"{root}/{BUILD}/{Path(name).name}.{uuid.uuid4().hex}.part"
         try:
             system.put_file(part, growing)
-            if system.exists(final):  # not every such file system moves a file over another
+            if system.exists(final):  # some of these file systems do not move a file over another
                 system.rm_file(final)
             system.mv(growing, final)
         except BaseException:
@@ -292,10 +292,10 @@ class AddressStore:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Turn what a file system raises into an error that says what to look at.
+        """Turn a file system's exceptions into an error that says what to check.
 
         Raises:
-            WriteError: whatever it was, because each of fsspec's file systems has exceptions of its own.
+            WriteError: for every exception, because each of fsspec's file systems has its own.
         """
         try:
             yield
@@ -304,7 +304,7 @@ class AddressStore:
         except Exception as error:
             raise WriteError(
                 f"{self} cannot be used ({shown_error(error)}). Check the address, your credentials "
-                "and the network, and run the same command again: it goes on from what is there."
+                "and the network, and run the same command again: it continues from the finished shards."
             ) from error
 
 

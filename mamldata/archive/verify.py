@@ -1,4 +1,4 @@
-"""Hash an archive again and check that it fits together. All problems are returned, not raised."""
+"""Hash an archive again and check that its parts fit together. Problems are returned, not raised."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def verify_archive(folder: Path | str, progress: Progress = silent, *, digest: s
     """Hash all shards of an archive again, check their structure, and draw every episode again.
 
     Args:
-        folder: the archive, or its address; its shards are then fetched anew, one after the other, and not kept.
-        progress: told of hashed bytes.
+        folder: the archive, or its address; its shards are then fetched again, one by one, and not kept.
+        progress: counts hashed bytes.
         digest: the digest that the archive should have, as cited: 64 hexadecimal digits, or the first 12 or more.
 
     Returns:
-        One line for each problem, naming file and episode. Empty if all is well.
+        One line for each problem, naming the file and the episode; empty if there are none.
 
     Raises:
-        RequestError: the folder is no archive, or ``digest`` no digest.
-        FetchError: ``archive.json`` could not be had from the address.
+        RequestError: the folder is not an archive, or ``digest`` is not a digest.
+        FetchError: ``archive.json`` could not be fetched from the address.
     """
     if is_remote(folder):
         return _verify_remote(str(folder), progress, digest)
@@ -61,7 +61,7 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
 
 
 def _check_shards(index: Path | str, archive: Archive, progress: Progress, find: Callable[[Shard], Path]) -> list[str]:
-    """The problems of all shards, each brought by ``find``; ``index`` is where ``archive.json`` is."""
+    """The problems of all shards, whose files ``find`` returns; ``index`` is the place of ``archive.json``."""
     problems = []
     total = sum(shard.bytes for split in archive.splits.values() for shard in split.shards)
     with progress("verify", total, "B") as advance:
@@ -84,11 +84,11 @@ def _check_index(folder: Path, archive: Archive, digest: str | None) -> list[str
     problems = []
     if not (folder / INDEX_SUM).is_file():
         problems.append(
-            f"{folder / INDEX_SUM} is missing. If {archive.digest} is the digest that you expect, mend it with: "
+            f"{folder / INDEX_SUM} is missing. If {archive.digest} is the digest that you expect, write it with: "
             f"(cd {shlex.quote(str(folder))} && sha256sum {INDEX} > {INDEX_SUM})"
         )
     elif (folder / INDEX_SUM).read_bytes() != index_sum(archive.digest):
-        problems.append(f"{folder / INDEX_SUM} does not say the sha256 of {INDEX}, which is {archive.digest}.")
+        problems.append(f"{folder / INDEX_SUM} does not match the sha256 of {INDEX}, which is {archive.digest}.")
     return problems + _check_digest(folder, archive, digest)
 
 
@@ -97,14 +97,14 @@ def _check_digest(place: Path | str, archive: Archive, digest: str | None) -> li
         return []
     asked = digest.removeprefix("sha256:").lower()
     if not re.fullmatch(r"[0-9a-f]{12,64}", asked):
-        raise RequestError(f"{digest!r} is no digest: that is 64 hexadecimal digits, or the first 12 of them or more.")
+        raise RequestError(f"{digest!r} is not a digest. Give its 64 hexadecimal digits, or at least the first 12.")
     if archive.digest.startswith(asked):
         return []
     return [f"{place} is another archive: its digest is {archive.digest}, expected {digest}."]
 
 
 def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSampler) -> list[str]:
-    """A shard's problems: at most one, since the first makes the others moot."""
+    """The first problem of a shard; empty if there is none."""
     try:
         mapped = open_shard(path, shard, archive.layout, verify=True)
     except DamagedError as error:
@@ -116,7 +116,7 @@ def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSam
         if wrong.any():
             episode = shard.first_episode + start + int(np.argmax(wrong))
             text = (
-                f"The shard {path} is whole, but episode {episode} in it is not the one that the settings in "
+                f"The shard {path} is whole, but its episode {episode} is not the one that the settings in "
                 f"{INDEX} give: the archive was not made by mamldata build, or {INDEX} was altered."
             )
             return [text]
@@ -124,7 +124,7 @@ def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSam
 
 
 def _strangers(folder: Path, archive: Archive) -> list[str]:
-    """Tar files that the archive does not know would be read by tools that take every tar of a folder."""
+    """Tar files that are not the archive's: tools that read every tar of a folder would include them."""
     known = {shard.file for split in archive.splits.values() for shard in split.shards}
     found = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     return [f"{folder / name} does not belong to the archive. Move it elsewhere." for name in found]

@@ -1,4 +1,4 @@
-"""One shard: what a worker must be told to write it, and how it does."""
+"""Write one shard: the task that a worker gets, and how it carries it out."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from mamldata.sampling.sampler import EpisodeSampler, gather
 from mamldata.version import __version__
 
 PLAN = f"{BUILD}/plan.json"
-_CHUNK_BYTES = 8 << 20  # made in memory at a time
+_CHUNK_BYTES = 8 << 20  # generated at a time, in memory
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to write, in a few hundred bytes whatever the size of the class table: the plan is read by the worker.
+    """A shard to write. It pickles to a few hundred bytes for any class table, because the worker reads the plan.
 
     Attributes:
-        store: where the archive is built, with its plan.
-        plan_sha256: of that plan.
+        store: where the archive is built; holds its plan.
+        plan_sha256: the digest of that plan.
         bank: the bank's file.
         split, number: which shard.
-        version: of mamldata.
+        version: the version of mamldata.
     """
 
     store: Store
@@ -45,23 +45,23 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardMade:
-    """A shard that is there: its sha256, and whether it had to be written."""
+    """A finished shard: its sha256, and whether this call wrote it."""
 
     sha256: str
     written: bool
 
 
 def make_shard(task: ShardTask) -> ShardMade:
-    """Write one shard and its receipt, unless it is there already, with the bytes that its receipt says.
+    """Write one shard and its receipt, unless it exists already and matches its receipt.
 
     Raises:
-        MamldataError: this worker has another version, or does not see the same files.
+        MamldataError: this worker has another version of mamldata, or does not see the same files.
         WriteError: the store cannot be written to.
     """
     if task.version != __version__:
         raise MamldataError(
             f"{_worker()} has mamldata {__version__}, and the build {task.version}. Install the same "
-            "version for all workers."
+            "version on all workers."
         )
     plan = _read_plan(task.store, task.plan_sha256)
     split = plan.splits[task.split]
@@ -84,7 +84,7 @@ def make_shard(task: ShardTask) -> ShardMade:
         if (made := _closed(task)) is None:
             task.store.write(receipt(shard), [digest.hexdigest().encode()])
     except (FileNotFoundError, WriteError) as error:
-        # Perhaps whoever wrote the same shard at the same time was faster, closed the archive and cleared up.
+        # Perhaps another writer of the same shard was faster, closed the archive and cleared up.
         if (made := _closed(task)) is None:
             if isinstance(error, WriteError):
                 raise
@@ -98,7 +98,7 @@ def shard_pieces(plan: Archive, split: str, number: int, images: Images) -> Iter
     """The bytes of a shard, a few megabytes at a time.
 
     Args:
-        plan: the archive as it will be.
+        plan: the archive to build.
         split, number: which shard.
         images: the bank, uint8 ``[rows, H, W, C]``.
     """
@@ -123,12 +123,12 @@ def shard_pieces(plan: Archive, split: str, number: int, images: Images) -> Iter
 
 
 def receipt(shard: Shard) -> str:
-    """The name of the file that says what a finished shard's sha256 is."""
+    """The name of the file that records a finished shard's sha256."""
     return f"{BUILD}/{shard.file}.sha256"
 
 
 def _finished(store: Store, shard: Shard) -> ShardMade | None:
-    """A shard that is there, if its bytes are still those of its receipt."""
+    """A shard that exists and still matches its receipt."""
     found = store.read(receipt(shard))
     if found is None or store.size(shard.file) != shard.bytes:
         return None
@@ -137,7 +137,7 @@ def _finished(store: Store, shard: Shard) -> ShardMade | None:
 
 
 def _closed(task: ShardTask) -> ShardMade | None:
-    """A shard of an archive that another process closed meanwhile."""
+    """The shard, if another process has closed the archive meanwhile."""
     if task.store.size(INDEX) is None or (data := task.store.read(INDEX)) is None:
         return None
     shard = parse_archive(data).split(task.split).shards[task.number]

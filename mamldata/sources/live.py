@@ -1,4 +1,4 @@
-"""Episodes drawn from a bank when they are asked for, without an archive."""
+"""Episodes drawn from a bank on demand, without an archive."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mamldata.sources.source import EpisodeInfo, Images, at_most, draw, episode_
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class LiveSource:
-    """Episodes drawn from a bank when they are asked for; the same as those that an archive would hold.
+    """Episodes drawn from a bank on demand; the same ones that an archive would hold.
 
     Attributes:
         info: what the episodes are.
         images: the bank, uint8 ``[images, H, W, C]``.
-        sampler: draws them.
-        episodes: how many, or None for no end.
+        sampler: draws the episodes.
+        episodes: how many; None: they never end.
     """
 
     info: EpisodeInfo
@@ -55,12 +55,12 @@ class LiveSource:
         return [self.table.label(int(way[0])) for way in self.sampler.sample(index, 1)[0]]
 
     def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
         return draw(self.sampler, index)[..., 0].astype(np.int64)
 
     @property
     def fetched_shards(self) -> tuple[int, ...]:
-        """None: all is here, see ``Source.fetched_shards``."""
+        """Empty: nothing is fetched, see ``Source.fetched_shards``."""
         return ()
 
     @property
@@ -73,11 +73,11 @@ class LiveSource:
 
     @property
     def way_source(self) -> None:
-        """None: its episodes are not stored."""
+        """None: the episodes are not stored."""
         return None
 
     def view(self, episodes: int | None = None) -> Self:
-        """The same episodes, at most the first so many, see ``ArchiveSource.view``."""
+        """The same episodes, at most the first ``episodes``; see ``ArchiveSource.view``."""
         return self if episodes is None else replace(self, episodes=at_most(self.episodes, require_some(episodes)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,24 +105,24 @@ def live(
     root: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> LiveSource:
-    """Episodes without an archive: drawn from a dataset's bank as they are asked for.
+    """Episodes without an archive, drawn from a dataset's bank on demand.
 
-    The bank is made first if it is not there; nothing is downloaded.
+    The bank is made first if it is missing; nothing is downloaded.
 
     Args:
         dataset: a built-in name, or the path of a manifest.
         split: ``train``, ``val`` or ``test``.
         n_way, k_shot, k_query: classes; support and query images per class.
-        seed: of the episodes; an archive built with it holds the very same ones.
-        episodes: how many; None for no end.
+        seed: of the episodes; an archive built with the same seed holds the same ones.
+        episodes: how many; None: they never end.
         split_scheme, rotations, image_size: the manifest's own if None.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
-        workers: processes that decode images, if the bank must be made.
+        workers: processes that decode images if the bank must be made.
 
     Raises:
-        RequestError: an unknown name, or episodes that cannot be made.
-        DataMissingError: the raw files are not there; the message names the command.
-        DamagedError: the bank is not what was made, see ``mamldata.bank.make.make_bank``.
+        RequestError: the name is unknown, or the episodes cannot be made.
+        DataMissingError: the raw files are missing; the message names the command that fetches them.
+        DamagedError: the bank is damaged, see ``mamldata.bank.make.make_bank``.
     """
     request = BuildRequest(n_way, k_shot, k_query, {split: 1}, seed, split_scheme, rotations)
     if episodes is not None:

@@ -1,4 +1,4 @@
-"""The source of a split, from whatever the user gives: a folder, an address, or a source."""
+"""The source of a split, from a folder, an address, or a source."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def open_archive(
     """A split of an archive, from its folder or its address; see ``ArchiveSource`` and ``RemoteSource``.
 
     Raises:
-        RequestError: not an archive, or it has no such split; or a cache for a folder.
-        FetchError: what is at the address could not be had.
+        RequestError: it is not an archive, it has no such split, or a cache was given for a folder.
+        FetchError: a file at the address could not be fetched.
         DamagedError: the archive is damaged.
     """
     if is_remote(place):
@@ -33,7 +33,7 @@ def open_archive(
         options: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
         return RemoteSource(str(place), split, verify=verify, episodes=episodes, **options)
     if cache_dir is not None or cache_bytes is not None:
-        raise RequestError("cache_dir and cache_bytes are for archives at an address; a folder is read where it is.")
+        raise RequestError("cache_dir and cache_bytes are for archives at an address; a folder needs no cache.")
     return ArchiveSource(place, split, verify=verify, episodes=episodes)
 
 
@@ -45,19 +45,19 @@ def as_source(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
 ) -> Source:
-    """A source, from itself or from the folder or the address of an archive.
+    """The given source, or one made from the folder or the address of an archive.
 
     Raises:
-        RequestError: not an archive; or the split of a source was asked for that it does not give.
-        FetchError: what is at the address could not be had.
+        RequestError: it is not an archive, or an argument does not fit the source.
+        FetchError: a file at the address could not be fetched.
         DamagedError: the archive is damaged.
     """
     if isinstance(source, str | os.PathLike):
         return open_archive(source, split or "train", verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
     if split is not None and split != source.info.split:
-        raise RequestError(f"The source gives the split {source.info.split!r}, not {split!r}.")
+        raise RequestError(f"The source has the split {source.info.split!r}, not {split!r}.")
     if verify:
-        raise RequestError("verify=True is for archives; live episodes have no digest to compare with.")
+        raise RequestError("verify=True is for archives; live episodes have no digest to check.")
     if cache_dir is not None or cache_bytes is not None:
         raise RequestError("cache_dir and cache_bytes are for the address of an archive, not for a source.")
     return source

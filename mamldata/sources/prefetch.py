@@ -1,4 +1,4 @@
-"""Work done ahead of time: jobs in background threads, each waited for by whoever needs what it gives."""
+"""Work done ahead of time: jobs in background threads, whose results are waited for when they are needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Result = TypeVar("Result")
 
 
 class Ahead(Generic[Key, Result]):
-    """Jobs under way and done. For one thread at a time.
+    """Running and finished jobs. For one thread at a time.
 
-    Their threads are daemons, unlike those of an executor: a job that waits for a silent server does not keep the
-    program from ending.
+    The threads are daemons, unlike those of an executor, so that a job that waits for a silent server does not keep
+    the program from ending.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Ahead(Generic[Key, Result]):
 
     @property
     def _jobs(self) -> dict[Key, Future[Result]]:
-        if self._process != os.getpid():  # a fork has the jobs' names, but not their threads
+        if self._process != os.getpid():  # a fork has the jobs, but not their threads
             self._mine, self._threads, self._process = {}, [], os.getpid()
         return self._mine
 
@@ -35,11 +35,11 @@ class Ahead(Generic[Key, Result]):
 
     @property
     def running(self) -> int:
-        """How many jobs are under way, forgotten ones included."""
+        """How many jobs are running, forgotten ones included."""
         return sum(thread.is_alive() for thread in self._threads)
 
     def start(self, key: Key, job: Callable[[], Result]) -> None:
-        """Begin a job, under a key that none has."""
+        """Start a job under a key that is not in use."""
         future: Future[Result] = Future()
         self._jobs[key] = future
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
@@ -49,7 +49,7 @@ class Ahead(Generic[Key, Result]):
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.
 
-        If it failed, all are forgotten: who then tries again wants no failure from before.
+        If it failed, all jobs are forgotten, so that a new try does not meet an old failure.
 
         Raises:
             BaseException: whatever the job raised.
@@ -58,24 +58,24 @@ class Ahead(Generic[Key, Result]):
         try:
             result = future.result()
         except BaseException:
-            if future.done():  # and not if the waiting was interrupted
+            if future.done():  # else only the waiting was interrupted
                 self._jobs.clear()
             raise
         del self._jobs[key]
         return result
 
     def keep_only(self, keys: Container[Key]) -> None:
-        """Forget all other jobs; those of them that are under way go on, and what they give is dropped."""
+        """Forget all other jobs; those that are running finish, and their results are dropped."""
         for key in [key for key in self._jobs if key not in keys]:
             del self._jobs[key]
 
     def join(self, seconds: float) -> None:
-        """Wait for each thread, but not for ever."""
+        """Wait for each thread, up to ``seconds``."""
         for thread in self._threads:
             thread.join(seconds)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Threads stay where they are: another process begins with none.
+        # Threads cannot be pickled: another process starts without jobs.
         return {"_mine": {}, "_threads": [], "_process": self._process}
 
 

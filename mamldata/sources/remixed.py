@@ -12,15 +12,15 @@ from mamldata.sampling.remix import Classes, remix
 from mamldata.sampling.sampler import ClassTable
 from mamldata.sources.source import EpisodeInfo, Images, WaySource
 
-_KEPT = 2  # epochs; read-ahead and a second pass look at neighbours
+_KEPT = 2  # epochs, because read-ahead and a second pass need neighbouring ones
 
 
 class RemixedSource:
-    """Episodes formed anew in each epoch from the ways of stored ones; ``index`` counts them through all epochs.
+    """Episodes formed again in each epoch from the ways of stored ones; ``index`` counts them through all epochs.
 
     Args:
-        source: of the stored episodes.
-        seed: of the mixing.
+        source: the stored episodes.
+        seed: of the remix.
     """
 
     def __init__(self, source: WaySource, seed: int) -> None:
@@ -36,7 +36,7 @@ class RemixedSource:
 
     @property
     def episodes(self) -> int:
-        """How many there are in an epoch: as many as are stored."""
+        """Episodes in an epoch: as many as are stored."""
         return self.source.episodes
 
     def ways(self, index: Indices) -> Indices:
@@ -60,7 +60,7 @@ class RemixedSource:
         return self.source.table
 
     def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
         return self._stored_classes().reshape(-1)[self.ways(index)].astype(np.int64)
 
     def class_labels(self, index: int) -> list[str]:
@@ -69,7 +69,7 @@ class RemixedSource:
 
     @property
     def fetched_shards(self) -> tuple[int, ...]:
-        """None: ``way_classes`` has fetched all; see ``Source.fetched_shards``."""
+        """Empty: ``way_classes`` has fetched all shards; see ``Source.fetched_shards``."""
         return ()
 
     @property
@@ -82,7 +82,7 @@ class RemixedSource:
 
     @property
     def way_source(self) -> None:
-        """None: its episodes are mixed already."""
+        """None: the episodes are mixed already."""
         return None
 
     def _stored_classes(self) -> Classes:
@@ -100,5 +100,5 @@ class RemixedSource:
         return mixed
 
     def __getstate__(self) -> dict[str, Any]:
-        # A function of what is stored: another process finds it again.
+        # Computed from the stored episodes: another process computes them again.
         return {**self.__dict__, "_classes": None, "_epochs": {}}

@@ -1,4 +1,4 @@
-"""An archive at an address as a source: its shards are fetched ahead while one is read from."""
+"""An archive at an address as a source: while one shard is read, the next ones are fetched."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from mamldata.io.urls import join, shown_place
 from mamldata.sources.prefetch import Ahead
 from mamldata.sources.stored import StoredSource
 
-_AHEAD = 2  # shards that are fetched while one is read from
-_WINDOW = 2 + _AHEAD  # shards that are kept without a cache: the one in use, the one before, and the next ones
+_AHEAD = 2  # shards that are fetched while one is read
+_WINDOW = 2 + _AHEAD  # shards that are kept without a cache folder: the previous, the current and the next ones
 
 
 class RemoteSource(StoredSource):
     """A split of an archive at an address; at most its first ``episodes``.
 
-    While a shard is read from, threads fetch the next ones.
+    While a shard is read, threads fetch the next ones.
 
     Args:
-        url: of the archive's folder.
+        url: the address of the archive's folder.
         split: ``train``, ``val`` or ``test``.
-        verify: hash a shard again when it is opened, though it was hashed when it came.
-        episodes: the limit.
-        cache_dir: where the cache makes a folder of its own for shards; None: a temporary folder, which holds four of
-            them and goes with the source.
-        cache_bytes: upper bound on the shards there, see ``ShardCache``; None: no bound.
-        network: how patient to be.
+        verify: hash a shard again when it is opened, although it was hashed as it arrived.
+        episodes: the limit; None: all.
+        cache_dir: where the cache makes its own subfolder for shards; None: a temporary folder, which holds four
+            shards and is removed with the source.
+        cache_bytes: upper bound in bytes on the shards there, see ``ShardCache``; None: no bound.
+        network: timeouts and retries.
 
     Attributes:
-        window: the shard that is read from, and those that are fetched meanwhile.
+        window: how many shards are fetched at a time, including the one that is read.
 
     Raises:
-        RequestError: the address or an argument cannot be, or the archive has no such split.
-        FetchError: ``archive.json`` could not be had.
-        DamagedError: ``archive.json`` is not what was written.
-        WriteError: ``cache_dir`` cannot be made.
+        RequestError: the address or an argument is invalid, or the archive has no such split.
+        FetchError: ``archive.json`` could not be fetched.
+        DamagedError: ``archive.json`` is damaged.
+        WriteError: ``cache_dir`` cannot be created.
     """
 
     def __init__(
@@ -80,33 +80,33 @@ class RemoteSource(StoredSource):
 
     @property
     def fits(self) -> bool:
-        """Whether all shards of the split can be here at once."""
+        """Whether the cache has room for all shards of the split at once."""
         return self.cache.bytes is None or sum(shard.bytes for shard in self._split.shards) <= self.cache.bytes
 
     def view(self, episodes: int | None = None) -> Self:
-        """See ``StoredSource.view``; they have the cache in common, and no shard that is here is fetched again."""
+        """See ``StoredSource.view``; both share the cache, so no cached shard is fetched again."""
         view = super().view(episodes)
-        view._open, view._ahead = {}, Ahead()  # which are for one thread at a time
+        view._open, view._ahead = {}, Ahead()  # these are for one thread at a time
         if not self.cache.lasting:
-            weakref.finalize(view, view._ahead.join, 1)  # before the folder that its threads write to goes
+            weakref.finalize(view, view._ahead.join, 1)  # before the folder that its threads write to is removed
         return view
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
-        """Fetch shards in the background, ``window`` at a time at the most.
+        """Fetch shards in the background, at most ``window`` at a time.
 
-        A failure is not reported here: whoever needs the shard meets it.
+        A failure is raised when the shard is read, not here.
 
         Args:
-            upcoming: the shard that is read from now, and those after it; only the first ``window`` are looked at.
+            upcoming: the current shard and those after it; all but the first ``window`` are ignored.
         """
         upcoming = upcoming[: self.window]
-        self._ahead.keep_only(upcoming)  # a shard that was fetched for nobody must not keep its map
+        self._ahead.keep_only(upcoming)  # an unused shard must not stay mapped
         for number in upcoming:
             if number not in self._open and number not in self._ahead and self._ahead.running < self.window:
                 self._ahead.start(number, self._job(number))
 
     def _job(self, number: int) -> Callable[[], Bytes]:
-        """What fetches and maps a shard; it has no reference to this source, which can go while a server is silent."""
+        """A function that fetches and maps a shard; it does not keep this source alive while it waits for a server."""
         shard = self._split.shards[number]
         url = join(self.url, shard.file)
         remedy = f"It came from {shown_place(url)}. {WRONG_COPY}"
@@ -114,7 +114,7 @@ class RemoteSource(StoredSource):
 
     def _open_shard(self, number: int) -> memoryview:
         mapped = self._ahead.take(number) if number in self._ahead else self._job(number)()
-        # A removed file takes its room for as long as it is mapped.
+        # A removed file occupies the disk for as long as it is mapped.
         while self.cache.bytes is not None and self._mapped_bytes() + len(mapped) > self.cache.bytes:
             del self._open[next(iter(self._open))]
         return self._keep(number, mapped)
@@ -124,7 +124,7 @@ class RemoteSource(StoredSource):
 
 
 def _remove(folder: str, owner: int, ahead: Ahead[int, Bytes]) -> None:
-    if os.getpid() == owner:  # and not a worker that was forked from it
-        ahead.join(1)  # one that has just begun would make the folder again, for its lock
-        with suppress(OSError):  # under another name no thread that still waits for a server puts a file into it
+    if os.getpid() == owner:  # not in a worker that was forked from it
+        ahead.join(1)  # a job that has just started would create the folder again, for its lock
+        with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it
             shutil.rmtree(Path(folder).rename(f"{folder}.gone"))

@@ -1,4 +1,4 @@
-"""What a source of episodes is, whatever it reads from."""
+"""The protocol of a source of episodes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ Images = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class EpisodeInfo:
-    """What a source's episodes are; printed beside results, saved with runs, and compared on resume.
+    """What a source's episodes are: printed with results, saved with runs, and compared when a run is resumed.
 
     Attributes:
-        dataset, split_scheme, split, n_way, k_shot, k_query: in the field's terms.
+        dataset, split_scheme, split: where the classes come from.
+        n_way, k_shot, k_query: classes; support and query images per class.
         rotations: ``all``, ``train`` or ``none``.
         image_shape: ``(H, W, C)``.
         bank_sha256: the digest of the images.
-        episode_seed: the seed that the episodes were drawn with.
+        episode_seed: the seed of the episodes.
         archive_sha256: the digest of the archive, None for live episodes.
         normalization: mean and deviation of the train split, for images in [0, 1].
     """
@@ -57,7 +58,7 @@ class Source(Protocol):
 
     @property
     def episodes(self) -> int | None:
-        """How many there are; None if they never end."""
+        """How many episodes there are; None if they never end."""
         ...
 
     def read(self, index: Indices, support: Images, query: Images) -> None:
@@ -65,8 +66,8 @@ class Source(Protocol):
 
         Args:
             index: int64 ``[B]``.
-            support: its beginning is filled with ``[B, n_way, k_shot, H, W, C]``; uint8, of one dimension.
-            query: its beginning is filled with ``[B, n_way, k_query, H, W, C]``; uint8, of one dimension.
+            support: uint8, one dimension; its beginning is filled with ``[B, n_way, k_shot, H, W, C]``.
+            query: uint8, one dimension; its beginning is filled with ``[B, n_way, k_query, H, W, C]``.
         """
         ...
 
@@ -81,25 +82,25 @@ class Source(Protocol):
 
     @property
     def fetched_shards(self) -> tuple[int, ...]:
-        """How many episodes each shard has, if shards are fetched before they are read; empty if all is here."""
+        """Number of episodes in each shard, if shards are fetched before they are read; empty if nothing is fetched."""
         ...
 
     @property
     def window(self) -> int:
-        """How many shards are fetched at a time, the one that is read from included; 0 if all is here."""
+        """How many shards are fetched at a time, including the one that is read; 0 if nothing is fetched."""
         ...
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
-        """Fetch shards in the background: the one that is read from now, and those after it."""
+        """Fetch shards in the background: the current one and those after it."""
         ...
 
     @property
     def way_source(self) -> WaySource | None:
-        """The same source, if its episodes can be taken apart for remix."""
+        """The same source if its episodes can be taken apart for remix, else None."""
         ...
 
     def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label."""
+        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
         ...
 
 
@@ -108,12 +109,12 @@ class WaySource(Source, Protocol):
 
     @property
     def fits(self) -> bool:
-        """Whether all its shards can be here at once."""
+        """Whether all its shards fit on this machine at once."""
         ...
 
     @property
     def episodes(self) -> int:
-        """How many there are."""
+        """How many episodes there are."""
         ...
 
     def way_classes(self) -> Classes:
@@ -126,7 +127,7 @@ class WaySource(Source, Protocol):
 
 
 def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:
-    """What the episodes of a split are, whose archive has this digest; None: live episodes."""
+    """What the episodes of a split are; ``digest`` is the archive's, None for live episodes."""
     return EpisodeInfo(
         dataset=archive.dataset,
         split_scheme=archive.split_scheme,
@@ -146,20 +147,20 @@ def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInf
 def draw(sampler: EpisodeSampler, index: Indices) -> npt.NDArray[np.int32]:
     """Episodes by their indices, see ``EpisodeSampler.sample``."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
-    runs = [run for run in np.split(index, breaks) if len(run)]  # none for no episodes
+    runs = [run for run in np.split(index, breaks) if len(run)]  # no run if there are no episodes
     return np.concatenate([sampler.sample(int(run[0]), len(run)) for run in runs] or [sampler.sample(0, 0)])
 
 
 def at_most(limit: int | None, episodes: int) -> int:
-    """So many episodes, under a limit if there is one."""
+    """``episodes``, or ``limit`` if that is less."""
     return episodes if limit is None else min(require_some(limit), episodes)
 
 
 def require_some(episodes: int) -> int:
-    """At least one episode.
+    """``episodes``, if that is at least 1.
 
     Raises:
-        RequestError: fewer.
+        RequestError: it is not.
     """
     if episodes < 1:
         raise RequestError(f"episodes must be at least 1, not {episodes}.")

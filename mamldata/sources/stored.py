@@ -30,10 +30,10 @@ _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 class StoredSource(ABC):
     """A split of an archive, read from memory maps of its shards; at most its first ``episodes``.
 
-    A shard's headers are checked, and with ``verify`` its digest, when it is first read from. For one thread at a time.
+    A shard's headers, and with ``verify`` its digest, are checked when it is first read. For one thread at a time.
 
-    Each map keeps a file descriptor. Where the process has too many, the source's oldest map makes room; its shard is
-    mapped again when it is read from, without further checks if the file is the same.
+    Each map keeps a file descriptor. If the process has too many, the source's oldest map is closed; its shard is
+    mapped again when it is next read, without further checks if the file is the same.
 
     Args:
         archive: what ``archive.json`` says.
@@ -42,7 +42,7 @@ class StoredSource(ABC):
         episodes: the limit; None: all.
 
     Attributes:
-        window: how many shards are fetched at a time, the one that is read from included; 0 where none need be.
+        window: how many shards are fetched at a time, including the one that is read; 0 if nothing is fetched.
 
     Raises:
         RequestError: the archive has no such split, or the limit is less than one.
@@ -59,14 +59,14 @@ class StoredSource(ABC):
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
         self._checked: dict[Path, FileVersion] = {}
-        self._whole: StoredSource | None = None  # what a view is of, whose temporary folder must stay
+        self._whole: StoredSource | None = None  # the source of a view, whose temporary folder must stay
 
     @abstractmethod
     def _open_shard(self, number: int) -> memoryview:
         """Map a shard, check it, and keep it in ``_open``."""
 
     def _opener(self, shard: Shard, remedy: str = REMEDY) -> Callable[[Path], Bytes]:
-        """What maps a shard's file and checks it, without a reference to this source; see ``open_shard``."""
+        """A function that maps and checks a shard's file, and does not keep this source alive; see ``open_shard``."""
         return partial(
             open_shard,
             shard=shard,
@@ -78,20 +78,20 @@ class StoredSource(ABC):
         )
 
     def _keep(self, number: int, mapped: Bytes) -> memoryview:
-        """Keep a map; where this process has too many, this source's oldest ones make room."""
+        """Keep a map; if this process has too many, close this source's oldest ones."""
         while self._open and open_maps() > _most_maps():
-            with suppress(KeyError, StopIteration, RuntimeError):  # a thread with a view of this source makes room, too
+            with suppress(KeyError, StopIteration, RuntimeError):  # a thread with a view may close maps too
                 del self._open[next(iter(self._open))]
         self._open[number] = mapped.data
         return mapped.data
 
     @property
     def fits(self) -> bool:
-        """Whether all shards of the split can be here at once."""
+        """Whether all shards of the split fit on this machine at once."""
         return True
 
-    def prefetch(self, upcoming: Sequence[int]) -> None:  # noqa: B027  # not abstract: what is here is not fetched
-        """Fetch shards in the background: the one that is read from now, and those after it."""
+    def prefetch(self, upcoming: Sequence[int]) -> None:  # noqa: B027  # not abstract: local shards are not fetched
+        """Fetch shards in the background: the current one and those after it."""
 
     @property
     def shard_episodes(self) -> tuple[int, ...]:
@@ -107,13 +107,13 @@ class StoredSource(ABC):
 
     @property
     def episodes(self) -> int:
-        """How many there are."""
+        """How many episodes there are."""
         return self._episodes
 
     def read(self, index: Indices, support: Images, query: Images) -> None:
-        """Copy episodes out of the maps, one by one: fancy indexing of a strided map would copy it whole.
+        """Copy episodes out of the maps, one by one: fancy indexing of a strided map would copy all of it.
 
-        Through memoryviews, whose slices cost a third of NumPy's: at Omniglot's size that is what counts.
+        It uses memoryviews, whose slices cost a third of NumPy's: for episodes as small as Omniglot's, slices dominate.
         """
         layout = self.archive.layout
         support_at, support_bytes = layout.support.data, layout.support.bytes
@@ -145,7 +145,7 @@ class StoredSource(ABC):
         """Copy single ways out of the maps, as ``read`` copies episodes.
 
         Args:
-            ways: int64 ``[B, n_way]``; way ``w`` is place ``w % n_way`` of episode ``w // n_way``.
+            ways: int64 ``[B, n_way]``; way ``w`` is number ``w % n_way`` of episode ``w // n_way``.
             support, query: as for ``read``.
         """
         layout, n_way = self.archive.layout, self._info.n_way
@@ -167,10 +167,10 @@ class StoredSource(ABC):
     def way_classes(self) -> Classes:
         """The class of each way, as an index into the class table: int32 ``[episodes, n_way]``.
 
-        Four bytes of each way are read, from pages that the check of a shard's headers has just touched.
+        It reads four bytes of each way, from pages that the check of the shard's headers has just touched.
         """
         layout = self.archive.layout
-        shards = range(self._shard_of(self._episodes - 1) + 1)  # and none that is not read from
+        shards = range(self._shard_of(self._episodes - 1) + 1)  # only those that are read
         found = []
         for number in shards:
             self.prefetch(shards[number:])
@@ -188,25 +188,25 @@ class StoredSource(ABC):
         return self._split.classes
 
     def classes(self, index: Indices) -> Indices:
-        """Which classes of the table episodes show: int64 ``[B, n_way]``, by label.
+        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label.
 
-        Drawn again, which gives what is stored and reads no shard: whoever asks need not be the thread that reads.
+        They are drawn again, which reads no shard, so any thread may ask.
         """
         return draw(self._sampler, index)[..., 0].astype(np.int64)
 
     def view(self, episodes: int | None = None) -> Self:
         """The same split for another reader, such as a stream with a thread of its own.
 
-        What was done once is not done again: ``archive.json`` is not read, no shard checked that is open.
+        ``archive.json`` is not read again, and open shards are not checked again.
 
         Args:
-            episodes: the limit; None: that of this one.
+            episodes: the limit; None: the same as here.
 
         Raises:
             RequestError: it is less than one.
         """
         view = copy.copy(self)
-        view._open, view._checked = self._open, self._checked  # which __getstate__ has left out
+        view._open, view._checked = self._open, self._checked  # left out by __getstate__
         view._whole = self
         view._episodes = at_most(episodes, self._episodes)
         return view
@@ -229,11 +229,11 @@ class StoredSource(ABC):
 class ArchiveSource(StoredSource):
     """A split of an archive in a local folder; at most its first ``episodes``.
 
-    All shards must be there and have their length when the source is made.
+    All shards must exist and have the right lengths when the source is made.
 
     Raises:
-        RequestError: not an archive, or it has no such split.
-        DamagedError: ``archive.json`` or a shard is not what was written; the message names shard and episode.
+        RequestError: it is not an archive, or it has no such split.
+        DamagedError: ``archive.json`` or a shard is damaged; the message names the shard and the episode.
     """
 
     def __init__(
@@ -255,6 +255,6 @@ class ArchiveSource(StoredSource):
 
 
 def _most_maps() -> int:
-    """How many maps a process keeps: half of the file descriptors or of the maps that it may have."""
+    """How many maps a process keeps: half of the file descriptors, or of the maps, that it is allowed."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_MAPS if descriptors == resource.RLIM_INFINITY else min(descriptors // 2, _MOST_MAPS)

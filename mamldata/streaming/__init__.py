@@ -1,1 +1,1 @@
-"""Meta-batches in torch, on a device. The only room of mamldata that imports torch."""
+"""Meta-batches in torch, on a device. The only package of mamldata that imports torch."""

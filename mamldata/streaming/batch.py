@@ -1,4 +1,4 @@
-"""Meta-batches: what a stream gives, and how one is put together from stored images."""
+"""Meta-batches: what a stream yields, and how one is made from stored images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class EpisodeBatch(NamedTuple):
 
     Attributes:
         support_x: images ``[B, n_way * k_shot, C, H, W]``, channels-last in memory; floating point in [0, 1],
-            normalised, or uint8, as the stream was asked for. Images of one class stand together.
+            normalized, or uint8, as set for the stream. Images of one class are adjacent.
         support_y: labels in ``range(n_way)``, int64 ``[B, n_way * k_shot]``.
         query_x: images ``[B, n_way * k_query, C, H, W]``, as ``support_x``.
         query_y: labels, int64 ``[B, n_way * k_query]``.
-        index: each episode's index in its split, int64 ``[B]``; of remixed episodes, their number counted through all
-            epochs, ``epoch * episodes + place``.
+        index: each episode's index in its split, int64 ``[B]``; for remixed episodes, counted through all epochs,
+            ``epoch * episodes + place``.
 
     The labels of all meta-batches share their memory: do not write into them.
     """
@@ -35,18 +35,19 @@ class EpisodeBatch(NamedTuple):
     support_y: torch.Tensor
     query_x: torch.Tensor
     query_y: torch.Tensor
-    index: torch.Tensor  # type: ignore[assignment]  # the field's word; tuple.index is of no use here
+    index: torch.Tensor  # type: ignore[assignment]  # the field's word; tuple.index is not needed here
 
 
 def _refuse_to_collate(*_: Any, **__: Any) -> None:
     raise RequestError(
-        "A stream makes its meta-batches itself, and a DataLoader must not make batches of them. Write "
+        "A stream yields whole meta-batches, which a DataLoader must not batch again. Write "
         "DataLoader(stream, batch_size=None)."
     )
 
 
-# A DataLoader does not tell its dataset the batch_size: that it was forgotten shows first where a batch is collated.
-# torch looks in this table before it takes the type for a named tuple. Without the table, only this message would go.
+# A DataLoader does not tell its dataset the batch_size, so a forgotten batch_size=None shows only when a batch is
+# collated. torch looks in this table before it treats the type as a named tuple. Without the table, only this message
+# is missing.
 with contextlib.suppress(ImportError):
     from torch.utils.data._utils.collate import default_collate_fn_map
 
@@ -54,7 +55,7 @@ with contextlib.suppress(ImportError):
 
 
 class Stored(NamedTuple):
-    """Images ``[B, n_way * k, C, H, W]``, channels-last in memory, twice; and indices int64 ``[B]``."""
+    """Support and query images ``[B, n_way * k, C, H, W]``, channels-last in memory; and indices int64 ``[B]``."""
 
     support: torch.Tensor
     query: torch.Tensor
@@ -68,9 +69,9 @@ class BatchReader:
         source: of the episodes.
         order: which episodes a meta-batch holds.
         dtype: of the images.
-        device: where finished meta-batches are.
-        rank, world_size: which part of each meta-batch is read, see ``mamldata.sampling.order.share``.
-        normalize: by this mean and deviation; None: images stay in [0, 1].
+        device: where finished meta-batches go.
+        rank, world_size: the part of each meta-batch to read, see ``mamldata.sampling.order.share``.
+        normalize: mean and deviation to normalize by; None: images stay in [0, 1].
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.world_size = rank, world_size
-        self._shards = source.fetched_shards  # listed once a reader: an archive may have many thousand
+        self._shards = source.fetched_shards  # listed once for each reader: an archive may have many thousands
         self.batch_size = len(share(np.arange(order.batch_size), rank, world_size))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -101,13 +102,13 @@ class BatchReader:
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 
     def indices(self, t: int) -> Indices:
-        """The episodes of meta-batch ``t`` that are this rank's: int64, of one dimension."""
+        """The episodes of meta-batch ``t`` that this rank reads: int64, one dimension."""
         return share(self.order.indices(t), self.rank, self.world_size)
 
     def look_ahead(self, t: int) -> None:
-        """Tell a source that fetches shards which ones meta-batch ``t`` and those after it need.
+        """Tell a source that fetches shards which ones meta-batch ``t`` and the next ones need.
 
-        At the end of a shuffled epoch the next one's are among them: whoever shuffles comes again.
+        At the end of a shuffled epoch these include the first shards of the next epoch.
         """
         source, per_epoch = self.source, self.order.batches_per_epoch
         if not self._shards or per_epoch is None:
@@ -115,7 +116,7 @@ class BatchReader:
         epoch, step = divmod(t, per_epoch)
         numbers, ends = shard_runs(self.order, epoch, self._shards)
         first = int(np.searchsorted(ends, step * self.order.batch_size, side="right"))
-        last = int(np.searchsorted(ends, per_epoch * self.order.batch_size))  # a rest that fills no batch is not read
+        last = int(np.searchsorted(ends, per_epoch * self.order.batch_size))  # an incomplete last batch is not read
         upcoming = numbers[first : min(last + 1, first + source.window)].tolist()
         if self.order.shuffle and len(upcoming) < source.window:
             following, _ = shard_runs(self.order, epoch + 1, self._shards)
@@ -123,7 +124,7 @@ class BatchReader:
         source.prefetch(upcoming)
 
     def read(self, t: int) -> EpisodeBatch:
-        """Meta-batch ``t`` on the CPU, in memory from the pools."""
+        """Meta-batch ``t`` on the CPU, in pooled memory."""
         stored = self.read_stored(t)
         if self.dtype == torch.uint8:
             return self.label(*stored)
@@ -133,7 +134,7 @@ class BatchReader:
         return self.label(scaled[0], scaled[1], stored.index)
 
     def read_stored(self, t: int) -> Stored:
-        """The images of meta-batch ``t`` as they are stored, uint8, in memory from the pools."""
+        """The images of meta-batch ``t`` as stored, uint8, in pooled memory."""
         index = self.indices(t)
         (support, support_memory), (query, query_memory) = (pool.take() for pool in self._stored)
         self.look_ahead(t)
@@ -143,19 +144,19 @@ class BatchReader:
         return Stored(support, query, torch.from_numpy(index.copy()))
 
     def finish(self, stored: Stored) -> EpisodeBatch:
-        """Scale and label a stored meta-batch on the device where it is."""
+        """Scale and label a stored meta-batch on its device."""
         if self.dtype == torch.uint8:
             return self.label(*stored)
         if self._affine is None:
             support, query = ((images * _SCALE).to(self.dtype) for images in stored[:2])
         else:
-            # [C, 1, 1] goes with [B, images, C, H, W].
+            # [C, 1, 1] broadcasts over [B, images, C, H, W].
             scale, shift = (values.to(stored.support.device)[:, None, None] for values in self._affine)
             support, query = ((images * scale + shift).to(self.dtype) for images in stored[:2])
         return self.label(support, query, stored.index)
 
     def label(self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> EpisodeBatch:
-        """A meta-batch from images in their final dtype; moves no memory."""
+        """A meta-batch of images that have their final dtype; copies nothing."""
         support_y, query_y = self._labels
         if len(index) < self.batch_size:
             support_y, query_y = support_y[: len(index)], query_y[: len(index)]
@@ -163,16 +164,16 @@ class BatchReader:
 
 
 def _affine(normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stored images are multiplied by, and what is added then: float32 ``[C]`` each."""
+    """The scale and then the shift of stored images: float32 ``[C]`` each."""
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
     return (1 / (255 * std)).float(), (-mean / std).float()
 
 
 def _scale(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-    """Stored images in [0, 1], or normalised, with one thread.
+    """Scale stored images to [0, 1], or normalize them, with one thread.
 
     A second thread that makes torch work in parallel starts a second team of OpenMP threads; with more threads than
-    processors the teams then sleep between operations, and a training step beside it took 1.7 times as long.
+    processors, the teams sleep between operations, and a concurrent training step took 1.7 times as long.
     """
     if out.dtype == torch.float32:
         _scale_float32(images, out, affine)
@@ -183,16 +184,16 @@ def _scale(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, 
         if affine is None:
             torch.mul(source, _SCALE, out=target)
         else:
-            # Both in float32 and rounded once, as on every other device.
+            # In float32, and rounded once, as on every other device.
             torch.add(source * affine[0], affine[1], out=target)
 
 
 def _scale_float32(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-    """The same roundings by NumPy, which takes half the time: converted first, then scaled in place."""
+    """The same by NumPy, with the same rounding in half the time: converted first, then scaled in place."""
     count, channels, pixels = images.shape[0] * images.shape[1], images.shape[2], math.prod(images.shape[2:])
     source, target = (part.permute(0, 1, 3, 4, 2).reshape(count, pixels).numpy() for part in (images, out))
     scale, shift = _SCALE.numpy(), None
-    if affine is not None:  # for colours a whole image of factors: NumPy is slow with rows of three
+    if affine is not None:  # for colours a whole image of factors, because NumPy is slow on rows of three
         scale, shift = (np.tile(values.numpy(), pixels // channels if channels > 1 else 1) for values in affine)
     step = max(1, _BLOCK // pixels)
     for first in range(0, count, step):
@@ -203,9 +204,9 @@ def _scale_float32(images: torch.Tensor, out: torch.Tensor, affine: tuple[torch.
             np.add(some, shift, out=some)
 
 
-_PIECE = (1 << 15) - 1  # elements; torch shares out from 2**15 on
-_BLOCK = 1 << 17  # elements that stay in a processor's cache while they are worked on
+_PIECE = (1 << 15) - 1  # elements; torch uses several threads from 2**15 on
+_BLOCK = 1 << 17  # elements that stay in a processor's cache while they are scaled
 
-# Multiplied in float32 and then rounded to the dtype: devices divide differently, but multiply alike. A tensor, because
-# a plain number would be of torch's default dtype, which is the user's to set.
+# Images are multiplied in float32 and then rounded to the dtype, because devices divide differently but multiply alike.
+# This is a tensor because a plain number would have torch's default dtype, which users can set.
 _SCALE = torch.tensor(1 / 255, dtype=torch.float32)

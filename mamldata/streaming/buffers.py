@@ -1,7 +1,7 @@
-"""Memory that is used again as soon as nobody looks at it any more.
+"""Memory that is reused as soon as nothing refers to it.
 
-A fresh tensor for each meta-batch costs several times the copy into it, because the kernel hands out its pages one
-fault at a time. A buffer from a pool costs that once.
+A fresh tensor for each meta-batch costs several times as much as the copy into it, because the kernel provides its
+pages one fault at a time. A pooled buffer costs that once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 
 class BufferPool:
-    """Memory for images of one shape and dtype, lent out again and again.
+    """Reusable memory for images of one shape and dtype.
 
-    A lent tensor, and everything that shares its memory, keeps its buffer from being lent again: holding on to
-    meta-batches is safe, and costs memory only.
+    A buffer is not reused while its tensor, or anything that shares the tensor's memory, exists: holding on to
+    meta-batches is safe, and only costs memory.
 
     Args:
-        shape: ``(B, images, H, W, C)``, the order in memory.
+        shape: ``(B, images, H, W, C)``, as in memory.
         dtype: of the tensors.
     """
 
@@ -32,18 +32,18 @@ class BufferPool:
         self._free: list[npt.NDArray[Any]] = []
 
     def take(self) -> tuple[torch.Tensor, npt.NDArray[Any]]:
-        """Memory with arbitrary content, twice: the tensor to give away, and an array to fill it through.
+        """Memory with arbitrary content, as a tensor to give away and as an array to fill it with.
 
         Returns:
             A CPU tensor ``[B, images, C, H, W]``, channels-last in memory; and the same memory as an array of one
-            dimension, which does not keep it lent.
+            dimension, which does not keep the buffer from being reused.
         """
         try:
             buffer = self._free.pop()
         except IndexError:
             buffer = np.empty(self.shape, self._word)
-        # The tensor's storage keeps the array alive that it was made from: a view of our own, so that the end of
-        # the view says that nothing looks at the memory any more.
+        # The tensor's storage keeps alive the array that it was made from. That is a view of our own, so the view's end
+        # means that nothing refers to the memory any more.
         view = buffer.transpose(0, 1, 4, 2, 3)
         weakref.finalize(view, self._free.append, buffer).atexit = False
         tensor = torch.from_numpy(view)

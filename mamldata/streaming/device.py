@@ -1,8 +1,8 @@
 """Streams on a device: read ahead in a background thread, copied while the consumer computes.
 
-The thread fills a small ring of pinned buffers, and copies each to the device on a stream of its own; images cross
-as uint8, a quarter of their floating size, and are scaled there. The consumer's stream waits for the copy on the
-device, so that no processor waits for the other.
+The thread fills a small ring of pinned buffers, and copies each to the device on a CUDA stream of its own; images are
+copied as uint8, a quarter of their float32 size, and scaled there. The consumer's CUDA stream waits for the copy on
+the device, so that the CPU does not wait.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mamldata.streaming.batch import BatchReader, EpisodeBatch, Stored
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
 
 _NOT_IN_A_LOADER = (
-    "A DataLoader takes the stream itself, not what .to(device) gives: write DataLoader(stream, batch_size=None), or "
-    "leave the DataLoader out, because stream.to(device) reads ahead by itself."
+    "A DataLoader takes the stream itself, not the result of .to(device): write DataLoader(stream, batch_size=None), "
+    "or use no DataLoader, because stream.to(device) reads ahead by itself."
 )
 
-_PATIENCE = 1  # seconds that the end of a loop waits for the read that is under way
+_PATIENCE = 1  # seconds that the end of a loop waits for a running read
 
 
 class Passes(Protocol):
-    """What reading ahead needs of a stream; ``EpisodeStream`` says what each of these does."""
+    """What read-ahead needs of a stream; ``EpisodeStream`` documents each member."""
 
     next_batch: int
 
@@ -41,34 +41,34 @@ class Passes(Protocol):
     def __len__(self) -> int: ...
 
     def reader(self, device: torch.device) -> BatchReader:
-        """What reads the meta-batches."""
+        """The reader of the meta-batches."""
         ...
 
     def start_pass(self) -> range:
-        """The meta-batches of the pass that begins now."""
+        """The meta-batches of the pass that starts now."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """The position."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on there."""
+        """Continue from there."""
         ...
 
 
 class DeviceStream:
-    """What ``EpisodeStream.to(device)`` gives: the same meta-batches, read ahead and on the device.
+    """The result of ``EpisodeStream.to(device)``: the same meta-batches, read ahead and on the device.
 
-    State is that of the stream below: of what was handed out, not of what was read ahead.
+    Its state counts the meta-batches that were yielded, not those that were read ahead.
 
     Args:
         stream: the stream.
         device: where its meta-batches go.
-        prefetch: meta-batches that are ready in advance, at least 1.
+        prefetch: how many meta-batches to read ahead, at least 1.
 
     Raises:
-        RequestError: ``device`` is a GPU that is not there.
+        RequestError: ``device`` is a GPU, but torch finds none; or ``prefetch`` is less than 1.
     """
 
     def __init__(self, stream: Passes, device: torch.device, prefetch: int = 2) -> None:
@@ -77,11 +77,11 @@ class DeviceStream:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.")
         self.stream = stream
-        # Which GPU is the current one is a thread's own affair, and another thread reads ahead.
+        # The current GPU is set for each thread, and another thread reads ahead.
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self.prefetch = prefetch
-        self._reader: BatchReader | None = None  # kept for its memory
-        self._left: threading.Thread | None = None  # still in a read of a pass that was broken off
+        self._reader: BatchReader | None = None  # kept to reuse its memory
+        self._left: threading.Thread | None = None  # still reading for a pass that was broken off
 
     @property
     def info(self) -> EpisodeInfo:
@@ -91,11 +91,11 @@ class DeviceStream:
     def __len__(self) -> int:
         try:
             return len(self.stream)
-        except TypeError as error:  # a DataLoader, too, asks for the length first
+        except TypeError as error:  # a DataLoader asks for the length first
             raise TypeError(f"{error} {_NOT_IN_A_LOADER}") from None
 
     def __getitem__(self, index: object) -> NoReturn:
-        """Refuse what a DataLoader asks for, which takes this for a dataset with indices.
+        """Refuse a DataLoader, which takes this for a map-style dataset.
 
         Raises:
             RequestError: always.
@@ -103,11 +103,11 @@ class DeviceStream:
         raise RequestError(_NOT_IN_A_LOADER)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer stands; see ``EpisodeStream.state_dict``."""
+        """The consumer's position; see ``EpisodeStream.state_dict``."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at exactly the next meta-batch; see ``EpisodeStream.load_state_dict``."""
+        """Continue at exactly the next meta-batch; see ``EpisodeStream.load_state_dict``."""
         self.stream.load_state_dict(state)
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
@@ -130,13 +130,13 @@ class DeviceStream:
                 if copied is not None:
                     _hand_over(batch, copied, self.device)
                 self.stream.next_batch = t + 1
-                # Nothing here may keep a meta-batch that the consumer has let go: its memory is used again.
+                # Keep no reference to a meta-batch that the consumer has dropped: its memory is reused.
                 del item
                 yield batch
                 del batch
         finally:
             stop.set()
-            # Emptied, the queue has room for what is being read; but that may take as long as a silent server does.
+            # The emptied queue has room for the batch being read, but a silent server may delay that read for long.
             _empty(ready)
             work.join(_PATIENCE)
             self._left = work if work.is_alive() else None
@@ -144,7 +144,7 @@ class DeviceStream:
     def _read_ahead(
         self, batches: range, ready: queue.Queue[_Item | BaseException | None], stop: threading.Event
     ) -> None:
-        """The background thread: everything, an error or the end included, goes through the queue."""
+        """The background thread: batches, an error and the end all go through the queue."""
         try:
             transfer = self._transfer()
             for t in batches:
@@ -157,7 +157,7 @@ class DeviceStream:
             ready.put(None)
 
     def _transfer(self) -> Callable[[int], _Item]:
-        """What brings meta-batch t to the device."""
+        """A function that reads meta-batch ``t`` and puts it on the device."""
         stream, device = self.stream, self.device
         if self._reader is None:
             self._reader = stream.reader(device)
@@ -170,13 +170,13 @@ class DeviceStream:
 
 
 class _PinnedRing:
-    """Page-locked buffers used in turn, each copied to the device on a stream of our own."""
+    """Page-locked buffers used in turn, each copied to the device on a CUDA stream of its own."""
 
     def __init__(self, reader: BatchReader, device: torch.device, slots: int) -> None:
         self.reader = reader
         self.device = device
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # The images' memory is [B, images, H, W, C]; as tensors they are seen as all others are.
+        # In memory images are [B, images, H, W, C]; as tensors they are permuted to [B, images, C, H, W].
         memory = [
             [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in reader.shapes] for _ in range(slots)
         ]
@@ -194,7 +194,7 @@ class _PinnedRing:
     def __call__(self, t: int) -> _Item:
         slot = t % len(self.slots)
         if (earlier := self.copied[slot]) is not None:
-            earlier.synchronize()  # only this thread waits: until the buffer may be written to again
+            earlier.synchronize()  # only this thread waits, until the buffer may be written to again
         index = self.reader.indices(t)
         self.reader.look_ahead(t)
         self.reader.source.read(index, *self.memory[slot])
@@ -212,7 +212,7 @@ class _PinnedRing:
 
 
 def _hand_over(batch: EpisodeBatch, done: torch.cuda.Event, device: torch.device) -> None:
-    """Make the consumer's stream wait, on the device, for the copy; and keep the memory until it is through."""
+    """Make the consumer's CUDA stream wait for the copy, on the device, and keep the memory until it has run."""
     consumer = torch.cuda.current_stream(device)
     consumer.wait_event(done)
     for tensor in batch:

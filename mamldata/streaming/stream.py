@@ -29,33 +29,33 @@ _WARNED = -1  # in place of a process id
 class EpisodeStream(IterableDataset[EpisodeBatch]):
     """Meta-batches of episodes from an archive, or live from a bank.
 
-    Each ``iter()`` is one epoch and the next one is the next epoch; live episodes never end. After
-    ``load_state_dict`` the next ``iter()`` goes on at exactly the next meta-batch instead.
+    Each ``iter()`` is one epoch, starting with the first; live episodes never end. After ``load_state_dict`` the next
+    ``iter()`` continues at exactly the next meta-batch instead.
 
     Args:
         source: the folder of an archive, its address (``https://…``, ``s3://…``), or a source such as
             ``mamldata.live("omniglot")``.
         split: ``train`` (the default), ``val`` or ``test``.
         batch_size: episodes in a meta-batch.
-        seed: of the order; equal seeds give equal orders everywhere.
-        shuffle: a new permutation in each epoch, without the rest that fills no meta-batch; or, if False, every
-            episode once and in order. None: shuffled for the train split of an archive, in order otherwise.
-        remix: form the episodes of each epoch anew from the ways of all stored ones, for training on an archive;
+        seed: of the order; equal seeds give equal orders on every machine.
+        shuffle: a new permutation in each epoch, without the last ones if they fill no meta-batch. False: each episode
+            once, in order. None: shuffled for the train split of an archive, in order otherwise.
+        remix: form the episodes of each epoch again from the ways of all stored ones, for training on an archive;
             see ``mamldata.sources.remixed``.
-        rank, world_size: of several processes, this one takes its part of each meta-batch; which episodes a meta-batch
-            has does not depend on how many there are.
+        rank, world_size: this process and the number of processes, which share each meta-batch; its episodes do not
+            depend on ``world_size``.
         dtype: ``torch.float32`` (or another floating type) for images in [0, 1], or ``torch.uint8`` as stored.
-        normalize: from each image in [0, 1] take the train split's mean and divide by its deviation, channel by
-            channel; ``info.normalization`` says what they are. Or by another mean and deviation, such as those that
-            a network was trained with.
+        normalize: subtract the train split's mean (``info.normalization``) from images in [0, 1] and divide by its
+            deviation, channel by channel. Or a mean and deviation of your own, such as those that a network was
+            trained with.
         normalise: the former spelling of ``normalize``.
-        verify: hash each shard when it is opened, so that even a flipped pixel is noticed.
-        cache_dir: where the shards of an archive at an address are kept; None: three of them in a temporary folder.
-        cache_bytes: upper bound on the shards there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
+        verify: hash each shard when it is opened, which finds even one changed pixel.
+        cache_dir: where the shards of an archive at an address are kept; None: four of them in a temporary folder.
+        cache_bytes: upper bound on the bytes there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
 
     Raises:
-        RequestError: the source or an argument cannot be.
-        FetchError: what is at an address could not be had.
+        RequestError: the source or an argument is invalid.
+        FetchError: a file at an address could not be fetched.
         DamagedError: the archive is damaged; the message names the shard and the episode.
     """
 
@@ -81,23 +81,23 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
             raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
         try:
-            batch_size = operator.index(batch_size)  # NumPy's whole numbers, too
+            batch_size = operator.index(batch_size)  # NumPy's integers are accepted too
         except TypeError as error:
             raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
         normalize = normalize or normalise
         if normalize and dtype == torch.uint8:
-            raise RequestError("Normalized images are not bytes. Leave out normalize or dtype=torch.uint8.")
+            raise RequestError("Normalized images cannot be uint8. Leave out normalize or dtype=torch.uint8.")
         if not 0 <= rank < world_size <= max(batch_size, 1):
             raise RequestError(
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
-                "each must get an episode."
+                "each needs at least one episode."
             )
         self.source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
         if remix:
             self.source = _remixed(self.source, seed, shuffle)
             shuffle = False
         if shuffle and self.source.episodes is None:
-            raise RequestError("Episodes that never end are random already: they cannot be shuffled.")
+            raise RequestError("Episodes that never end are random already. Leave out shuffle.")
         if shuffle is None:
             shuffle = self.source.info.split == "train" and self.source.episodes is not None
         shards = (self.source.fetched_shards or None) if shuffle else None
@@ -107,12 +107,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self.normalize = _normalisation(normalize, self.source.info)
         self.next_batch = 0
         self._resumed = False
-        self._told: torch.Tensor | None = None  # what set_epoch says, in memory that is shared with workers
+        self._told: torch.Tensor | None = None  # the epoch that set_epoch set, in memory shared with workers
         self._heard = 0
-        # Which worker 0 began a pass last: the process ids of its parent and of itself. An anonymous mapping is shared
-        # with forked workers; torch moves the tensor to memory that spawned ones share when it is sent to them.
+        # The worker 0 that last began a pass: the process ids of its parent and of itself. Forked workers share an
+        # anonymous mapping; when the tensor is sent to spawned ones, torch moves it to memory that they share.
         self._begun = torch.frombuffer(mmap.mmap(-1, 16), dtype=torch.int64)
-        self._reader: BatchReader | None = None  # kept for its memory
+        self._reader: BatchReader | None = None  # kept to reuse its memory
 
     def __repr__(self) -> str:
         info = self.info
@@ -141,21 +141,21 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return _Pass(self)
 
     def reader(self, device: torch.device) -> BatchReader:
-        """What reads this rank's part of the meta-batches for a device."""
+        """A reader of this rank's part of the meta-batches, for a device."""
         return BatchReader(
             self.source, self.order, self.dtype, device, self.rank, self.world_size, normalize=self.normalize
         )
 
     def start_pass(self) -> range:
-        """The meta-batches of the pass that begins now, counted through all epochs."""
+        """The meta-batches of the pass that starts now, counted through all epochs."""
         per_epoch = self.order.batches_per_epoch
         if per_epoch is None:
             return range(self.next_batch, 2**62)
         if self._told is not None and (told := self._told.tolist())[0] != self._heard:
-            # A worker that outlived its epoch, with a stream as it was before set_epoch was called.
+            # A persistent worker has a copy of the stream from before set_epoch was called.
             (self._heard, self.next_batch), self._resumed = told, False
         if not self._resumed:
-            # An epoch that was broken off is not taken up again: what follows is a whole one.
+            # An epoch that was broken off is not resumed: the next one is whole.
             self.next_batch = -(-self.next_batch // per_epoch) * per_epoch
         self._resumed = False
         return range(self.next_batch, (self.next_batch // per_epoch + 1) * per_epoch)
@@ -164,14 +164,13 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return {**self.__dict__, "_reader": None}
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of ``epoch``, as torch's distributed samplers do.
+        """Set the epoch of the next pass, as in torch's distributed samplers.
 
-        A ``DataLoader`` with workers needs it before each epoch, the first one included, because its workers iterate
-        over copies; ``persistent_workers`` keeps those copies. Workers that begin again because it was never called
-        warn.
+        A ``DataLoader`` with workers needs this before each epoch, including the first, because its workers iterate
+        over copies, which ``persistent_workers`` keeps. If it is never called, workers that repeat an epoch warn.
 
         Raises:
-            RequestError: the stream never ends, so that it has no epochs.
+            RequestError: the stream never ends, so it has no epochs.
         """
         if self.order.batches_per_epoch is None:
             raise RequestError("This stream never ends, so it has no epochs to set.")
@@ -186,29 +185,32 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         """The same stream, read ahead by a background thread and put on a device.
 
         Args:
-            device: such as ``"cuda"``; ``"cpu"`` takes the same path without pinned memory.
-            prefetch: meta-batches that are ready in advance.
+            device: such as ``"cuda"``; ``"cpu"`` works the same way, without pinned memory.
+            prefetch: how many meta-batches to read ahead, at least 1.
+
+        Raises:
+            RequestError: there is no such device, or ``prefetch`` is less than 1.
         """
         try:
             place = torch.device(device)
         except RuntimeError as error:
-            raise RequestError(f"There is no device {device!r}. Such are 'cuda', 'cuda:1', 'mps' and 'cpu'.") from error
+            raise RequestError(f"There is no device {device!r}. Use 'cuda', 'cuda:1', 'mps' or 'cpu'.") from error
         return DeviceStream(self, place, prefetch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: plain numbers and strings, valid for any number of workers and ranks.
+        """The stream's position: plain numbers and strings, valid for any number of workers and ranks.
 
-        It counts what was iterated over here. Of what a ``DataLoader`` with workers takes from copies of the stream
-        it knows nothing: there, put the number of meta-batches so far in ``next_batch`` of what this gives, or save
-        the state of torchdata's ``StatefulDataLoader``, which asks the copies.
+        It counts the meta-batches that this object yielded, not those that a ``DataLoader`` with workers takes from
+        copies of it. With workers, set ``next_batch`` in the returned dict to the number of meta-batches so far, or
+        save the state of torchdata's ``StatefulDataLoader``, which asks the copies.
         """
         return {"version": _STATE_VERSION, "next_batch": self.next_batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at exactly the next meta-batch.
+        """Continue at exactly the next meta-batch.
 
         Raises:
-            RequestError: the state is of a stream with another source or order; every difference is named.
+            RequestError: the state is of a stream with another source or order; the message lists every difference.
         """
         expected = {"version": _STATE_VERSION, **self._identity()}
         different = [
@@ -223,12 +225,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             raise RequestError("The saved state is of another stream:\n  " + "\n  ".join(different))
         self.next_batch = state["next_batch"]
         self._resumed = True
-        if get_worker_info() is None:  # workers that start from here repeat nothing
+        if get_worker_info() is None:  # workers that start from here do not repeat an epoch
             self._begun.zero_()
 
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
-        order["shards"] = list(self.order.shards or ())  # as it comes back from JSON
+        order["shards"] = list(self.order.shards or ())  # a list, as JSON gives back
         info = asdict(self.info)
         # It follows from the bank and the split scheme, which are compared.
         del info["normalization"]
@@ -245,9 +247,9 @@ class _Pass(Iterator[EpisodeBatch]):
         self._stream = stream
         stream._reader = self._reader = stream._reader or stream.reader(torch.device("cpu"))
         self._in_worker = (worker := get_worker_info()) is not None
-        # A DataLoader takes from its workers in turn, so that striding keeps the order.
+        # A DataLoader takes from its workers in turn, so striding keeps the order.
         self._worker, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        self._left: range | None = None  # None: it has not begun
+        self._left: range | None = None  # None: the pass has not begun
         self._failed = False
 
     def __next__(self) -> EpisodeBatch:
@@ -258,19 +260,19 @@ class _Pass(Iterator[EpisodeBatch]):
         batch = self._reader.read(left.start)
         self._failed = False
         self._stand_at(left.start + self._workers, left.stop)
-        # A worker's tensors travel through shared memory, which must not be written to again.
+        # A worker's tensors are sent through shared memory, which must not be written to again.
         return EpisodeBatch(*(tensor.clone() for tensor in batch)) if self._in_worker else batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where this process stands in the pass, whose end is not the beginning of the next one."""
+        """The position in the pass; the end of a pass differs from the beginning of the next one."""
         left = self._begin()
         return {"next_batch": left.start, "stop": left.stop, "worker": self._worker, "workers": self._workers}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at exactly this worker's next meta-batch; the stream's own state must be loaded before.
+        """Continue at exactly this worker's next meta-batch. The stream's own state must be loaded first.
 
         Raises:
-            RequestError: the state is of another share.
+            RequestError: the state is of another worker, or of another number of workers.
         """
         worker, workers = state.get("worker"), state.get("workers")
         if (worker, workers) != (self._worker, self._workers):
@@ -278,12 +280,12 @@ class _Pass(Iterator[EpisodeBatch]):
                 f"The saved state is of worker {worker} of {workers}, and this is worker {self._worker} of "
                 f"{self._workers}. Give the DataLoader num_workers={workers}, as when the state was saved."
             )
-        self._stream.start_pass()  # the pass that the loaded one takes the place of
+        self._stream.start_pass()  # the pass that the loaded one replaces
         self._stand_at(state["next_batch"], state["stop"])
         self._note_worker(loaded=True)
 
     def _begin(self) -> range:
-        """The meta-batches that are left of this share, from now on fixed."""
+        """The meta-batches that are left of this share, which is fixed from now on."""
         if self._left is None:
             whole = self._stream.start_pass()
             left = self._stand_at(whole.start + self._worker, whole.stop)
@@ -294,21 +296,21 @@ class _Pass(Iterator[EpisodeBatch]):
     def _stand_at(self, t: int, stop: int) -> range:
         """Make ``t`` the next meta-batch of this share."""
         left = self._left = range(t, stop, self._workers)
-        # Where all workers would begin a pass in which this one goes on at t; but not beyond the end of its own.
+        # Where all workers would begin a pass in which this one continues at t, but not beyond the end of its own.
         self._stream.next_batch = min(t - self._worker, stop)
         return left
 
     def _note_worker(self, *, loaded: bool = False) -> None:
-        """Warn, once, that workers begin where earlier ones did because nobody has told them the epoch.
+        """Warn once if workers repeat what earlier ones read, because ``set_epoch`` was not called.
 
-        Workers that stay know their epoch, and a state that was loaded says where it goes on.
+        Persistent workers know their epoch, and a loaded state says where to continue.
         """
         order, begun = self._stream.order, self._stream._begun
         same_each_time = order.episodes is not None and not order.shuffle and not order.remix
         if not self._in_worker or self._worker != 0 or same_each_time:
             return
         parent, earlier = begun.tolist()
-        others = parent == os.getppid() and earlier != os.getpid()  # elsewhere, a copy of the stream is another one
+        others = parent == os.getppid() and earlier != os.getpid()  # a copy in another parent is another stream
         if others and earlier == _WARNED:
             return
         repeats = others and not loaded and self._stream._told is None
@@ -324,24 +326,24 @@ def _repetition(stream: EpisodeStream) -> str:
         place, when = f"epoch {stream.next_batch // stream.order.batches_per_epoch}", "each epoch"
         line = "stream.set_epoch(epoch)"
     return (
-        f"The workers of this DataLoader begin at {place}, as those before them did: they iterate over copies of the "
+        f"The workers of this DataLoader begin at {place}, as the previous ones did: they iterate over copies of the "
         f"stream, which do not know what has been read. Write {line} before {when}."
     )
 
 
 def _normalisation(asked: bool | Normalization, info: EpisodeInfo) -> Normalization | None:
-    """The mean and deviation to normalise by.
+    """The mean and deviation to normalize by.
 
     Raises:
-        RequestError: they are of images with another number of channels, or no channel can be divided by them.
+        RequestError: they have another number of channels than the images, or a deviation is not above 0.
     """
     if not isinstance(asked, Normalization):
         return info.normalization if asked else None
     channels = info.image_shape[2]
     if {len(values) for values in asked} != {channels} or not all(value > 0 for value in asked.std):
         raise RequestError(
-            f"normalize={asked}: it takes a mean and a deviation above 0 for each channel, of which these images "
-            f"have {channels}."
+            f"normalize={asked} is invalid: it needs a mean and a deviation above 0 for each of the images' {channels} "
+            "channels."
         )
     return asked
 
@@ -350,19 +352,19 @@ def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     """The source's ways, mixed.
 
     Raises:
-        RequestError: there is nothing to mix, or the result would not be what was asked for.
+        RequestError: the source cannot be remixed, or not together with ``shuffle``.
     """
     pool = source.way_source
     if pool is None:
         raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
     if source.info.split != "train":
         raise RequestError(
-            f"remix=True is for training: results on {source.info.split} are those of the archive's own episodes."
+            f"remix=True is for training; {source.info.split} is evaluated on the archive's own episodes."
         )
     if not pool.fits:
         raise RequestError(
             "remix=True takes ways from all shards at once. Give a cache_dir, with room for all shards of the split."
         )
     if shuffle is not None:
-        raise RequestError("remix=True has an order of its own. Leave shuffle out.")
+        raise RequestError("remix=True has its own order. Leave out shuffle.")
     return RemixedSource(pool, seed)

@@ -478,7 +478,7 @@ def test_an_archive_at_an_address(archive: Path, tmp_path: Path):
         assert result.stdout == run("eval", tmp_path / "run", archive, "--device", "cpu").stdout
         broken = run("verify", address, root=root)
         assert broken.exit_code == 1
-        assert "test-00000.tar could not be had" in broken.stdout
+        assert "test-00000.tar could not be fetched" in broken.stdout
     finally:
         memory.rm("/cli", recursive=True)
 
@@ -502,7 +502,7 @@ def test_a_recipe_gives_settings_and_episodes(glyphs_root: Path, tmp_path: Path)
     assert config["settings"]["inner_lr"] == 0.4
     assert config["settings"]["meta_schedule"] == "constant"
     assert config["settings"]["steps"] == 2
-    assert "Not as the recipe maml-omniglot-5w1s has it: dataset is glyphs, not omniglot." in done.stderr
+    assert "Different from the recipe maml-omniglot-5w1s: dataset is glyphs, not omniglot." in done.stderr
     refused(run("train", "glyphs", "--recipe", "maml", "--out", tmp_path / "b", root=glyphs_root), 2, "no recipe")
 
 
@@ -579,7 +579,7 @@ def test_compare(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["--algorithms", "maml,fomamel"], "there is no algorithm 'fomamel'. Did you mean 'fomaml'?"),
         (["--algorithms", "maml"], "at least two"),
         (["--set", "maml.inner_lr"], "is not of the form ALGORITHM.SETTING=VALUE"),
-        (["--set", "anil.inner_lr=1"], "'anil' is not among those compared: maml, fomaml"),
+        (["--set", "anil.inner_lr=1"], "'anil' is not one of those compared: maml, fomaml"),
         (["--set", "maml.inner_rl=1"], "there is no setting 'inner_rl'. Did you mean 'inner_lr'?"),
         (["--set", "maml.inner_lr=fast"], "maml: Invalid training settings:\n  inner_lr must be a number"),
         (["--set", "fomaml.checkpoint_inner=true"], "fomaml: Invalid training settings"),
@@ -702,7 +702,7 @@ class TestBadInput:
         """An address that is none is wrong usage, before anything is written."""
         pytest.importorskip("distributed", reason="the package distributed is not installed; the test group has it")
         result = run("build", "glyphs", "--out", tmp_path / "a", "--dask", "nonsense", root=glyphs_root)
-        refused(result, 2, "'nonsense' is no address of a Dask scheduler")
+        refused(result, 2, "'nonsense' is not a Dask scheduler's address")
         assert not (tmp_path / "a").exists()
 
     def test_a_web_server_to_build_to(self, glyphs_root: Path):
@@ -843,7 +843,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cli.commands.datasets.list_datasets", interrupt)
-    refused(run("datasets"), 1, "Interrupted", "it goes on")
+    refused(run("datasets"), 1, "Interrupted", "to continue")
 
 
 def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):

@@ -73,7 +73,7 @@ def test_a_worker_that_is_killed() -> None:
     """A worker killed in the middle of its task is a clear error in bounded time, not a hang."""
     started = time.monotonic()
     tasks = [partial(signal.raise_signal, signal.SIGKILL), *(partial(abs, -number) for number in range(20_000))]
-    with pytest.raises(MamldataError, match=r"A worker process died .*Run the same command again: it goes on"):
+    with pytest.raises(MamldataError, match=r"A worker process died .*Run the same command again: it continues"):
         list(run_tasks(call, tasks, 2))
     assert time.monotonic() - started < 30
     assert not multiprocessing.active_children()

@@ -340,7 +340,7 @@ def _interrupt_after(finished: int, manifest, bank, out: Path, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             build(manifest, bank, out, REQUEST)
     assert not (out / INDEX).exists()
-    with pytest.raises(RequestError, match=r"is an unfinished build. Run the same mamldata build again: it goes on"):
+    with pytest.raises(RequestError, match=r"is an unfinished build. Run the same mamldata build again to finish it"):
         read_archive(out)
 
 
@@ -417,9 +417,9 @@ class TestPortions:
     @pytest.mark.parametrize(
         ("number", "of", "message"),
         [
-            (0, 3, "There is no portion 0/3: they are counted from 1/3 to 3/3"),
-            (4, 3, "There is no portion 4/3: they are counted from 1/3 to 3/3"),
-            (1, 0, "There is no portion 1/0: they are counted from 1/1 to 1/1"),
+            (0, 3, "There is no portion 0/3: portions are counted from 1/3 to 3/3"),
+            (4, 3, "There is no portion 4/3: portions are counted from 1/3 to 3/3"),
+            (1, 0, "There is no portion 1/0: portions are counted from 1/1 to 1/1"),
         ],
     )
     def test_that_there_is_not(self, number, of, message):
@@ -476,7 +476,9 @@ class TestExecutor:
 
         with (
             Elsewhere(1) as executor,
-            pytest.raises(WriteError, match=r"5 of 5 shards are not in .*out though workers wrote them, .*train-00000"),
+            pytest.raises(
+                WriteError, match=r"Workers wrote 5 shards, but 5 of them are not in .*out \(first: train-00000"
+            ),
         ):
             build(glyphs_manifest, glyphs_bank, tmp_path / "out", REQUEST, executor=executor)
         assert not (tmp_path / "out" / INDEX).exists()
@@ -619,7 +621,7 @@ class TestImpossible:
             ({"n_way": -3, "k_shot": -3, "k_query": -3}, "n_way must be at least 2, not -3"),
             ({"k_shot": 0}, "k_shot must be at least 1, not 0"),
             ({"k_query": -1}, "k_query must be at least 1, not -1"),
-            ({"k_query": 10**30}, "a tar holds none of 8 GiB"),
+            ({"k_query": 10**30}, "tar allows less than 8 GiB"),
             ({"seed": -1}, "seed must be at least 0, not -1"),
             ({"split_scheme": "lake"}, "lake"),
         ],
@@ -634,8 +636,8 @@ class TestImpossible:
         ("change", "message"),
         [
             ({"episodes": {"dev": 3}}, "There is no split 'dev'; the splits are train, val, test"),
-            ({"episodes": {"train": -1}}, "train must be from 0 to 99,999,999 episodes, not -1"),
-            ({"episodes": {"test": 10**8}}, "test must be from 0 to 99,999,999 episodes, not 100,000,000"),
+            ({"episodes": {"train": -1}}, "train must have from 0 to 99,999,999 episodes, not -1"),
+            ({"episodes": {"test": 10**8}}, "test must have from 0 to 99,999,999 episodes, not 100,000,000"),
             ({"episodes": {}}, "there is nothing to build"),
             ({"episodes": {"train": 0}}, "there is nothing to build"),
             ({"rotations": "some"}, "rotations must be one of .*, not 'some'"),

@@ -125,8 +125,8 @@ def test_packages_that_the_cluster_lacks(cluster):
     ("address", "kind", "message"),
     [
         ("tcp://127.0.0.1:9", MamldataError, "No Dask scheduler answers at tcp://127.0.0.1:9 .*Check that it runs"),
-        ("nonsense://a:1", RequestError, "'nonsense://a:1' is no address of a Dask scheduler"),
-        ("127.0.0.1", RequestError, r"'127\.0\.0\.1' is no address of a Dask scheduler"),
+        ("nonsense://a:1", RequestError, "'nonsense://a:1' is not a Dask scheduler's address"),
+        ("127.0.0.1", RequestError, r"'127\.0\.0\.1' is not a Dask scheduler's address"),
     ],
 )
 def test_no_scheduler(address, kind, message):

@@ -170,7 +170,7 @@ class TestMissing:
         assert read_archive(own).digest in problem
         if shutil.which("sha256sum") is None:
             pytest.skip("there is no sha256sum program here")
-        command = problem.split("mend it with: ")[1]
+        command = problem.split("write it with: ")[1]
         assert os.system(command) == 0
         assert verify_archive(own) == []
 
@@ -193,7 +193,7 @@ class TestForged:
         for asked in (digest, digest[:12], f"SHA256:{digest[:20]}".lower(), digest.upper()):
             assert not verify_archive(own, digest=asked)
         for asked in (digest[:11], "", "nonsense", digest + "0"):
-            with pytest.raises(RequestError, match=r"is no digest: that is 64 hexadecimal digits"):
+            with pytest.raises(RequestError, match=r"is not a digest. Give its 64 hexadecimal digits"):
                 verify_archive(own, digest=asked)
 
     def test_a_stranger_among_the_shards(self, own):
@@ -210,7 +210,7 @@ class TestForged:
         rewrite(own, lambda document: document.update({field: value}))
         problems = verify_archive(own)
         assert len(problems) == 3
-        assert "train-00000.tar is whole, but episode 0 in it is not the one that the settings" in problems[0]
+        assert "train-00000.tar is whole, but its episode 0 is not the one that the settings" in problems[0]
 
     def test_a_class_table_altered_with_its_sum(self, own):
         """Classes that are fewer, or have other images, draw other episodes."""
@@ -220,7 +220,7 @@ class TestForged:
 
         rewrite(own, shorten)
         problems = verify_archive(own)
-        assert any("train-00000.tar is whole, but episode" in problem for problem in problems)
+        assert any("train-00000.tar is whole, but its episode" in problem for problem in problems)
 
     def test_a_class_table_too_small_for_its_episodes(self, own):
         """Settings that no episode could have are told as an altered archive.json, and the other splits go on."""
@@ -246,7 +246,7 @@ class TestForged:
             document["splits"]["train"]["shards"][1]["sha256"] = sha256_file(path)
 
         rewrite(own, fit)
-        assert "train-00001.tar is whole, but episode 4 in it is not the one" in the_problem(own)
+        assert "train-00001.tar is whole, but its episode 4 is not the one" in the_problem(own)
 
     def test_progress_counts_every_byte_once(self, reference):
         """Progress is told of as many bytes as it was promised."""

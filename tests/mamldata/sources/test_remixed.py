@@ -296,8 +296,8 @@ class TestStream:
         endless = live("glyphs", root=glyphs_root)
         for call, message in [
             (lambda: EpisodeStream(endless, remix=True), "live episodes never repeat"),
-            (lambda: EpisodeStream(folder, "val", remix=True), "results on val are those of the archive's own"),
-            (lambda: EpisodeStream(folder, remix=True, shuffle=True), "has an order of its own"),
+            (lambda: EpisodeStream(folder, "val", remix=True), "val is evaluated on the archive's own"),
+            (lambda: EpisodeStream(folder, remix=True, shuffle=True), "has its own order"),
             (lambda: EpisodeStream(folder, None, 24, remix=True), "batch_size is 24, but there are only 23"),
             (lambda: EpisodeStream(folder, None, 4, rank=4, world_size=4), "rank 4 of 4 cannot share"),
             (

@@ -283,7 +283,7 @@ class TestReading:
             stream = EpisodeStream("memory://bucket/archive", "val", BATCH)
             assert kept(stream) == kept(EpisodeStream(folder, "val", BATCH))
             memory.rm("/bucket/archive/val-00001.tar")
-            with pytest.raises(FetchError, match=r"memory://bucket/archive/val-00001\.tar could not be had"):
+            with pytest.raises(FetchError, match=r"memory://bucket/archive/val-00001\.tar could not be fetched"):
                 kept(EpisodeStream("memory://bucket/archive", "val", BATCH))
         finally:
             memory.rm("/bucket", recursive=True)
@@ -350,7 +350,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("fault", "message"),
         [
-            (dies, "could not be had: "),
+            (dies, "could not be fetched: "),
             (busy, "HTTP 503"),
             (flips, "another file came: sha256"),
             (longer, "it announces"),
@@ -363,7 +363,9 @@ class TestFaults:
         """The shard is named in bounded time, nothing of it is handed out, and none of it is kept as a shard."""
         server.faults = [fault] * 40
         stream = EpisodeStream(remote(server, cache_dir=tmp_path / "cache"), shuffle=False)
-        with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: .*{message.partition('d: ')[2]}"):
+        with pytest.raises(
+            FetchError, match=rf"/train-00000\.tar could not be fetched: .*{message.partition('d: ')[2]}"
+        ):
             next(iter(stream.to(device) if device else stream))
         assert not list((tmp_path / "cache" / OWN).glob("*.tar"))
 
@@ -379,7 +381,7 @@ class TestFaults:
             stream = EpisodeStream(remote(server), batch_size=BATCH, shuffle=False)
             passing = iter(stream.to(device) if device else stream)
             assert [index for index, _ in kept(itertools.islice(passing, 2))] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-            message = r"/train-00002\.tar could not be had: another file came: sha256 .* tell who keeps it"
+            message = r"/train-00002\.tar could not be fetched: another file came: sha256 .* tell its maintainer"
             with pytest.raises(FetchError, match=message):
                 next(passing)
         finally:
@@ -397,7 +399,7 @@ class TestFaults:
         impatient = Network(connect_timeout=5, read_timeout=0.2, rounds=2, backoff=0, longest_pause=0)
         stream = EpisodeStream(remote(server, network=impatient), shuffle=False)
         try:
-            message = r"/train-00000\.tar could not be had: nothing of the file came for 0\.2 s"
+            message = r"/train-00000\.tar could not be fetched: nothing of the file came for 0\.2 s"
             with pytest.raises(FetchError, match=message):
                 next(iter(stream))
         finally:
@@ -418,7 +420,7 @@ class TestFaults:
         impatient = Network(read_timeout=5, rounds=2, backoff=0, longest_pause=0, min_speed=1e6, stall_seconds=0.1)
         stream = EpisodeStream(remote(server, network=impatient), shuffle=False)
         try:
-            with pytest.raises(FetchError, match=r"/train-00000\.tar could not be had: too slow: "):
+            with pytest.raises(FetchError, match=r"/train-00000\.tar could not be fetched: too slow: "):
                 next(iter(stream))
         finally:
             end.set()
@@ -430,12 +432,14 @@ class TestFaults:
         def refuses(handler: Handler, data: bytes, start: int) -> None:
             handler.send_error(status)
 
-        with pytest.raises(FetchError, match=r"/nothing/archive\.json could not be had: HTTP 404 .* Check the address"):
+        with pytest.raises(
+            FetchError, match=r"/nothing/archive\.json could not be fetched: HTTP 404 .* Check the address"
+        ):
             RemoteSource(server.url + "/nothing")  # with the patience that users have
         assert [name for name, _ in server.asked] == ["nothing/archive.json"]
         stream = EpisodeStream(remote(server), shuffle=False)
         server.faults = [refuses] * 40
-        with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be had: HTTP {status}"):
+        with pytest.raises(FetchError, match=rf"/train-00000\.tar could not be fetched: HTTP {status}"):
             next(iter(stream))
         assert shards_asked(server).count("train-00000.tar") == 1
 
@@ -478,7 +482,7 @@ class TestFaults:
             (own / name).write_bytes(data)
         server = Server(own)
         try:
-            with pytest.raises((DamagedError, FetchError), match=r"archive\.json.*(damaged|could not be had)"):
+            with pytest.raises((DamagedError, FetchError), match=r"archive\.json.*(damaged|could not be fetched)"):
                 remote(server)
             assert not shards_asked(server)
         finally:
@@ -496,7 +500,7 @@ class TestFaults:
         (own / INDEX_SUM).write_bytes(index_sum(sha256_bytes(data)))
         server = Server(own)
         try:
-            text = rf"holds other episodes .* It came from {server.url}/train-00000\.tar\. .*tell who keeps it"
+            text = rf"holds other episodes .* It came from {server.url}/train-00000\.tar\. .*tell its maintainer"
             with pytest.raises(DamagedError, match=text):
                 next(iter(EpisodeStream(remote(server), shuffle=False)))
         finally:
@@ -513,7 +517,7 @@ class TestFaults:
         (own / INDEX_SUM).write_bytes(index_sum(sha256_bytes(data)))
         server = Server(own)
         try:
-            with pytest.raises(DamagedError, match="not what was written"):
+            with pytest.raises(DamagedError, match="it has changed"):
                 remote(server)
         finally:
             server.close()
@@ -659,7 +663,7 @@ class TestCache:
             remote(server, cache_dir=tmp_path, cache_bytes=bound - 1)
         with pytest.raises(RequestError, match="needs a cache_dir"):
             remote(server, cache_bytes=bound)
-        with pytest.raises(RequestError, match="a folder is read where it is"):
+        with pytest.raises(RequestError, match="a folder needs no cache"):
             EpisodeStream(folder, cache_dir=tmp_path)
 
     def test_what_killed_downloads_left_makes_room(self, folder, server, tmp_path):
@@ -893,4 +897,4 @@ class TestVerify:
                 (problem,) = verify_archive(server.url)
         finally:
             server.close()
-        assert "train-00002.tar could not be had: another file came: sha256" in problem
+        assert "train-00002.tar could not be fetched: another file came: sha256" in problem

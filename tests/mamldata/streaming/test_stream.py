@@ -272,12 +272,12 @@ class TestNormalised:
         for expected, batch in zip(plain, EpisodeStream(colours, "test", BATCH, normalize=given), strict=True):
             torch.testing.assert_close(batch.query_x, (expected.query_x - mean) / std, atol=2e-6, rtol=0)
         for wrong in (Normalization((0.1,), (0.5,)), given._replace(std=(0.5, 0.0, 0.5))):
-            with pytest.raises(RequestError, match="above 0 for each channel, of which these images have 3"):
+            with pytest.raises(RequestError, match="above 0 for each of the images' 3 channels"):
                 EpisodeStream(colours, "test", BATCH, normalize=wrong)
 
     def test_bytes_cannot_be_normalised(self, folder):
         """There is no such dtype."""
-        with pytest.raises(RequestError, match=r"leave normalise or dtype=torch\.uint8 out"):
+        with pytest.raises(RequestError, match=r"Leave out normalize or dtype=torch\.uint8"):
             EpisodeStream(folder, normalize=True, dtype=torch.uint8)
 
 
@@ -860,13 +860,13 @@ class TestRequests:
             ),
             (lambda: EpisodeStream(folder, dtype="float16"), "dtype must be .* not 'float16'"),
             (lambda: EpisodeStream(folder, batch_size="8"), "batch_size must be a whole number, not '8'"),
-            (lambda: EpisodeStream(folder).to("gpu"), "There is no device 'gpu'. Such are 'cuda'"),
+            (lambda: EpisodeStream(folder).to("gpu"), "There is no device 'gpu'. Use 'cuda'"),
             (lambda: EpisodeStream(folder, "dev"), "no episodes of split 'dev'; it has train, val, test"),
             (lambda: EpisodeStream(folder, batch_size=0), "batch_size must be at least 1, not 0"),
             (lambda: EpisodeStream(folder, batch_size=24), "batch_size is 24, but there are only 23 episodes"),
             (lambda: EpisodeStream(folder, seed=-1), "seed must be at least 0, not -1"),
             (lambda: EpisodeStream(endless, shuffle=True), "never end are random already"),
-            (lambda: EpisodeStream(endless, "val"), "The source gives the split 'train', not 'val'"),
+            (lambda: EpisodeStream(endless, "val"), "The source has the split 'train', not 'val'"),
             (lambda: EpisodeStream(endless, verify=True), "verify=True is for archives"),
             (lambda: EpisodeStream(folder).to("cpu", prefetch=0), "prefetch must be at least 1, not 0"),
             (lambda: live("glyphs", "dev", root=glyphs_root), "There is no split 'dev'"),

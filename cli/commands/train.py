@@ -38,11 +38,12 @@ def command(
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run's folder, and curves.png
-    where matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint after the step under way, and
+    where matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint after the current step, and
     exit code 75; a second Ctrl-C ends it at once.
 
     Several processes share each meta-batch: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
+    from mamldata.errors import StoppedError
     from trainer.loop import train
     from trainer.reports.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
@@ -53,7 +54,10 @@ def command(
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
     start = time.monotonic()
-    result = train(settings, data, out, resume=resume, notify=say, world=world)
+    try:
+        result = train(settings, data, out, resume=resume, notify=say, world=world)
+    except StoppedError as error:
+        raise StoppedError(f"{error} The same command with --resume continues it.") from error
     if not world.first:
         return
     if have_matplotlib():

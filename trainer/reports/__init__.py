@@ -1,4 +1,4 @@
-"""What is told of runs: comparisons, costs and pictures.
+"""Reports on runs: comparisons, costs and pictures.
 
-Stands on everything else; nothing else in ``trainer`` may import it.
+May import everything else in ``trainer``; nothing else there may import it.
 """

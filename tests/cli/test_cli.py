@@ -576,7 +576,7 @@ def test_compare(archive: Path, tmp_path: Path):
         (["--set", "fomaml.checkpoint_inner=true"], "fomaml: Invalid training settings"),
         (["--set", "maml.normalise=true"], "normalize must be the same for all algorithms, not True for maml"),
         (["--set", "maml.steps=7"], "steps must be the same for all algorithms, not 7 for maml, 4000"),
-        (["--episodes", "7"], "6 test episodes, but 7 are asked for"),
+        (["--episodes", "7"], "6 test episodes, but 7 were requested"),
     ],
 )
 def test_compare_refuses(options: list[str], text: str, archive: Path, tmp_path: Path):

@@ -315,7 +315,7 @@ class TestOpening:
         build(glyphs_manifest, glyphs_bank, place, BuildRequest(**{**OPTIONS, "seed": 5}, episodes={"train": 4}))
         with pytest.raises(
             DamagedError,
-            match="changed while it was in use: its train split differs .* in episode_seed, archive_sha256, digest",
+            match=r"changed while it was in use: its train split differs .* in episode_seed, archive_sha256, digest",
         ):
             data.train(2, 0, CPU)
 

@@ -37,7 +37,7 @@ class EpisodeData:
         remix: whether to train on remixed episodes.
 
     Raises:
-        DamagedError: by any method that opens a split: the data have changed since another split was opened.
+        DamagedError: from any method that opens a split: the data have changed since another split was opened.
     """
 
     def __init__(self, place: str, open_source: OpenSource, *, remix: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A file server fast enough not to be the bottleneck: nginx if installed, else sendfile in a separate process.
+"""A file server that is no bottleneck: nginx if installed, else sendfile in a separate process.
 
 python benchmarks/server.py FOLDER    serves it without nginx, prints the port, and ends when its standard input does
 """

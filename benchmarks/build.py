@@ -1,4 +1,4 @@
-"""Episodes a second that are built: drawn, gathered, framed and hashed in memory; and written to disk."""
+"""Episodes built per second: drawn, gathered, framed and hashed in memory; and also written to disk."""
 
 from __future__ import annotations
 

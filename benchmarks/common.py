@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, honest repeats, one JSON document as output."""
+"""Shared by the benchmarks: a description of the machine, repeated timing, one JSON document as output."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mamldata.parallel import default_workers
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """A parser with the options common to all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dataset", default="glyphs", help="a name or a manifest (default: glyphs)")
-    parser.add_argument("--from", dest="places", action="append", default=[], help="where raw files are fetched from")
+    parser.add_argument("--from", dest="places", action="append", default=[], help="where to fetch raw files from")
     parser.add_argument("--root", help="the data root (default: as for mamldata)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each candidate (default: 7)")
     return parser
@@ -45,14 +45,14 @@ def bank(options: argparse.Namespace) -> tuple[Manifest, Bank]:
 
 
 def in_turn(candidates: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, dict[str, float]]:
-    """Time candidates in turn, A B C A B C …, so that a machine that slows down slows all of them.
+    """Time candidates in turn, A B C A B C …, so that a slowdown of the machine affects all of them.
 
     Args:
-        candidates: each does its work once and gives the number of things done.
+        candidates: each does its work once and returns the number of things done.
         repeats: timed rounds, after one that is not timed.
 
     Returns:
-        For each candidate the median, lowest and highest rate, in things a second.
+        For each candidate the median, lowest and highest rate, in things per second.
     """
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
@@ -68,7 +68,7 @@ def in_turn(candidates: Mapping[str, Callable[[], int]], repeats: int) -> dict[s
 
 
 def ratio(results: Mapping[str, Mapping[str, float]], one: str, other: str) -> float:
-    """The medians' quotient."""
+    """The ratio of the medians."""
     return results[one]["median"] / results[other]["median"]
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of one meta-gradient by inner steps, with and without a checkpointed inner loop."""
+"""Peak memory of one meta-gradient by number of inner steps, with and without a checkpointed inner loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--episode", type=int, nargs=3, default=[5, 1, 15], metavar=("N_WAY", "K_SHOT", "K_QUERY"))
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5, 20, 100])
     parser.add_argument("--checkpoint", type=int, nargs="+", default=[0, 1], choices=[0, 1])
-    parser.add_argument("--threads", type=int, default=1, help="of which each holds the graph of a task (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="each holds the graph of one task (default: 1)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", type=Path, help="write a PNG (needs the extra plots)")
     parser.add_argument("--one", type=int, nargs=2, metavar=("STEPS", "CHECKPOINT"), help="measure in this process")
@@ -45,7 +45,7 @@ def main() -> None:
     lines: dict[str, dict[int, float]] = {}
     for checkpoint in options.checkpoint:
         for steps in options.inner_steps:
-            # A process keeps the most memory that it ever had: each measurement has one of its own.
+            # A process keeps its peak memory, so each measurement runs in a new one.
             command = [sys.executable, __file__, *sys.argv[1:], "--one", str(steps), str(checkpoint)]
             runs = [
                 json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, float]:
-    """Of one second-order meta-gradient, in MiB, and how long it took."""
+    """Peak memory of one second-order meta-gradient in MiB, and its time in seconds."""
     torch.set_num_threads(options.threads)
     keep_large_buffers()
     device = pick_device(options.device)
@@ -88,8 +88,8 @@ def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, 
     network = build_network(options.network, channels, size, n_way, seed=0).to(device)
     parameters = MetaParameters(dict(network.named_parameters()))
     inner = InnerLoop(steps, 0.01, "second", "transductive", checkpoint=bool(checkpoint))
-    if options.network in {"conv4", "resnet18"}:  # they take images of every size
-        # Kernels that are loaded on first use are no part of the graph.
+    if options.network in {"conv4", "resnet18"}:  # they take images of any size
+        # Kernels that are loaded on first use do not belong to the graph.
         small = batch._replace(support_x=batch.support_x[..., :4, :4], query_x=batch.query_x[..., :4, :4])
         loop(network, parameters, small, method_of(network, replace(inner, steps=1)))
     before, start = most_memory(device), time.perf_counter()
@@ -99,7 +99,7 @@ def peak(options: argparse.Namespace, steps: int, checkpoint: int) -> dict[str, 
 
 
 def draw(lines: dict[str, dict[int, float]], path: Path, title: str) -> None:
-    """Memory by inner steps, a line for each kind, each point with its number."""
+    """Plot memory by inner steps, with a line for each kind and a label at each point."""
     import matplotlib
 
     matplotlib.use("Agg")

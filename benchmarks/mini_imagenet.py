@@ -1,7 +1,7 @@
-"""MiniImagenet at full scale from made-up images: time and peak memory of fetch and build, for each form.
+"""MiniImagenet at full scale from synthetic images: time and peak memory of fetch and build, for each form.
 
-Makes all 60,000 images of the genuine split files with random content, in the three forms that people have: files with
-MiniImagenet's names, ImageNet's tar of tars, and pickled arrays. The three banks must be equal to the bit.
+Makes all 60,000 images of the genuine split files with random content, in the three forms in circulation: files with
+MiniImagenet's names, ImageNet's tar of tars, and pickled arrays. The three banks must be equal, bit for bit.
 
     python benchmarks/mini_imagenet.py --csv FOLDER [--work FOLDER]
 """
@@ -32,8 +32,8 @@ from mamldata.sampling.splits import SPLITS
 
 SIDE = 84
 FORMS = ("by-name", "by-position", "pickled-arrays")
-PER_CLASS = 1300  # of ImageNet's images; most of its classes have as many
-# Runs the command line and says how long it took, and the most memory that it and any of its workers had (Linux).
+PER_CLASS = 1300  # of ImageNet's images, as in most of its classes
+# Runs the command line and prints its time, and the peak memory of itself and of its workers (Linux).
 MEASURED = r"""\
 import json, re, resource, sys, time
 from pathlib import Path
@@ -43,7 +43,7 @@ try:
     main(sys.argv[1:], standalone_mode=False)
 finally:
     seconds = time.perf_counter() - start
-    # Not ru_maxrss, which a process inherits from the one that started it.
+    # Not ru_maxrss, which a process inherits from its parent.
     peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(json.dumps({"seconds": round(seconds, 1), "peak_mib": round(peak), "worker_peak_mib": round(workers)}))
@@ -52,8 +52,8 @@ finally:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True, help="the folder with the genuine split files")
-    parser.add_argument("--work", type=Path, help="where to make everything; kept (default: a temporary folder)")
+    parser.add_argument("--csv", type=Path, required=True, help="folder with the genuine split files")
+    parser.add_argument("--work", type=Path, help="working folder, which is kept (default: a temporary folder)")
     parser.add_argument("--train", type=int, default=2000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def fetch_and_preprocess(form: str, tables: Path, work: Path) -> dict[str, Any]:
-    """Get the images from one form, and make the bank; only that of the first form is kept."""
+    """Fetch the images in one form and make the bank; only the bank of the first form is kept."""
     root = ["--root", str(work / f"root-{form}")]
     place = ["--from", str(tables), "--from", str(work / form), "--offline"]
     fetched = command("fetch", "mini-imagenet", *place, *root)
@@ -83,7 +83,7 @@ def fetch_and_preprocess(form: str, tables: Path, work: Path) -> dict[str, Any]:
 
 
 def build_and_verify(root: Path, work: Path, train: int) -> dict[str, Any]:
-    """Archives of both customary sizes."""
+    """Build and verify 5-way archives of 1 and 5 shots."""
     steps = {}
     for k_shot in (1, 5):
         out = work / f"archive-{k_shot}"
@@ -95,7 +95,7 @@ def build_and_verify(root: Path, work: Path, train: int) -> dict[str, Any]:
 
 
 def command(*arguments: str) -> dict[str, Any]:
-    """Run the command line in a process of its own."""
+    """Run the command line in a separate process."""
     done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -103,7 +103,7 @@ def command(*arguments: str) -> dict[str, Any]:
 
 
 def make(tables: Path, work: Path) -> Iterator[str]:
-    """Make the images in each form, and give its name."""
+    """Make the images in each form, and yield its name."""
     started = time.perf_counter()
     rows = {split: list(csv.DictReader((tables / f"{split}.csv").open(newline=""))) for split in SPLITS}
     chance = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def make(tables: Path, work: Path) -> Iterator[str]:
 
 
 def jpeg(chance: np.random.Generator) -> bytes:
-    """A photograph's worth of smooth noise."""
+    """Smooth noise as a JPEG of about a photograph's size."""
     rough = Image.fromarray(chance.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     stream = io.BytesIO()
     rough.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
@@ -133,14 +133,14 @@ def jpeg(chance: np.random.Generator) -> bytes:
 
 
 def tar_of_tars(rows: dict[str, list[dict[str, str]]], encoded: dict[str, bytes], path: Path) -> None:
-    """ImageNet's training set: a tar for each class, its images numbered with gaps; others than ours are filled in."""
+    """ImageNet's training set: a tar for each class, with gaps in the numbers of images, and fillers for the others."""
     classes: dict[str, dict[int, bytes]] = defaultdict(dict)
     for split in SPLITS:
         for row in rows[split]:
             classes[row["label"]][int(row["filename"][9:17])] = encoded[row["filename"]]
     filler = jpeg(np.random.default_rng(1))
     with tarfile.open(path, "w") as outer:
-        for label in sorted(classes, key=lambda label: label[::-1]):  # in no order that could help
+        for label in sorted(classes, key=lambda label: label[::-1]):  # in an unhelpful order
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as tar:
                 for position in range(1, PER_CLASS + 1):
@@ -155,7 +155,7 @@ def tar_of_tars(rows: dict[str, list[dict[str, str]]], encoded: dict[str, bytes]
 
 
 def cache(rows: list[dict[str, str]], encoded: dict[str, bytes], path: Path) -> None:
-    """The pickle that circulates: all images of a split in one array, and each class's rows in it."""
+    """The pickle in circulation: all images of a split in one array, and each class's rows in it."""
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded[row["filename"]]))) for row in rows])
     classes: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Images a second from raw files to a bank, against decoding with Pillow alone; one process and one on each core."""
+"""Images per second from raw files to a bank, against decoding with Pillow alone; one process and one per core."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def decode_all(images: Sequence[ImageRef], recipe: ImageRecipe) -> int:
-    """Read and decode images, and keep none: what Pillow alone takes. Gives their number."""
+    """Read and decode images with Pillow alone, keeping none; returns their number."""
     for _, data in read_images(images):
         assert not isinstance(data, str)
         decode_image(data, recipe.size, recipe.channels, recipe.resampling, recipe.invert, recipe.upright)

@@ -1,11 +1,11 @@
-"""Episodes a second from an archive over loopback HTTP, against plain webdataset over the same server.
+"""Episodes per second from an archive over loopback HTTP, against plain webdataset over the same server.
 
-The server is nginx (or a process that does nothing but sendfile), so that neither reader waits for it. Each candidate
-is one process that reads all shards once, from its start to its last episode; nothing is left from one pass to the
-next, but for the candidate whose shards are all in its cache. Plain webdataset reads an address through its own opener,
-which is curl in a pipe; it hashes nothing. The stream hashes every byte before it hands out an episode, and shuffles.
-``curl`` to nowhere is what this machine can download at all. Processor time is that of the reading process and of its
-children, curl among them, without the server's: on a machine with other work it says more than the rates do.
+The server is nginx (or a process that only calls sendfile), so that neither reader waits for it. Each candidate is one
+process that reads all shards once, timed from its start to its last episode. Nothing is kept from one pass to the next,
+except by the candidate whose shards are all in its cache. Plain webdataset reads an address through its own opener
+(curl in a pipe) and hashes nothing. The stream shuffles, and hashes every byte before it gives an episode. ``curl`` to
+nowhere is this machine's upper bound for downloads. Processor time is that of the reading process and its children,
+including curl but not the server; on a machine with other work it says more than the rates.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How long a consumer that works as long as a training step waits for its meta-batches.
+"""How long a consumer with the pace of training waits for its meta-batches.
 
-The consumer computes for the time of a step (or sleeps, as one does who waits for a GPU), takes the next meta-batch,
-and so on; what counts is the share of the whole time that it spends waiting, after the first meta-batch. Images are
-float32, as a network takes them, from a folder, from the address of a server in another process (see ``server.py``)
-whose shards come while they are used, and from a cache that has them all.
+The consumer computes for the time of a step (or sleeps, as if waiting for a GPU), takes the next meta-batch, and so on.
+The figure is the share of the total time that it waits, after the first meta-batch. Images are float32, as networks
+take them, from a folder, from the address of a server in another process (see ``server.py``), whose shards arrive
+during use, and from a cache that has them all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--episodes", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--most-batches", type=int, default=120, help="in one run (default: 120)")
+    parser.add_argument("--most-batches", type=int, default=120, help="upper bound in one run (default: 120)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         run(options, Path(place))
@@ -101,7 +101,7 @@ _MATRIX = torch.ones(128, 128)
 
 
 def compute(seconds: float) -> None:
-    """Work for so long, as a network does: in torch, which lets other threads run meanwhile."""
+    """Work for ``seconds`` as a network does: in torch, which lets other threads run meanwhile."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         torch.mm(_MATRIX, _MATRIX)

@@ -1,6 +1,6 @@
-"""A server of files that is no bottleneck: nginx where it is installed, else sendfile in a process of its own.
+"""A file server that is no bottleneck: nginx if installed, else sendfile in a separate process.
 
-python benchmarks/server.py FOLDER    serves it without nginx, prints its port, and ends with its standard input
+python benchmarks/server.py FOLDER    serves it without nginx, prints the port, and ends when its standard input does
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KINDS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """The standard library's, with the kernel as the copier, and with no log."""
+    """The standard library's handler, with copies by the kernel and without a log."""
 
     protocol_version = "HTTP/1.1"
 
@@ -53,19 +53,19 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, str]]:
-    """Serve a folder on loopback: its address, and what serves it."""
+    """Serve a folder on loopback; gives its address and the server's name."""
     with tempfile.TemporaryDirectory() as place:
         if nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"):
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
             temporary = " ".join(f"{kind}_temp_path {place}/{kind};" for kind in _KINDS)
             configuration = Path(place) / "nginx.conf"
-            # Its worker may be another user, who must get to the files.
+            # The worker may run as another user, who needs access to the files.
             user = "user root;\n" if os.geteuid() == 0 else ""
             text = _NGINX.format(place=place, temporary=temporary, port=port, folder=folder.resolve())
             configuration.write_text(user + text)
             command = [nginx, "-c", str(configuration), "-e", f"{place}/error.log"]
-            # A session of its own: schedulers share out processors among sessions.
+            # In its own session: schedulers divide processors among sessions.
             running = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         else:
             command = [sys.executable, __file__, str(folder)]
@@ -90,7 +90,7 @@ def _wait(url: str) -> None:
             return
         except requests.ConnectionError:
             pause.wait(0.05)
-    raise SystemExit(f"Nothing answers at {url}.")
+    raise SystemExit(f"No server answers at {url}.")
 
 
 def main() -> None:

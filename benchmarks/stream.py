@@ -1,8 +1,8 @@
-"""Episodes a second from a local archive, against a plain copy of the same bytes and against plain webdataset.
+"""Episodes per second from a local archive, against a plain copy of the same bytes and against plain webdataset.
 
-The copy goes from one contiguous array to a buffer of a meta-batch that is used again and again: as fast as this
-machine copies. Way by way, it takes single ways of that array in a random order, as remix must. webdataset decodes the
-same shards with its own ``decode()``.
+The copy goes from one contiguous array to a reused buffer of one meta-batch, which is as fast as this machine copies.
+Way by way, it takes single ways of that array in a random order, as remix must. webdataset decodes the same shards with
+its own ``decode()``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def run(o: argparse.Namespace, folder: Path) -> None:
-    """Build an archive and time all ways of reading it."""
+    """Build an archive and time each method of reading it."""
     manifest, images = bank(o)
     request = BuildRequest(o.n_way, o.k_shot, o.k_query, {"train": o.episodes})
     archive = build(manifest, images, folder, request, workers=default_workers())

@@ -1,7 +1,7 @@
-"""Peak memory of a process that streams one epoch: what it allocates, without the pages of mapped files.
+"""Peak memory of a process that streams one epoch, without the pages of mapped files.
 
-Those pages are the system's, which drops them when it needs the room. What is stated is the highest ``RssAnon`` of
-``/proc/self/status``, looked at every two milliseconds, from the process's start; and what torch alone has of it.
+The system drops those pages when it needs the memory. The figures are the highest ``RssAnon`` of ``/proc/self/status``,
+read every two milliseconds, and its value before the stream is made, which is mostly torch's own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mamldata.streaming.stream import EpisodeStream
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.set_defaults(repeats=1)
-    parser.add_argument("--episodes", type=int, default=100_000, help="take 6.6 GB of disk (default: 100,000)")
+    parser.add_argument("--episodes", type=int, default=100_000, help="the default of 100,000 takes 6.6 GB of disk")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--place", help="where the archive is built (default: a temporary folder)")
+    parser.add_argument("--place", help="where to build the archive (default: the system's temporary folder)")
     parser.add_argument("--one", nargs=3, metavar=("KIND", "SOURCE", "CACHE"), help="measure in this process")
     options = parser.parse_args()
     if options.one:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run(o: argparse.Namespace, place: Path) -> None:
-    """Build an archive, and stream it in processes of their own."""
+    """Build an archive, and stream it in a separate process for each kind."""
     manifest, images = bank(o)
     request = BuildRequest(5, 1, 15, {"train": o.episodes})
     archive = build(manifest, images, place / "archive", request, workers=default_workers())
@@ -100,7 +100,7 @@ def measure(kind: str, source: str, cache: str, batch_size: int) -> tuple[float,
 
 
 def in_use(field: str) -> float:
-    """A line of the process's status, in MiB."""
+    """A field of the process's status, in MiB."""
     found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise SystemExit("This benchmark reads Linux's /proc/self/status.")

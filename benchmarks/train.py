@@ -1,8 +1,7 @@
-"""Outer steps a second on made-up episodes of Omniglot's shape: engines, orders and inner steps, in turn.
+"""Outer steps per second on synthetic episodes of Omniglot's shape: engines, orders and inner steps, in turn.
 
-Each candidate has a process of its own, and so the allocator and the threads that it would have by itself. Beside the
-rates stands the processor time of a step, for on a machine that others use a rate says first of all who was given
-the cores.
+Each candidate runs in a separate process, with the allocator and the threads that it would have alone. The processor
+time of a step is reported with the rates, because on a shared machine a rate mostly shows which process got the cores.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def main() -> None:
 
 
 class Busy:
-    """Processes that use a processor each, but only when they are told to."""
+    """Processes that keep a processor busy each, but only during ``beside``."""
 
     def __init__(self, count: int) -> None:
         self._processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
@@ -109,7 +108,7 @@ class Busy:
             process.wait()
 
     def beside(self, work: Callable[[], int]) -> Callable[[], int]:
-        """Work while they do."""
+        """``work`` with the processes busy meanwhile."""
 
         def both() -> int:
             self._tell(signal.SIGCONT)
@@ -125,7 +124,7 @@ class Busy:
 
 
 class Worker:
-    """A candidate in a process of its own, which takes a step when it is told to."""
+    """A candidate in a separate process, which takes a step on request."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._cpu: list[float] = []
@@ -141,10 +140,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # the end of its input is its end
+        self._process.communicate()  # closing its input ends it
 
     def task(self, steps: int, order: str) -> Callable[[], int]:
-        """Take a step, and wait for it."""
+        """A task that takes a step and waits for it."""
 
         def work() -> int:
             assert self._process.stdin
@@ -157,7 +156,7 @@ class Worker:
         return work
 
     def cpu_seconds(self) -> float:
-        """Of all threads, in a step of the last task; the median, without the first step."""
+        """The median processor time of a step of the last task, over all threads, without the first step."""
         return statistics.median(self._cpu[1:])
 
 
@@ -165,7 +164,7 @@ def take_steps(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     batch = made_up(options.meta_batch_size, device, shots=(options.k_shot, 15))
     if options.one == PLAIN:
-        # As torch's own loaders give images.
+        # The memory layout of torch's own loaders.
         batch = batch._replace(support_x=batch.support_x.contiguous(), query_x=batch.query_x.contiguous())
     else:
         keep_large_buffers()
@@ -183,12 +182,12 @@ def take_steps(options: argparse.Namespace) -> None:
         else:
             inner = InnerLoop(steps, INNER_LR, "second" if order == "second" else "first", "transductive")
             loss = pick_engine(options.one)(network, parameters, batch, method_of(network, inner, options.one)).loss
-        assert float(loss) >= 0  # and wait for the device
+        assert float(loss) >= 0  # waits for the device
         print(time.process_time() - start, flush=True)
 
 
 def plain_example(name: str, batch: EpisodeBatch, steps: int, lr: float, *, second: bool) -> Callable[[], Tensor]:
-    """A step as tutorials write it: torch's layers, ``functional_call``, and one backward pass for all tasks."""
+    """A step as in tutorials: torch's layers, ``functional_call``, and one backward pass for all tasks."""
     layers: list[nn.Module] = []
     if name == "conv3-pool":  # of the functional examples
         for inputs, outputs in pairwise([1, 64, 64, 64]):
@@ -226,7 +225,7 @@ def made_up(
     n_way: int = 5,
     shots: tuple[int, int] = (1, 15),
 ) -> EpisodeBatch:
-    """Random episodes with the memory layout of a stream's."""
+    """Random episodes with the memory layout of a stream's meta-batches."""
     generator = torch.Generator().manual_seed(0)
     images = [
         torch.rand(episodes, n_way * k, *image, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in shots

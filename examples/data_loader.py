@@ -1,4 +1,4 @@
-"""An archive in torch's DataLoader, with worker processes, and an interruption in the middle of an epoch.
+"""Read an archive by torch's DataLoader with worker processes, and resume in the middle of an epoch.
 
 python examples/data_loader.py ARCHIVE
 """
@@ -14,15 +14,15 @@ import mamldata
 
 if __name__ == "__main__":
     stream = mamldata.EpisodeStream(sys.argv[1], batch_size=4, seed=0)
-    # The stream makes meta-batches itself: batch_size=None tells the DataLoader to leave them as they are.
+    # The stream makes the meta-batches: batch_size=None tells the DataLoader not to batch.
     loader = DataLoader(stream, batch_size=None, num_workers=2)
     for epoch in range(2):
-        stream.set_epoch(epoch)  # workers iterate over copies, so the order of an epoch must be asked for
+        stream.set_epoch(epoch)  # needed because workers iterate over copies of the stream
         for batch in loader:
             indices = batch.index.tolist()
             print(f"epoch {epoch}: episodes {indices}, support {tuple(batch.support_x.shape)}")
 
-    # Without workers the stream knows where it stands, and the rest of an epoch can be had in another process.
+    # Without workers the stream knows its position, and another process can read the rest of an epoch.
     stream.set_epoch(0)
     seen = [next(iter(stream)).index]
     again = mamldata.EpisodeStream(sys.argv[1], batch_size=4, seed=0)

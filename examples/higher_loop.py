@@ -1,9 +1,9 @@
-"""MAML by the package higher, on the episodes of an archive: networks, optimizers and the loop stay as they are.
+"""MAML by the package higher on the episodes of an archive, with the usual network, optimizers and loop.
 
 python examples/higher_loop.py ARCHIVE
 
-Users of learn2learn change the same lines: in place of ``taskset.sample()``, and of dividing its images into those to
-adapt to and the others, a stream gives both sets; ``maml.clone()`` and ``learner.adapt(loss)`` stay as they are.
+Users of learn2learn change the same lines: a stream gives support and query sets, and replaces ``taskset.sample()`` and
+the division of its images; ``maml.clone()`` and ``learner.adapt(loss)`` stay the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPOCHS, TASKS, INNER_STEPS, INNER_LR = 3, 4, 5, 0.1
 
 
 def block(inputs: int) -> nn.Module:
-    """Batch norm without running statistics: nothing of one episode is to get into the next."""
+    """Convolution, batch norm and ReLU, without running statistics, so that no episode affects the next one."""
     norm = nn.BatchNorm2d(64, track_running_stats=False)
     return nn.Sequential(nn.Conv2d(inputs, 64, 3, stride=2, padding=1), norm, nn.ReLU())
 

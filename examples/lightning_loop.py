@@ -16,7 +16,7 @@ import mamldata
 
 
 class ProtoNet(lightning.LightningModule):
-    """Each query image is of the class whose mean support image is the nearest."""
+    """Assigns each query image to the class with the nearest mean of support embeddings."""
 
     def __init__(self, channels: int, n_way: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ProtoNet(lightning.LightningModule):
         return self._score("train", batch)
 
     def test_step(self, batch: mamldata.EpisodeBatch) -> None:
-        """One episode: the mean over all of them is logged."""
+        """The accuracy of one episode; Lightning logs the mean over all."""
         self._score("test", batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -41,7 +41,7 @@ class ProtoNet(lightning.LightningModule):
 
     def _score(self, split: str, batch: mamldata.EpisodeBatch) -> Tensor:
         tasks, labels = len(batch.index), batch.query_y.flatten()
-        # Images of one class stand together, so that a reshape finds them.
+        # Images of one class are adjacent, so a reshape groups them.
         support = self.net(batch.support_x.flatten(0, 1)).reshape(tasks, self.n_way, -1, 64).mean(2)
         query = self.net(batch.query_x.flatten(0, 1)).reshape(tasks, -1, 64)
         logits = -torch.cdist(query, support).square().flatten(0, 1)
@@ -51,7 +51,7 @@ class ProtoNet(lightning.LightningModule):
 
 if __name__ == "__main__":
     lightning.seed_everything(0)
-    # A stream is an iterable with a length and a state: Lightning takes it as it is, and saves where it stands.
+    # A stream is an iterable with a length and a state: Lightning uses it directly, and saves its position.
     train = mamldata.EpisodeStream(sys.argv[1], batch_size=4, seed=0)
     test = mamldata.EpisodeStream(sys.argv[1], split="test")
     model = ProtoNet(train.info.image_shape[-1], train.info.n_way)

@@ -1,16 +1,16 @@
-"""MAML from scratch, with NumPy alone: binary classification by one sigmoid layer, and every derivative by hand.
+"""MAML from scratch in NumPy: binary classification by one sigmoid layer, with every derivative by hand.
 
     python examples/maml_numpy.py
 
-A task is a straight line through the plane: of ten points we are told on which side they are, of other points we are
-asked. Not every line is equally likely, so there is something to learn from many tasks that helps with the next one.
+A task is a straight line through the plane: the sides of ten points are given, those of other points must be predicted.
+Not every line is equally likely, so many tasks teach something that helps with the next one.
 
     inner step:     w' = w - alpha * slope of the support loss at w
     meta-gradient:  the slope of the query loss at w', with respect to w, through that step:
                     (I - alpha * H) @ slope of the query loss at w',  H = the Hessian of the support loss at w
 
-First-order MAML leaves out H; with several inner steps there is such a factor for each of them, the last one first;
-without any it is plain training on all tasks jointly. That is better before adaptation, and MAML is better after it.
+First-order MAML leaves out H. Several inner steps give a factor each, the last one first; no inner step is plain joint
+training on all tasks. Joint training is better before adaptation, and MAML is better after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALPHA, BETA = 5.0, 0.1  # the inner and the outer learning rate
 
 
 class Task(NamedTuple):
-    """Points ``[n, 3]``, whose last coordinate is 1, and which of two classes they are in, ``[n]``: 0 or 1."""
+    """Points ``[n, 3]``, whose last coordinate is 1, and their classes ``[n]``, 0 or 1."""
 
     support_x: Array
     support_y: Array
@@ -34,7 +34,7 @@ class Task(NamedTuple):
 
 
 def draw_task(chance: np.random.Generator, support: int = 10, query: int = 50) -> Task:
-    """A line with its class 1 more or less to the right, at up to 0.5 from the origin."""
+    """A line within about 0.5 of the origin, with class 1 roughly to its right, and random points."""
     angle, offset = chance.uniform(-np.pi / 2, np.pi / 2), chance.uniform(-0.5, 0.5)
     line = np.array([np.cos(angle), np.sin(angle), offset])
     x = np.hstack([chance.normal(size=(support + query, 2)), np.ones((support + query, 1))])
@@ -43,12 +43,12 @@ def draw_task(chance: np.random.Generator, support: int = 10, query: int = 50) -
 
 
 def sigmoid(z: Array) -> Array:
-    """``1 / (1 + exp(-z))``, which for no z overflows."""
+    """``1 / (1 + exp(-z))`` without overflow."""
     return 0.5 * (1 + np.tanh(z / 2))
 
 
 def loss(w: Array, x: Array, y: Array) -> float:
-    """Mean cross-entropy, in nats: of ``sigmoid(x @ w)`` where y is 1, and of what is left to 1 where it is 0."""
+    """Mean cross-entropy in nats, with ``sigmoid(x @ w)`` as the probability that y is 1."""
     z = x @ w
     return float(np.mean(np.logaddexp(0, z) - y * z))
 
@@ -59,13 +59,13 @@ def slope(w: Array, x: Array, y: Array) -> Array:
 
 
 def hessian_times(w: Array, x: Array, v: Array) -> Array:
-    """The Hessian of the loss times ``v``, ``[3]``, without the Hessian; the labels have no part in it."""
+    """The Hessian of the loss times ``v``, ``[3]``, without forming the Hessian; it does not depend on the labels."""
     p = sigmoid(x @ w)
     return x.T @ (p * (1 - p) * (x @ v)) / len(x)
 
 
 def adapt(w: Array, task: Task, steps: int, alpha: float = ALPHA) -> list[Array]:
-    """The inner loop: the weights at first and after each step, ``steps + 1`` of them."""
+    """The inner loop: the initial weights and those after each step, ``steps + 1`` in all."""
     path = [w]
     for _ in range(steps):
         path.append(path[-1] - alpha * slope(path[-1], task.support_x, task.support_y))
@@ -73,7 +73,7 @@ def adapt(w: Array, task: Task, steps: int, alpha: float = ALPHA) -> list[Array]
 
 
 def meta_gradient(w: Array, task: Task, steps: int, alpha: float = ALPHA, *, first_order: bool = False) -> Array:
-    """How the query loss after adaptation changes with the weights before it, ``[3]``."""
+    """The gradient of the query loss after adaptation with respect to the initial weights, ``[3]``."""
     *before, adapted = adapt(w, task, steps, alpha)
     g = slope(adapted, task.query_x, task.query_y)
     if not first_order:
@@ -93,7 +93,7 @@ def mean_losses(w: Array, tasks: list[Task], steps: int) -> tuple[float, float]:
 
 
 def train(inner_steps: int, outer_steps: int = 1000, tasks: int = 20) -> Array:
-    """The outer loop, from zero: MAML, or joint training if there is no inner step."""
+    """The outer loop, starting from zeros: MAML, or joint training if there is no inner step."""
     chance, w = np.random.default_rng(0), np.zeros(3)
     for _ in range(outer_steps):
         w = w - BETA * np.mean([meta_gradient(w, draw_task(chance), inner_steps) for _ in range(tasks)], axis=0)
@@ -101,7 +101,7 @@ def train(inner_steps: int, outer_steps: int = 1000, tasks: int = 20) -> Array:
 
 
 def main() -> None:
-    """Compare weights that know nothing, jointly trained ones, and meta-trained ones."""
+    """Compare untrained, jointly trained and meta-trained weights."""
     chance = np.random.default_rng(1)
     new_tasks = [draw_task(chance) for _ in range(1000)]
     for name, w in (("zeros", np.zeros(3)), ("joint training", train(inner_steps=0)), ("MAML", train(inner_steps=1))):

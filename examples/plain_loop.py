@@ -17,15 +17,15 @@ EPOCHS, TASKS = 3, 4
 
 
 def block(inputs: int, outputs: int) -> nn.Module:
-    """Half the width and height."""
+    """A block that halves width and height."""
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
 
 
 def score(net: nn.Module, batch: mamldata.EpisodeBatch, n_way: int) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy: each query image is of the class whose mean support image is the nearest."""
+    """Loss and accuracy, where each query image gets the class with the nearest mean of support embeddings."""
     tasks = len(batch.index)
-    # Images of one class stand together, so that a reshape finds them.
+    # Images of one class are adjacent, so a reshape groups them.
     support = net(batch.support_x.flatten(0, 1)).reshape(tasks, n_way, -1, 64).mean(2)
     query = net(batch.query_x.flatten(0, 1)).reshape(tasks, -1, 64)
     logits = -torch.cdist(query, support).square().flatten(0, 1)
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     net.to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     for epoch in range(EPOCHS):
-        for batch in stream.to(device):  # an epoch: new episodes each time
+        for batch in stream.to(device):  # an epoch, of new episodes each time
             optimizer.zero_grad()
             loss, accuracy = score(net, batch, n_way)
             loss.backward()

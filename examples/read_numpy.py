@@ -1,4 +1,4 @@
-"""Read an archive, and verify it, with nothing but the standard library and NumPy: mamldata is not needed.
+"""Read and verify an archive with the standard library and NumPy alone, without mamldata.
 
 python examples/read_numpy.py ARCHIVE
 """
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     text = (folder / "archive.json").read_bytes()
     about = json.loads(text)
-    print(f"digest sha256:{hashlib.sha256(text).hexdigest()}")  # what a paper cites; it covers the shards' own digests
+    print(f"digest sha256:{hashlib.sha256(text).hexdigest()}")  # for citing; it covers the shards' digests
     print(f"{about['dataset']}, {about['n_way']}-way {about['k_shot']}-shot, split scheme {about['split_scheme']}")
     for split, part in about["splits"].items():
         names = [f"{one['name']}, {90 * one['quarter_turns']} degrees" for one in part["classes"]]
@@ -32,5 +32,5 @@ if __name__ == "__main__":
             for index in range(shard["first_episode"], shard["first_episode"] + shard["episodes"]):
                 parts = [arrays[f"{index:08d}.{name}.npy"] for name in ("support", "query", "source")]
                 support, query, source = parts  # uint8 [n_way, k, H, W, C] twice; int32 [n_way, 1 + k_shot + k_query]
-                classes = [names[row] for row in source[:, 0]]  # which stand for the labels 0, 1, ...
+                classes = [names[row] for row in source[:, 0]]  # of the labels 0, 1, ...
                 print(f"{split} episode {index}: support {support.shape}, query {query.shape}, {'; '.join(classes)}")

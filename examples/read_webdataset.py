@@ -1,4 +1,4 @@
-"""Read an archive with nothing but webdataset: its shards are ordinary ones, and mamldata is not needed.
+"""Read an archive with webdataset alone, without mamldata: its shards are ordinary webdataset shards.
 
 python examples/read_webdataset.py ARCHIVE
 """
@@ -16,5 +16,5 @@ if __name__ == "__main__":
     for episode in webdataset.WebDataset(shards, shardshuffle=False).decode():
         support, query = episode["support.npy"], episode["query.npy"]  # uint8 [n_way, k, H, W, C]
         n_way, k_shot, *image = support.shape
-        x, y = support.reshape(-1, *image), np.arange(n_way).repeat(k_shot)  # the label is the place on the first axis
+        x, y = support.reshape(-1, *image), np.arange(n_way).repeat(k_shot)  # the label is the index on the first axis
         print(f"episode {episode['__key__']}: support {x.shape}, labels {y.tolist()}, query {query.shape}")

@@ -1,10 +1,10 @@
-"""The sinusoid problem of Finn et al. 2017, section 5.1: what MAML learns that training on all tasks jointly does not.
+"""The sinusoid problem of Finn et al. 2017, section 5.1: MAML against joint training on all tasks.
 
     python examples/sinusoid.py --steps 70000 --out sinusoid.png
 
-Some points of a sinusoid are given, and the whole of it is asked for; amplitudes and phases vary. A network that is
-trained on all of them jointly learns their mean, and does not get far from it with a few points. MAML learns weights
-from which one step of gradient descent gets near any of them, also where no points are.
+Some points of a sinusoid are given, and the whole curve must be predicted; amplitudes and phases vary. A network
+trained on all sinusoids jointly learns their mean, and a few points do not move it far. MAML learns weights from which
+one gradient step comes close to any sinusoid, even away from the points.
 Needs matplotlib: pip install 'mamldata[plots]'.
 """
 
@@ -31,13 +31,13 @@ from trainer.sinusoid import Sinusoids
 
 TRAIN, VAL, TEST = (Sinusoids(seed=0), Sinusoids(seed=1, k_query=100), Sinusoids(seed=2, k_query=100))
 TASKS = 25  # in a meta-batch
-SHOWN = 97  # of the test tasks: far from the mean of all, and its first five points are on one side
+SHOWN = 97  # the test task in the picture: far from the mean, with its first five points on one side
 INNER = InnerLoop(steps=1, lr=0.01, order="second", bn="transductive", task_loss="squared-error")
-RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # of which the joint training's fine-tuning takes the best
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # joint training is fine-tuned with the best of these
 
 
 def meta_train(steps: int) -> nn.Module:
-    """MAML: one inner step on ten points, an outer loss on ten others."""
+    """MAML: one inner step on ten points, and the outer loss on ten others."""
     network = mlp(seed=0)
     parameters, method = meta_parameters(network, INNER), method_of(network, INNER, "vmap")
     optimizer = torch.optim.Adam(parameters.tensors(), lr=1e-3)
@@ -50,7 +50,7 @@ def meta_train(steps: int) -> nn.Module:
 
 
 def train_jointly(steps: int) -> nn.Module:
-    """The baseline: the same network on the same points, as if they were all of one function."""
+    """The baseline: the same network on the same points, as if all came from one function."""
     network = mlp(seed=0)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for step in range(steps):
@@ -70,14 +70,14 @@ def errors(network: nn.Module, batch: EpisodeBatch, lr: float, points: int) -> T
 
 
 def best_rate(network: nn.Module) -> float:
-    """The rate with the smallest error after ten steps on ten points of tasks that no figure is reported of."""
+    """The rate with the smallest error after ten steps on ten points of validation tasks."""
     batch = VAL.batch(0, 200)
     found = {rate: errors(network, batch, rate, points=10)[:, -1].mean().nan_to_num(torch.inf).item() for rate in RATES}
     return min(found, key=found.__getitem__)
 
 
 def draw(panel: matplotlib.axes.Axes, network: nn.Module, task: Episode, lr: float) -> None:
-    """One network on one task: before, and after one and ten steps."""
+    """Draw one network on one task: before adaptation, and after one and ten steps."""
     x = torch.linspace(-5, 5, 200)[:, None]
     method = method_of(network, replace(INNER, steps=10, lr=lr))
     with torch.no_grad():
@@ -91,14 +91,14 @@ def draw(panel: matplotlib.axes.Axes, network: nn.Module, task: Episode, lr: flo
 
 
 def main() -> None:
-    """Train both, print a table, draw a picture."""
+    """Train both, print a table and draw a picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000, help="outer steps of each (the released code: 70,000)")
     parser.add_argument("--tasks", type=int, default=600, help="new sinusoids to measure on")
     parser.add_argument("--out", type=Path, default=Path("sinusoid.png"), help="the picture")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # the network is so small that threads would only wait for one another
+    torch.set_num_threads(1)  # in a network this small, threads would mostly wait for one another
     maml, joint = meta_train(options.steps), train_jointly(options.steps)
     trained = [("MAML", maml, INNER.lr), ("joint training", joint, best_rate(joint))]
 

@@ -1,4 +1,4 @@
-"""MAML (Finn et al. 2017) in plain PyTorch, from an archive to its test accuracy: one file, to read and to change.
+"""MAML (Finn et al. 2017) in plain PyTorch, from an archive to its test accuracy, in one file to read and change.
 
     mamldata fetch omniglot && mamldata build omniglot --out omniglot-5w1s
     OMP_NUM_THREADS=1 python examples/train_maml.py omniglot-5w1s --steps 600
@@ -26,7 +26,7 @@ INNER_LR, TRAIN_STEPS, TEST_STEPS = 0.4, 1, 3
 
 
 def fresh_weights(channels: int, n_way: int) -> Weights:
-    """Four 3x3 convolutions, each with the scale and the shift of its batch norm, and a linear head."""
+    """Weights of four 3x3 convolutions, each with the scale and shift of its batch norm, and of a linear head."""
     weights = {}
     for i in range(BLOCKS):
         weights[f"kernel{i}"] = torch.empty(FILTERS, channels if i == 0 else FILTERS, 3, 3)
@@ -39,7 +39,7 @@ def fresh_weights(channels: int, n_way: int) -> Weights:
 
 
 def logits(weights: Weights, x: Tensor) -> Tensor:
-    """Images ``[N, C, H, W]`` to logits ``[N, n_way]``; batch norm is by these N images, and keeps nothing."""
+    """Images ``[N, C, H, W]`` to logits ``[N, n_way]``; batch norm uses the statistics of these N images only."""
     for i in range(BLOCKS):
         x = F.conv2d(x, weights[f"kernel{i}"], stride=2, padding=1)
         x = F.relu(F.batch_norm(x, None, None, weights[f"scale{i}"], weights[f"shift{i}"], training=True))
@@ -52,7 +52,7 @@ def loss(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
 
 
 def adapt(weights: Weights, x: Tensor, y: Tensor, steps: int) -> Weights:
-    """The inner loop: gradient descent on the support set, which can be differentiated itself."""
+    """The inner loop: gradient descent on the support set; differentiable."""
     for _ in range(steps):
         slopes = grad(loss)(weights, x, y)
         weights = {name: value - INNER_LR * slopes[name] for name, value in weights.items()}
@@ -60,7 +60,7 @@ def adapt(weights: Weights, x: Tensor, y: Tensor, steps: int) -> Weights:
 
 
 def meta_loss(weights: Weights, task: Task, steps: int) -> tuple[Tensor, Tensor]:
-    """The query set's loss by weights that have adapted to the support set, and its accuracy."""
+    """Loss and accuracy on the query set after adaptation to the support set."""
     support_x, support_y, query_x, query_y = task
     answers = logits(adapt(weights, support_x, support_y, steps), query_x)
     return F.cross_entropy(answers, query_y), (answers.argmax(1) == query_y).float().mean()
@@ -72,7 +72,7 @@ def tasks_of(batch: mamldata.EpisodeBatch) -> list[Task]:
 
 
 def train(archive: str, steps: int, device: str) -> Weights:
-    """The outer loop: Adam along the gradient of each meta-batch's loss, with a rate that falls to a hundredth."""
+    """The outer loop: Adam on the gradient of each meta-batch's loss, with a rate that falls to a hundredth."""
     stream = mamldata.EpisodeStream(archive, batch_size=TASKS, seed=0, remix=True)
     initial = fresh_weights(stream.info.image_shape[-1], stream.info.n_way)
     weights = {name: value.to(device) for name, value in initial.items()}
@@ -80,11 +80,11 @@ def train(archive: str, steps: int, device: str) -> Weights:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     step = 0
     while step < steps:
-        for batch in stream.to(device):  # an epoch: with remix, of new episodes each time
+        for batch in stream.to(device):  # an epoch, with remix of new episodes each time
             optimizer.zero_grad()
             found = []
             for task in tasks_of(batch):
-                # Through the inner loop: by torch.func, whose grad can be taken of a function that takes it itself.
+                # Differentiates through the inner loop: torch.func can nest grad.
                 slopes, result = grad_and_value(meta_loss, has_aux=True)(weights, task, TRAIN_STEPS)
                 found.append(torch.stack(result))
                 for name, weight in weights.items():
@@ -102,7 +102,7 @@ def train(archive: str, steps: int, device: str) -> Weights:
 
 
 def test(archive: str, weights: Weights, device: str) -> Tensor:
-    """The accuracy of every test episode, each adapted to by itself."""
+    """The accuracy of every test episode, after adapting to each separately."""
     stream = mamldata.EpisodeStream(archive, split="test").to(device)  # every episode once, in order
     return torch.stack([meta_loss(weights, task, TEST_STEPS)[1] for batch in stream for task in tasks_of(batch)])
 

@@ -2,8 +2,8 @@
 
 ``fetch`` and ``build`` make an archive; ``EpisodeStream`` reads it:
 
-    mamldata.fetching.act("omniglot")
-    mamldata.archive.build("omniglot", "omniglot-5w1s")
+    mamldata.fetch("omniglot")
+    mamldata.build("omniglot", "omniglot-5w1s")
     for batch in mamldata.EpisodeStream("omniglot-5w1s", split="train", batch_size=32, seed=0).to("cuda"):
         ...
 """

@@ -1,6 +1,6 @@
 """The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
-``train`` makes a run folder, ``evaluate`` measures what is in it, ``load_run`` gives its network to go on with:
+``train`` makes a run folder, ``evaluate`` measures its accuracy, ``load_run`` gives its trained network:
 
     import trainer
 
@@ -56,7 +56,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, because torch alone takes seconds to import and most commands do without it.
+    # On first use: torch takes seconds to import, and most commands do not need it.
     if name in _HOME:
         return getattr(import_module(f"trainer.{_HOME[name]}"), name)
     raise AttributeError(f"module 'trainer' has no attribute {name!r}")

@@ -28,16 +28,16 @@ OpenSource = Callable[[str], StoredSource | LiveSource]
 class EpisodeData:
     """Episodes to train and to evaluate on, from sources of ``mamldata``.
 
-    A split is opened when it is first asked for, and then kept, so that what changes where it came from does not change
-    a run that is under way. Streams can be read at the same time; each keeps what it reads from.
+    A split is opened on first use and then kept, so that later changes at its place do not affect a run in progress.
+    Streams can be read at the same time; each keeps its own source.
 
     Args:
-        place: where they come from, as it may be shown and stored.
+        place: where they come from, in a form that is safe to show and store.
         open_source: gives the source of a split.
         remix: whether to train on remixed episodes.
 
     Raises:
-        DamagedError: by any method that opens a split: the data have changed since another one was opened.
+        DamagedError: from any method that opens a split: the data have changed since another split was opened.
     """
 
     def __init__(self, place: str, open_source: OpenSource, *, remix: bool = False) -> None:
@@ -57,7 +57,7 @@ class EpisodeData:
         rank: int = 0,
         world_size: int = 1,
     ) -> DeviceStream:
-        """Meta-batches of the train split on a device, remixed, or else shuffled if they have an end."""
+        """Meta-batches of the train split on a device: remixed, or else shuffled if the split is finite."""
         stream = EpisodeStream(
             self._source("train").view(),
             batch_size=batch_size,
@@ -84,11 +84,11 @@ class EpisodeData:
         """The first ``episodes`` episodes of a split, once and in order.
 
         Raises:
-            RequestError: there are not so many.
+            RequestError: the split has fewer episodes.
         """
         source = self._source(split)
         if source.episodes is not None and source.episodes < episodes:
-            raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} are asked for.")
+            raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} were requested.")
         stream = EpisodeStream(
             source.view(episodes),
             batch_size=batch_size,
@@ -100,24 +100,24 @@ class EpisodeData:
         return stream.to(device)
 
     def describe(self) -> dict[str, Any]:
-        """What the episodes are, whatever their split."""
+        """A description of the episodes, the same for all splits."""
         return self._describe(next(iter(self._sources.values()), None) or self._source("train"))
 
     def available(self, split: str) -> int | None:
         """How many episodes a split has; None if it never ends.
 
         Raises:
-            RequestError: it has none.
+            RequestError: it has no episodes.
         """
         return self._source(split).episodes
 
     def class_count(self) -> int:
-        """How many classes the train split has, turned ones included."""
+        """The number of classes in the train split, rotated ones included."""
         return len(self._source("train").table)
 
     def classes(self, index: Tensor) -> Tensor:
         """The classes of the episodes that ``train`` gives: int64 ``[B, n_way]``, by label."""
-        assert self._trained_on is not None, "which episodes an index means is known once training has begun"
+        assert self._trained_on is not None, "call train first: it decides which episodes an index stands for"
         return torch.from_numpy(self._trained_on.classes(index.cpu().numpy()))
 
     def _source(self, split: str) -> StoredSource | LiveSource:
@@ -132,8 +132,8 @@ class EpisodeData:
         before, now = self.describe(), self._describe(source)
         if different := [key for key in before if before[key] != now[key]]:
             raise DamagedError(
-                f"{self.place} changed while it was in use: its {source.info.split} split has another "
-                f"{', '.join(different)} than the splits that were opened before. Run the same command again."
+                f"{self.place} changed while it was in use: its {source.info.split} split differs from those opened "
+                f"before in {', '.join(different)}. Run the same command again."
             )
 
     def _describe(self, source: Source) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def archive_data(
 
     Args:
         folder: of the archive, or its address.
-        verify: hash each shard of a folder when it is first read from; from an address all come hashed.
-        remix: train on episodes formed anew in each epoch, see ``mamldata.sources.remixed``; evaluation never does.
-        cache_dir: where the shards of an archive at an address are kept.
+        verify: hash each shard of a folder when it is first read; shards from an address are always hashed.
+        remix: train on new episodes in each epoch, see ``mamldata.sources.remixed``; evaluation never does.
+        cache_dir: where to keep the shards of an archive at an address.
     """
 
     def open_source(split: str) -> StoredSource:

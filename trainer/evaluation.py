@@ -1,4 +1,4 @@
-"""The evaluator: the only one, for validation while training and for results."""
+"""The evaluator, used both for validation during training and for final results."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from trainer.system.threads import each_task, limited_threads
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A result, with all that it takes to compare it with another one.
+    """A result, with everything needed to compare it with another one.
 
     Attributes:
         accuracy: query accuracy after the last inner step, mean over the episodes, in [0, 1].
         interval: half the width of its 95 % confidence interval, ``t * s / sqrt(episodes)``, where ``s`` is the
-            sample standard deviation over episodes (with ``episodes - 1`` below), and ``t`` Student's quantile, 1.96
+            sample standard deviation over episodes (divisor ``episodes - 1``), and ``t`` is Student's quantile, 1.96
             for many episodes; see ``trainer.intervals``.
         loss: query loss after the last inner step, mean over the episodes, in nats.
-        accuracy_by_step: before adaptation and after each inner step.
-        episodes: how many.
+        accuracy_by_step: mean accuracy before adaptation and after each inner step.
+        episodes: their number.
         bn, inner_steps, inner_lr, rates: how the network adapted; see ``InnerLoop``.
         precision: of its arithmetic, one of ``PRECISIONS``.
-        dataset, split_scheme, split, n_way, k_shot, k_query: what the episodes were.
+        dataset, split_scheme, split, n_way, k_shot, k_query: describe the episodes.
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
-        trained_on: what a checkpoint was trained on, where it was another dataset, split scheme or number of shots.
+        trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
     """
 
     accuracy: float
@@ -74,7 +74,7 @@ class Evaluation:
         return statistics.stdev(self.accuracy_by_episode)
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of plain values; ``trained_on`` only where there is something to tell."""
+        """As a dict of plain values; ``trained_on`` only if it is not None."""
         values = asdict(self)
         del values["accuracy_by_episode"]
         if self.trained_on is None:
@@ -99,28 +99,28 @@ def evaluate_network(
     learned: MetaParameters | None = None,
     world: World = ALONE,
 ) -> Evaluation:
-    """Adapt to each episode by itself and measure on its query set. The network is not changed.
+    """Adapt to each episode separately and measure on its query set. The network is not changed.
 
-    On a CPU as many episodes of a batch are under way at once as torch has threads; see ``each_task``. Keeps no graph
-    beyond an inner step and nothing of one episode for the next, so memory is flat over episodes.
+    On a CPU, torch's threads each work on an episode of a batch; see ``each_task``. No graph outlives an inner step
+    and nothing is kept from one episode to the next, so memory does not grow with the episodes.
 
     Args:
         network: on the device of the episodes.
-        batches: one pass over them; of several processes, over this one's part.
+        batches: one pass over the episodes; with several processes, over this one's part.
         inner: how to adapt; its order makes no difference here.
-        data: what the episodes are, see ``TrainData.describe``.
+        data: describes the episodes, see ``TrainData.describe``.
         split: the episodes' split.
         learned: with the rates and per-step norms that ``inner`` asks for.
         world: the processes that evaluate together; all get the whole result.
 
     Raises:
-        RequestError: fewer than two episodes, which give no interval.
+        RequestError: there are fewer than two episodes, too few for an interval.
     """
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
     method = method_of(network, inner)
 
     def one(own: nn.Module, episode: Episode) -> Tensor:
-        with torch.no_grad():  # each thread has a mode of its own
+        with torch.no_grad():  # the mode is per thread
             return measure(own, parameters, episode, method)
 
     rows: list[Tensor] = []
@@ -129,15 +129,15 @@ def evaluate_network(
         for batch in batches:
             rows += each_task(one, network, list(episodes(batch)), batch.support_x.device)
             index.append(batch.index)
-    # [episodes, 1 + inner.steps + 1]; the part of one of many processes can be empty.
+    # [episodes, 1 + inner.steps + 1]; with several processes, one's part can be empty.
     table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
     if world.world_size > 1:
-        # In the order of the episodes, so that sums come out the same to the bit for any number of processes.
+        # In the order of the episodes, so that sums are bit-identical for any number of processes.
         parts = world.gather((torch.cat(index).cpu() if index else torch.empty(0, dtype=torch.int64), table))
         order = torch.cat([places for places, _ in parts]).argsort()
         table = torch.cat([measured for _, measured in parts])[order]
     if len(table) < 2:
-        raise RequestError(f"An accuracy with its interval takes at least 2 episodes, not {len(table)}.")
+        raise RequestError(f"An accuracy with an interval takes at least 2 episodes, not {len(table)}.")
     accuracies = table[:, 1:]
     return Evaluation(
         accuracy=accuracies[:, -1].mean().item(),
@@ -170,9 +170,9 @@ def measure(network: nn.Module, parameters: MetaParameters, episode: Episode, me
 
 
 def measure_together(network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
-    """What ``measure`` finds of each episode, ``[B, steps + 2]``, all at once by ``torch.func.vmap``.
+    """``measure`` for all episodes at once, ``[B, steps + 2]``, by ``torch.func.vmap``.
 
-    Many times faster than one after the other for networks as small as the sinusoid problem's.
+    Many times faster than one episode after the other for networks as small as the sinusoid problem's.
     """
     method = method_of(network, inner, "vmap")
 
@@ -196,24 +196,24 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint, or the best one of a run folder.
 
-    Images are transformed as they were in training: with ``normalize`` by the mean and deviation of what the network
-    was trained on, whatever it is evaluated on.
+    Images are transformed as in training: with ``normalize``, by the mean and deviation of the training data, also
+    if the evaluation is on other data.
 
     Args:
         place: file or folder.
         data: the episodes.
         split: of the data.
-        episodes: how many, at least 2; 600 are the field's custom.
-        inner_steps: 0 measures the initialisation itself; None takes what the run was validated with.
+        episodes: their number, at least 2; 600 is customary.
+        inner_steps: 0 measures the initialization itself; None takes the number used in validation.
         device: see ``TrainSettings``.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
     Raises:
-        RequestError: no checkpoint of this trainer, its network does not fit the data, or a wrong number.
+        RequestError: not a checkpoint of this trainer, its network does not fit the data, or a number is invalid.
         DamagedError: the checkpoint is damaged.
     """
     if episodes < 2:
-        raise RequestError(f"episodes must be at least 2, not {episodes}: with fewer there is no interval.")
+        raise RequestError(f"episodes must be at least 2, not {episodes}: fewer give no interval.")
     if inner_steps is not None and inner_steps < 0:
         raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
 
@@ -223,7 +223,7 @@ def evaluate(
         for key in ("n_way", "image_shape"):
             here, there = about[key], checkpoint.data.get(key)
             if here != there:
-                raise RequestError(f"{path} was trained with {key} {there}, and these episodes have {here}.")
+                raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
@@ -232,13 +232,13 @@ def evaluate(
         inner.require_shots(about["k_shot"])
         keep_large_buffers()
         where = world.device(pick_device(device))
-        # So that each process has an episode of every meta-batch, whose size makes no difference here.
+        # So that each process gets an episode of every meta-batch; its size makes no difference here.
         size = max(settings.meta_batch_size, world.world_size)
         batches = data.eval(
             split, episodes, size, where, normalize=normalize, rank=world.rank, world_size=world.world_size
         )
         network, learned = checkpoint.restored(path, where)
-        # What was trained in tf32 is evaluated in fp32 where there is no tf32.
+        # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
         set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
     with limited_threads():
         evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
@@ -246,25 +246,25 @@ def evaluate(
 
 
 def _origin(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """What a network was trained on, if it is evaluated on something else: under another scheme on its own classes."""
+    """A network's training data, if it is evaluated on something else, such as another split scheme."""
     if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
         return None
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 
 
 def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalization:
-    """What to normalise by, so that images are what they were in training.
+    """The statistics that normalized the training images.
 
     Raises:
-        RequestError: the checkpoint does not say, and these are other data.
+        RequestError: the checkpoint does not hold them, and these are other data.
     """
     if (known := checkpoint.data.get("normalisation")) is not None:
         return Normalization(tuple(known["mean"]), tuple(known["std"]))
-    # The first checkpoints do not say; the data that they were trained on do.
+    # The first checkpoints do not hold them, but the data that they were trained on do.
     if any(checkpoint.data[key] != about[key] for key in ("digest", "split_scheme")):
         raise RequestError(
-            f"{path} was trained on normalised images, and does not say by which mean and deviation. It can be "
-            f"evaluated on what it was trained on: {checkpoint.data['dataset']}, split scheme "
+            f"{path} was trained on normalized images, but does not record their mean and deviation. Evaluate it on "
+            f"the data that it was trained on: {checkpoint.data['dataset']}, split scheme "
             f"{checkpoint.data['split_scheme']}, digest {checkpoint.data['digest']}."
         )
     return True

@@ -6,24 +6,24 @@ import math
 from statistics import NormalDist
 
 _NORMAL = NormalDist().inv_cdf(0.975)
-# Where the expansion below is not yet right to four digits.
+# By degrees of freedom: where the expansion below is not accurate to four digits.
 _FEWEST = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706}
 
 
 def half_width(deviation: float, episodes: int) -> float:
-    """Half the width of Student's interval; of 600 episodes it is 0.2 % wider than 1.96 standard errors.
+    """Half the width of Student's interval; for 600 episodes it is 0.2 % wider than 1.96 standard errors.
 
     Args:
-        deviation: the sample standard deviation over the episodes (with ``episodes - 1`` below).
-        episodes: how many, at least 2.
+        deviation: the sample standard deviation over the episodes (divisor ``episodes - 1``).
+        episodes: their number, at least 2.
     """
     return student_quantile(episodes - 1) * deviation / math.sqrt(episodes)
 
 
 def student_quantile(freedom: int) -> float:
-    """What Student's t with so many degrees of freedom exceeds with a probability of 2.5 %, to four digits.
+    """The 97.5 % quantile of Student's t with ``freedom`` degrees of freedom, to four digits.
 
-    From 6 degrees on by the expansion of Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, equation
+    From 6 degrees on, by the expansion of Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964, equation
     26.7.5.
     """
     if freedom in _FEWEST:

@@ -23,22 +23,22 @@ from trainer.system.distributed import ALONE, World
 
 
 class Learner:
-    """A network as the settings draw it, all else that is learned beside it, and the outer loop's optimizer.
+    """A network initialized from the settings, everything else that is learned, and the outer loop's optimizer.
 
     Args:
-        settings: what to do.
-        data: which classes episodes show, for joint training.
-        about: what ``TrainData.describe`` says of them.
-        device: where the network is.
+        settings: of the run.
+        data: tells the classes of episodes, for joint training.
+        about: the description by ``TrainData.describe``.
+        device: of the network.
 
     Attributes:
         settings, device: as given.
         network: on the device.
-        parameters: all that the outer loop learns.
+        parameters: everything that the outer loop learns.
         optimizer: of the outer loop.
 
     Raises:
-        RequestError: the network does not take such images, or the device not such arithmetic.
+        RequestError: the network does not take these images, or the device does not have this precision.
     """
 
     def __init__(self, settings: TrainSettings, data: ClassData, about: dict[str, Any], device: torch.device) -> None:
@@ -63,18 +63,18 @@ class Learner:
 
     @property
     def learned(self) -> list[torch.Tensor]:
-        """Every tensor that several processes must hold alike."""
+        """Every tensor that must be equal in all processes."""
         return [*self.network.parameters(), *self.parameters.tensors()]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint; no copies."""
+        """The weights for a checkpoint; no copies."""
         return all_weights(self.network, self.parameters)
 
     def load(self, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], place: Path) -> None:
-        """Put back what the checkpoint in the file ``place`` holds.
+        """Restore weights and optimizer state from the checkpoint in the file ``place``.
 
         Raises:
-            RequestError: it is of another network.
+            RequestError: the checkpoint is of another network.
         """
         load_weights(self.network, self.parameters, weights, place)
         self.optimizer.load_state_dict(optimizer)
@@ -82,13 +82,13 @@ class Learner:
     def gradient(
         self, batch: EpisodeBatch, step: int, share: float = 1.0, world: World = ALONE, *, every_step: bool
     ) -> Outcome:
-        """What the meta-batch of an outer step, counted from 0, teaches. Called by all processes of ``world``.
+        """The meta-gradient of an outer step. Called by all processes of ``world``.
 
         Args:
-            batch: this process's part of it.
-            step: which one.
-            share: how large that part is, in [0, 1].
-            world: the processes that have the others.
+            batch: this process's part of the meta-batch.
+            step: counted from 0.
+            share: this part's fraction of the meta-batch, in [0, 1].
+            world: the processes that share the meta-batch.
             every_step: report the score before and after each inner step.
         """
         settings = self.settings
@@ -100,12 +100,12 @@ class Learner:
             outcome = self._engine(
                 self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
             )
-        # All at once, since each exchange has its price.
+        # All at once: each exchange has its cost.
         *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
         return Outcome(self.parameters.like(slopes), loss, score)
 
     def descend(self, outcome: Outcome, step: int) -> None:
-        """Change all that is learned by what the outer step, counted from 0, has taught."""
+        """Apply the gradient of an outer step, counted from 0, to all that is learned."""
         settings, values = self.settings, self.parameters.tensors()
         for value, slope in zip(values, outcome.gradient.tensors(), strict=True):
             value.grad = slope
@@ -121,5 +121,5 @@ class Learner:
 def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
     height, width, channels = about["image_shape"]
     if height != width:
-        raise RequestError(f"The networks take square images, and these have {height}x{width} pixels.")
+        raise RequestError(f"The networks take square images, but these have {height}x{width} pixels.")
     return build_network(settings.network, channels, height, about["n_way"], settings.seed, settings.filters)

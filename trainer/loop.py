@@ -1,4 +1,4 @@
-"""The training loop, in the order in which things happen."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def train(
     notify: Notify = silence,
     world: World = ALONE,
 ) -> RunResult:
-    """Meta-train a network; what comes of it is in ``run_dir``.
+    """Meta-train a network and write the run into ``run_dir``.
 
-    Killed at any moment and resumed, it ends with the weights, to the bit, that it would have ended with on the same
-    CPU without the interruption. SIGTERM, SIGUSR1 and, in one process, the first SIGINT end it with a
-    checkpoint after the outer step under way.
+    A run that is killed at any moment and resumed ends with the same weights, bit for bit, as without the
+    interruption (on the same CPU). SIGTERM, SIGUSR1 and, in one process, the first SIGINT end it with a checkpoint
+    after the current outer step.
 
     Args:
-        settings: what to do.
+        settings: of the run.
         data: the episodes.
-        run_dir: made if need be.
-        resume: go on with the run in ``run_dir``; start it if there is nothing yet.
-        notify: told of the threads on a CPU, and of the progress, a line at a time.
+        run_dir: created if missing.
+        resume: continue the run in ``run_dir``, or start it if there is none.
+        notify: receives progress lines and, on a CPU, the number of threads.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
-            ``run_dir`` need not be there for the others.
+            the others need no access to ``run_dir``.
 
     Raises:
-        RequestError: the settings, the data and the folder do not go together.
-        StoppedError: such a signal came; the run is saved, and can be resumed.
+        RequestError: the settings, the data and the folder do not fit together.
+        StoppedError: one of these signals came; the run is saved and can be resumed.
         DivergedError: a loss or a gradient is not finite; no checkpoint has weights that such a gradient changed.
-        PeerError: it is another process that fails, and says why.
+        PeerError: another process failed, and reports why.
         LostPeerError: another process is gone.
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
@@ -72,7 +72,7 @@ def train(
             if world.first:
                 held.enter_context(alone_in(run_dir))
         threads = held.enter_context(limited_threads())
-        # One process looks which checkpoint is the last: all go on from that one, wherever they run.
+        # One process looks for the last checkpoint, and all resume from that one, wherever they run.
         last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
             notify(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
@@ -103,10 +103,10 @@ def train(
 
 
 def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World) -> Learner:
-    """What is to be trained, if all that it takes is there."""
+    """The learner, once everything that training needs has been checked."""
     if world.world_size > settings.meta_batch_size:
         raise RequestError(
-            f"{world.world_size} processes cannot share a meta-batch of {settings.meta_batch_size}: each must get an "
+            f"{world.world_size} processes cannot share a meta-batch of {settings.meta_batch_size}: each needs an "
             f"episode. Start at most {settings.meta_batch_size}, or raise meta_batch_size."
         )
     device = world.device(pick_device(settings.device))
@@ -115,7 +115,7 @@ def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any
     settings.inner_loop().require_shots(about["k_shot"])
     keep_large_buffers()
     learner = Learner(settings, data, about, device)
-    _validation(learner, data, world)  # the episodes may be too few
+    _validation(learner, data, world)  # raises if there are too few episodes
     return learner
 
 
@@ -134,10 +134,10 @@ def _validation(learner: Learner, data: TrainData, world: World) -> Iterable[Epi
 
 @dataclass(frozen=True)
 class _Run:
-    """A run, as one of its processes sees it, with nobody else in its folder.
+    """A run, as one of its processes sees it; its folder is locked.
 
     All processes hold the same weights at every step: they begin with those of the first one, and then each applies
-    the same averaged gradient, equal to the bit on all, by the same arithmetic. Validations make sure of it.
+    the same averaged gradient, bit for bit, by the same arithmetic. Validations check this.
     """
 
     learner: Learner
@@ -148,13 +148,13 @@ class _Run:
     world: World
 
     def steps(self, step: int, stop: Stop) -> Checkpoint:
-        """The outer steps after ``step``; gives the checkpoint of the last one, which is validated."""
+        """Take the outer steps after ``step``; gives the checkpoint of the last one, which is validated."""
         settings, learner, recorder, world = self.learner.settings, self.learner, self.recorder, self.world
         with closing(endless(self.stream)) as batches:
             while step < settings.steps:
                 asked = time.perf_counter()
                 with world.together(stop):
-                    if learner.device.type == "cpu":  # a GPU would be waited for, and is asked with the log line
+                    if learner.device.type == "cpu":  # on a GPU this would wait, so the log line checks instead
                         recorder.window.require_finite()
                     batch = next(batches)
                     waited = time.perf_counter() - asked
@@ -166,7 +166,7 @@ class _Run:
                 recorder.window.add(batch, outcome, waited, share)  # before a clip can hide an infinite gradient
                 learner.descend(outcome, step)
                 step += 1
-                del batch  # its memory can be used again while the next one is read
+                del batch  # frees its memory while the next one is read
 
                 if logging:
                     with world.together():
@@ -174,19 +174,18 @@ class _Run:
                 if validating:
                     last = self.validate(step)
                 if logging:
-                    recorder.window = Window(step)  # only now, so that validation is not timed
+                    recorder.window = Window(step)  # after validation, which is not timed
                 if stop.agreed and step < settings.steps:
                     if not validating:
                         with world.together():
                             recorder.save(step, self.stream)
                     raise StoppedError(
-                        f"Stopped by {stop.agreed}: step {step} of {settings.steps} is saved in {recorder.run_dir}. "
-                        "The same command with --resume goes on."
+                        f"Stopped by {stop.agreed}: step {step} of {settings.steps} is saved in {recorder.run_dir}."
                     )
         return last
 
     def validate(self, step: int) -> Checkpoint:
-        """Evaluate on the val split, and save."""
+        """Evaluate on the val split and save a checkpoint."""
         learner, world = self.learner, self.world
         world.require_same(learner.learned, f"The weights at step {step}")
         with world.together():

@@ -1,4 +1,4 @@
-"""What the trainer asks of data, so that archives, live episodes and made-up tensors all will do."""
+"""What the trainer needs from data; archives, live episodes and synthetic tensors can all provide it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mamldata.streaming.batch import EpisodeBatch
 
 
 class TrainStream(Protocol):
-    """Meta-batches for training. Each ``iter()`` is one epoch (or has no end), and the next one the next epoch."""
+    """Meta-batches for training. Each ``iter()`` gives the next epoch, or meta-batches without end."""
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
-        """The next epoch; right after ``load_state_dict``, the rest of the epoch that was under way."""
+        """The next epoch; right after ``load_state_dict``, the rest of the interrupted epoch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer stands, as numbers, strings, lists and dicts; read-ahead does not count."""
+        """The consumer's position, as numbers, strings, lists and dicts; read-ahead does not count."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at exactly the next meta-batch."""
+        """Continue at exactly the next meta-batch."""
         ...
 
 
 class ClassData(Protocol):
-    """Which classes training episodes show; only joint training asks."""
+    """The classes in training episodes, for joint training only."""
 
     def class_count(self) -> int:
-        """How many classes the train split has."""
+        """The number of classes in the train split."""
         ...
 
     def classes(self, index: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ class TrainData(ClassData, Protocol):
     ) -> TrainStream:
         """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``.
 
-        Images are in [0, 1], or normalised by the mean and deviation of the train split. Of several processes each
-        gets its part of every meta-batch, ``batch_size`` episodes in all.
+        Images are in [0, 1], or normalized by the mean and deviation of the train split. Each of several processes
+        gets its part of every meta-batch of ``batch_size`` episodes.
         """
         ...
 
@@ -69,20 +69,20 @@ class TrainData(ClassData, Protocol):
         rank: int,
         world_size: int,
     ) -> Iterable[EpisodeBatch]:
-        """The first ``episodes`` episodes of a split, once, in order, none dropped and none twice.
+        """The first ``episodes`` episodes of a split, each once and in order.
 
-        Images are in [0, 1], or normalised by the mean and deviation of the train split, or by those given.
-        Of several processes each gets its part of every meta-batch, which can be empty at the end.
+        Images are in [0, 1], or normalized by the mean and deviation of the train split, or by those given.
+        Each of several processes gets its part of every meta-batch; the last part can be empty.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the episodes are, fit for JSON.
+        """A description of the episodes, as values for JSON.
 
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
-        ``digest`` and ``source``; and what ``normalize=True`` means, ``normalization``, with lists ``mean`` and ``std``
-        of a number for each channel. A run goes on only with data whose description is the same, ``source`` (the
-        place) and ``normalization``, which follows from the rest, aside.
+        ``digest`` and ``source``; and ``normalisation``, which ``normalize=True`` applies: lists ``mean`` and ``std``
+        with a number for each channel. A run resumes only on data with the same description, apart from ``source``
+        (the place) and ``normalisation``, which follows from the rest.
         """
         ...
 
@@ -91,13 +91,13 @@ def endless(stream: TrainStream) -> Generator[EpisodeBatch, None, None]:
     """The meta-batches of all epochs, one epoch after the other.
 
     Raises:
-        RequestError: an epoch without a single meta-batch.
+        RequestError: an epoch has no meta-batch.
     """
     while True:
         empty = True
         for batch in stream:
             empty = False
             yield batch
-            del batch  # its memory can be used again while the next one is read
+            del batch  # frees its memory while the next one is read
         if empty:
             raise RequestError("The train split gives no meta-batch. Lower the meta-batch size, or add episodes.")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines of the log and of the metrics, TensorBoard's events and checkpoints."""
+"""Records of a run: log lines, metrics, TensorBoard events and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from trainer.runs.tensorboard import Board
 
 
 class Recorder:
-    """Keeps the records of a run: on rank 0 in its folder; on the other ranks it only counts along.
+    """Keeps the records of a run. Only rank 0 writes them; the other ranks keep the same counts.
 
     Args:
         run_dir: the folder.
-        learner: what is trained.
-        data: what the episodes are.
+        learner: the one that is trained.
+        data: describes the episodes.
         writes: whether this is rank 0.
-        notify: told of the progress, a line at a time.
-        last: the checkpoint that the run goes on from.
+        notify: receives the progress, a line at a time.
+        last: the checkpoint that the run resumes from.
 
     Attributes:
-        window: what has happened since the last line of the log.
+        window: the outer steps since the last line of the log.
         run_dir: as given.
 
     Raises:
@@ -58,7 +58,7 @@ class Recorder:
             if self._settings.tensorboard:
                 self._board = Board(run_dir, step)
         if last:
-            self._report(f"Going on after step {step} of {self._settings.steps}.")
+            self._report(f"Resuming after step {step} of {self._settings.steps}.")
 
     def __enter__(self) -> Recorder:
         return self
@@ -68,7 +68,7 @@ class Recorder:
             self._board.close()
 
     def log(self) -> None:
-        """Sum up the window.
+        """Log the window.
 
         Raises:
             DivergedError: a loss in it was not finite.
@@ -76,7 +76,7 @@ class Recorder:
         row = self.window.sum_up()
         self._note({"event": "train", **row})
         *before, _ = row["accuracy_by_step"]
-        start = f"{100 * before[0]:.1f} → " if before else ""  # joint training adapts to nothing
+        start = f"{100 * before[0]:.1f} → " if before else ""  # joint training does not adapt
         self._report(
             f"step {row['step']}/{self._settings.steps}  loss {row['loss']:.4f}  "
             f"accuracy {start}{100 * row['accuracy']:.1f} %  {row['ms_per_step']:.0f} ms/step  "
@@ -84,7 +84,7 @@ class Recorder:
         )
 
     def validated(self, step: int, evaluation: Evaluation, stream: TrainStream) -> Checkpoint:
-        """Note a validation, and save.
+        """Record a validation and save a checkpoint.
 
         Raises:
             DivergedError: its loss is not finite.
@@ -97,7 +97,7 @@ class Recorder:
         return self.save(step, stream, evaluation.accuracy)
 
     def save(self, step: int, stream: TrainStream, accuracy: float | None = None) -> Checkpoint:
-        """A checkpoint of now, after a validation or, without its accuracy, between two."""
+        """Save a checkpoint: after a validation, or without an accuracy between two validations."""
         best_step, best_accuracy = self._best
         made = Checkpoint(
             step=step,

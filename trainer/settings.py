@@ -1,7 +1,7 @@
-"""What a training run is told to do: checked whole, stored with every checkpoint.
+"""The settings of a training run: validated together, and stored with every checkpoint.
 
-Each setting is declared once, in ``TrainSettings``: its check, its command-line option and its line in
-docs/training.md come from there. Help must not wait for torch, so functions here that need torch import it themselves,
+Each setting is declared once, in ``TrainSettings``, which its check, its command-line option and its line in
+docs/training.md are made from. Help must not wait for torch, so functions here that need torch import it themselves,
 and the names of networks, engines and precisions are repeated here; a test compares them.
 """
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from trainer.maml.objective import Objective
     from trainer.networks.precision import Precision
 
-COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None stands for its own
+COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None means the algorithm's own
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
-# A run that goes on may change these. They do not touch the weights of a step, but for one thing: with more steps a
-# cosine schedule goes on from where the longer curve is, as a run that is prolonged should.
+# A resumed run may change these. They do not affect the weights of a step, with one exception: after a change of steps,
+# a cosine schedule continues on the new curve, as it should in an extended run.
 CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
 
 _TYPES: dict[str, tuple[set[type], str]] = {
@@ -58,12 +58,12 @@ class Setting:
 
     Attributes:
         name: of the field.
-        kind: its type, ``int``, ``float`` or ``bool``; ignored where there are ``choices``.
-        default: None where it depends on other settings or on the data.
+        kind: its type, ``int``, ``float`` or ``bool``; ignored if there are ``choices``.
+        default: None if it depends on other settings or on the data.
         meaning: one sentence, for help and docs.
-        shown: the default in words, where its value does not say it.
+        shown: the default in words, if its value alone is unclear.
         choices: the valid strings; empty for numbers and flags.
-        at_least, at_most: bounds of a number.
+        at_least, at_most: inclusive bounds of a number.
         positive: the number must be finite and above zero.
     """
 
@@ -79,11 +79,11 @@ class Setting:
 
     @property
     def default_in_words(self) -> str:
-        """For help and docs."""
+        """The default, for help and docs."""
         return self.shown or (("no", "yes")[self.default] if self.kind == "bool" else str(self.default))
 
     def takes(self, value: object) -> bool:
-        """Whether a value is one of the choices, or of the right type; bounds do not count."""
+        """Whether a value is one of the choices, or of the right type; bounds are not checked."""
         if value is None:
             return self.default is None
         return value in self.choices if self.choices else type(value) in _TYPES[self.kind][0]
@@ -108,31 +108,34 @@ def setting(default: Any, meaning: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of a run. The defaults are the Omniglot 5-way ones of Finn et al. 2017, appendix A.1, but shorter.
+    """The settings of a run. The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps.
 
-    ``Algorithm`` and ``InnerLoop`` say more of ``order``, ``loss``, ``rates``, ``adapts`` and ``bn``.
+    See ``Algorithm`` and ``InnerLoop`` for ``order``, ``loss``, ``rates``, ``adapts`` and ``bn``.
 
     Raises:
-        RequestError: every fault, all at once. Settings that conflict are found where each has a valid type or choice.
+        RequestError: lists all faults. Conflicts are looked for only if each setting has a valid type or choice.
     """
 
     algorithm: str = setting("maml", "Meta-learning algorithm.", choices=tuple(ALGORITHMS))
     network: str = setting("conv4", "Network to train.", choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"))
     filters: int | None = setting(
-        None, "Filters of each convolution; resnet18 has its own.", shown="the network's own", at_least=1
+        None, "Filters of each convolution; not for resnet18.", shown="the network's own", at_least=1
     )
     normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
     bn: BatchNorm | None = setting(
-        None, "How batch norm treats query images.", shown="transductive; per-step for maml++", choices=BN_MODES
+        None,
+        "Source of the statistics that normalize query images.",
+        shown="transductive; per-step for maml++",
+        choices=BN_MODES,
     )
-    steps: int = setting(4000, "Outer steps.", at_least=1)
-    inner_steps: int = setting(1, "Inner steps in training.", at_least=1)
+    steps: int = setting(4000, "Number of outer steps.", at_least=1)
+    inner_steps: int = setting(1, "Number of inner steps in training.", at_least=1)
     inner_lr: float = setting(0.4, "Inner learning rate (alpha); learned rates start from it.", positive=True)
-    # 3 as in the paper's 5-way experiments; learned rates and norms serve the steps for which they were learned.
+    # 3 as in the paper's 5-way experiments; learned rates and norms are for the steps that they were learned in.
     eval_inner_steps: int | None = setting(
         None,
-        "Inner steps in evaluation.",
-        shown="3, or as in training if that is more or rates or norms are learned",
+        "Number of inner steps in evaluation.",
+        shown="3; as in training if that is more, or if rates or norms are learned",
         at_least=1,
     )
     order: Order | None = setting(None, "Order of the meta-gradient.", shown="the algorithm's", choices=ORDERS)
@@ -152,24 +155,31 @@ class TrainSettings:
         None, "Part of the network that the inner loop adapts.", shown="the algorithm's", choices=ADAPTS
     )
     msl_epochs: int | None = setting(
-        None, "Epochs until the multi-step loss counts the last step alone.", shown=str(MSL_EPOCHS), at_least=1
+        None, "Epochs until only the last step counts in the multi-step loss.", shown=str(MSL_EPOCHS), at_least=1
     )
     # Antoniou et al. 2019, section 4; their epochs have 500 steps.
-    first_order_epochs: int = setting(0, "Epochs of first order at the start (derivative-order annealing).", at_least=0)
+    first_order_epochs: int = setting(
+        0, "Epochs of first order before the second (derivative-order annealing).", at_least=0
+    )
     epoch_steps: int = setting(
         500, "Outer steps in an epoch, for the multi-step loss and derivative-order annealing.", at_least=1
     )
     support_batches: int = setting(
-        1, "Batches that the support set is divided into; each inner step takes the next one.", at_least=1
+        1, "Number of batches to divide the support set into; each inner step uses the next one.", at_least=1
     )
-    checkpoint_inner: bool = setting(False, "Recompute inner steps for the meta-gradient: less memory, more time.")
+    checkpoint_inner: bool = setting(
+        False, "Recompute inner steps for the meta-gradient; uses less memory and more time."
+    )
     meta_clip_norm: float | None = setting(
         None, "Clip the global norm of the meta-gradient to this.", shown="no clipping", positive=True
     )
     meta_clip_value: float | None = setting(
-        None, "Clip each element of the meta-gradient to plus and minus this.", shown="no clipping", positive=True
+        None,
+        "Clip each element of the meta-gradient to between minus and plus this.",
+        shown="no clipping",
+        positive=True,
     )
-    meta_lr: float = setting(1e-3, "Outer learning rate (beta) at the start.", positive=True)
+    meta_lr: float = setting(1e-3, "Initial outer learning rate (beta).", positive=True)
     meta_optimizer: str = setting("adam", "Optimizer of the outer loop.", choices=("adam", "sgd"))
     meta_schedule: str = setting(
         "cosine",
@@ -177,14 +187,16 @@ class TrainSettings:
         choices=("cosine", "constant"),
     )
     meta_batch_size: int = setting(16, "Episodes in an outer step.", at_least=1)
-    # At most what torch's generators take.
+    # The bound is that of torch's generators.
     seed: int = setting(0, "Seed of the initial weights and of the order of episodes.", at_least=0, at_most=2**64 - 1)
-    eval_every: int = setting(500, "Outer steps between validations; each ends with a checkpoint.", at_least=1)
-    # An interval needs two.
+    eval_every: int = setting(500, "Outer steps between validations; each saves a checkpoint.", at_least=1)
+    # A confidence interval needs two.
     eval_episodes: int = setting(200, "Episodes in a validation.", shown="200, or all if fewer", at_least=2)
     log_every: int = setting(50, "Outer steps between progress lines.", at_least=1)
     device: str = setting(
-        "auto", "Device to train on; auto takes cuda, then mps, then cpu.", choices=("auto", "cpu", "cuda", "mps")
+        "auto",
+        "Device to train on; auto is the first available of cuda, mps and cpu.",
+        choices=("auto", "cpu", "cuda", "mps"),
     )
     engine: str = setting("auto", "Engine that computes meta-gradients.", choices=("auto", "loop", "vmap", "higher"))
     precision: Precision | None = setting(
@@ -202,55 +214,55 @@ class TrainSettings:
 
     def _conflicts(self) -> Iterator[str]:
         if self.filters is not None and self.network == "resnet18":
-            yield "filters is not for the network resnet18, whose widths are its own."
+            yield "filters is not for the network resnet18, whose widths are fixed."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
-            yield "meta_clip_norm and meta_clip_value cannot both be given: one would undo a part of the other."
+            yield "meta_clip_norm and meta_clip_value cannot both be set: use one of them."
         if self.support_batches > max(self.inner_steps, 1):
             yield (
-                f"support_batches must be at most inner_steps, {self.inner_steps}, not {self.support_batches}: "
+                f"support_batches must be at most inner_steps ({self.inner_steps}), not {self.support_batches}: "
                 "the rest would never be used."
             )
         yield from objections(self.point, first_order_epochs=self.first_order_epochs)
         if self.msl_epochs is not None and self.point.loss == "final":
-            yield "msl_epochs is for the loss multi-step, and this one is final."
+            yield "msl_epochs is for the loss multi-step, but the loss is final."
         if self.msl_epochs is not None and self.point.loss == "multi-step" and self.inner_steps == 1:
-            yield "msl_epochs is of no use with one inner step, whose loss is the last one's from the start."
+            yield "msl_epochs has no effect with one inner step, which is always the last one."
         epochs_count = self.first_order_epochs or self.point.loss == "multi-step"
         if self.epoch_steps != TrainSettings.epoch_steps and not epochs_count:
-            yield "epoch_steps is for first_order_epochs and for the loss multi-step, and there is neither."
+            yield "epoch_steps is for first_order_epochs and for the loss multi-step, but neither is set."
         if self.engine == "higher" and self.point.bn in {"per-step", "frozen"}:
-            yield f"The engine higher knows no bn {self.point.bn}. Take the engine loop."
+            yield f"The engine higher does not support bn {self.point.bn}. Use the engine loop."
         if self.engine == "higher" and self.precision == "bf16":
-            yield "The engine higher knows no precision bf16: its forward passes are its own. Take the engine loop."
+            yield "The engine higher does not support precision bf16. Use the engine loop."
         if self.precision == "tf32" and self.device in {"cpu", "mps"}:
             yield f"precision cannot be tf32 with device {self.device}: only CUDA devices have it."
         if self.checkpoint_inner and self.point.order == "first":
-            yield "checkpoint_inner is of no use with order first, which keeps no graph of the inner loop."
+            yield "checkpoint_inner has no effect with order first, which keeps no graph of the inner loop."
         if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
             yield f"checkpoint_inner is for the engine loop, not {self.engine}."
         clips = self.meta_clip_norm is not None or self.meta_clip_value is not None
         if clips and self.point.outer == "none":
-            yield f"There is nothing to clip with {self.algorithm}, which has no meta-gradient."
+            yield f"{self.algorithm} has no meta-gradient to clip."
         if self.engine != "auto" and self.point.outer in {"joint", "none"}:
-            yield f"engine is of no use with {self.algorithm}, which has no inner loop in training."
+            yield f"engine has no effect with {self.algorithm}, which has no inner loop in training."
 
     @property
     def point(self) -> Algorithm:
-        """The algorithm with what the settings put in place of its own."""
+        """The algorithm, with the parts that the settings replace."""
         given = {name: getattr(self, name) for name in COORDINATES}
         return replace(ALGORITHMS[self.algorithm], **{name: value for name, value in given.items() if value})
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain values, with the algorithm's own where none were given: equal for equal runs."""
+        """All settings as plain values, with the algorithm's own for those not given: equal for equal runs."""
         return {**asdict(self), **{name: getattr(self.point, name) for name in COORDINATES}}
 
     @property
     def outer_steps(self) -> int:
-        """Steps that the outer loop takes: none for an algorithm that learns nothing."""
+        """The number of outer steps: 0 for an algorithm that learns nothing."""
         return 0 if self.point.outer == "none" else self.steps
 
     def meta_lr_at(self, step: int) -> float:
-        """The outer learning rate of a step, counted from 0; a function of the step, so that resuming needs no state.
+        """The outer learning rate of a step, counted from 0; a pure function, so that resuming needs no state.
 
         Loshchilov and Hutter 2017, "SGDR", equation 5, with one period of ``steps``.
         """
@@ -265,7 +277,7 @@ class TrainSettings:
         return self._inner_loop(self.inner_steps, "first" if early else self.point.order)
 
     def inner_loop_at_test(self) -> InnerLoop:
-        """How the network adapts while it is evaluated."""
+        """How the network adapts in evaluation."""
         learned = self.point.rates != "fixed" or self.point.bn == "per-step"
         least = self.inner_steps if learned else max(3, self.inner_steps)
         return self._inner_loop(self.eval_inner_steps or least, "first")
@@ -284,7 +296,7 @@ class TrainSettings:
         )
 
     def objective(self, step: int) -> Objective:
-        """What the outer loop follows in an outer step, counted from 0."""
+        """The objective of an outer step, counted from 0."""
         from trainer.maml.objective import Objective, step_weights
 
         if self.point.loss == "final":
@@ -300,34 +312,34 @@ SETTINGS = {
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their names of today."""
+    """Settings by their current names."""
     return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
-    """The settings that ``TrainSettings.resolved`` gave and a file holds; one that it lacks has its default.
+    """Settings from a file, as ``TrainSettings.resolved`` gives them; a missing one gets its default.
 
     Args:
-        values: what the file holds.
+        values: the settings in the file.
         place: the file.
 
     Raises:
-        RequestError: there are settings that are not known here, or that are invalid.
+        RequestError: settings are unknown or invalid.
     """
     values = renamed(values)
     if unknown := sorted(values.keys() - SETTINGS.keys()):
         raise RequestError(
-            f"{place} has settings that are not known here: {', '.join(unknown)}. Another version of this trainer "
-            "wrote it; use that one."
+            f"{place} has unknown settings: {', '.join(unknown)}. Another version of this trainer wrote it; use that "
+            "version."
         )
     return TrainSettings(**values)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` takes the best one that is there.
+    """The device called ``name``; ``auto`` is the best one available.
 
     Raises:
-        RequestError: it is not there.
+        RequestError: the device is not available.
     """
     import torch
 
@@ -336,5 +348,5 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind, available in there.items() if available))
     if not there[name]:
         present = ", ".join(kind for kind, available in there.items() if available)
-        raise RequestError(f"There is no device {name!r} on this machine. There is: {present}.")
+        raise RequestError(f"This machine has no device {name!r}. Available: {present}.")
     return torch.device(name)

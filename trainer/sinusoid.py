@@ -1,4 +1,4 @@
-"""The sinusoid problem of Finn et al. 2017, section 5.1: few-shot regression, drawn by a program."""
+"""The sinusoid problem of Finn et al. 2017, section 5.1: few-shot regression on generated tasks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PER_BLOCK = 4  # Philox gives four numbers for each value of its counter
 
 @dataclass(frozen=True)
 class Sinusoids:
-    """Tasks ``y = amplitude * sin(x - phase)``, without noise and without an end; all draws are uniform.
+    """Endless tasks ``y = amplitude * sin(x - phase)`` without noise; all draws are uniform.
 
     Attributes:
-        seed: any whole number from 0; tasks of two seeds have nothing to do with each other.
+        seed: any whole number from 0; the tasks of two seeds are independent.
         k_shot, k_query: points of the support and of the query set.
 
     Raises:
-        RequestError: a number below its least.
+        RequestError: a number is below its minimum.
     """
 
     seed: int
@@ -54,7 +54,7 @@ class Sinusoids:
         return EpisodeBatch(x[:, :k], y[:, :k], x[:, k:], y[:, k:], torch.arange(first, first + count))
 
     def _uniform(self, first: int, count: int) -> npt.NDArray[np.float64]:
-        """``[count, 2 + k_shot + k_query]`` in [0, 1): the first so many numbers of each task's own blocks."""
+        """``[count, 2 + k_shot + k_query]`` in [0, 1): the first numbers of each task's own blocks."""
         draws = 2 + self.k_shot + self.k_query
         blocks = math.ceil(draws / _PER_BLOCK)
         digest = bytes.fromhex(sha256_bytes(canonical_json({"problem": "sinusoid", **asdict(self)})))

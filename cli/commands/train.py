@@ -43,6 +43,7 @@ def command(
 
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
+    from mamldata.errors import StoppedError
     from trainer.loop import train
     from trainer.reports.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
@@ -53,7 +54,10 @@ def command(
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
     start = time.monotonic()
-    result = train(settings, data, out, resume=resume, notify=say, world=world)
+    try:
+        result = train(settings, data, out, resume=resume, notify=say, world=world)
+    except StoppedError as error:
+        raise StoppedError(f"{error} The same command with --resume continues it.") from error
     if not world.first:
         return
     if have_matplotlib():

@@ -583,9 +583,9 @@ def test_compare(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["--set", "maml.inner_rl=1"], "there is no setting 'inner_rl'. Did you mean 'inner_lr'?"),
         (["--set", "maml.inner_lr=fast"], "maml: Invalid training settings:\n  inner_lr must be a number"),
         (["--set", "fomaml.checkpoint_inner=true"], "fomaml: Invalid training settings"),
-        (["--set", "maml.normalise=true"], "normalize must be the same for all that are compared, not True for maml"),
-        (["--set", "maml.steps=7"], "steps must be the same for all that are compared, not 7 for maml, 4000"),
-        (["--episodes", "7"], "6 test episodes, but 7 are asked for"),
+        (["--set", "maml.normalise=true"], "normalize must be the same for all algorithms, not True for maml"),
+        (["--set", "maml.steps=7"], "steps must be the same for all algorithms, not 7 for maml, 4000"),
+        (["--episodes", "7"], "6 test episodes, but 7 were requested"),
     ],
 )
 def test_compare_refuses(options: list[str], text: str, archive: Path, tmp_path: Path):

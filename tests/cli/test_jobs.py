@@ -180,7 +180,7 @@ def test_a_stopped_run_is_saved_and_goes_on(archive: Path, tmp_path: Path, numbe
     step = load_checkpoint(last).step
     assert 2 <= step < 12
     said = f"Stopped by {number.name}: step {step} of 12 is saved in {tmp_path / 'run'}."
-    assert stderr.splitlines()[-1] == f"{said} The same command with --resume goes on."
+    assert stderr.splitlines()[-1] == f"{said} The same command with --resume continues it."
     code, _, stderr = run(*train)
     assert code == 0, stderr
     here("train", archive, "--out", tmp_path / "whole", *OPTIONS)

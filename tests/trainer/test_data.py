@@ -185,7 +185,7 @@ class TestEvaluation:
         """An archive has so many episodes, live ones never end, and a number below one is none."""
         data, live = archive_data(archive), live_data("glyphs", glyphs_root, OPTIONS)
         assert (data.available("val"), live.available("val")) == (6, None)
-        with pytest.raises(RequestError, match="archive has 6 val episodes, but 7 are asked for"):
+        with pytest.raises(RequestError, match="archive has 6 val episodes, but 7 were requested"):
             data.eval("val", 7, 2, CPU)
         assert indices(islice(live.eval("val", 1000, 7, CPU), 1)) == [[0, 1, 2, 3, 4, 5, 6]]
         for one in (data, live):
@@ -302,7 +302,7 @@ class TestOpening:
     def test_too_few_val_episodes_are_refused_at_once(self, archive: Path, tmp_path: Path) -> None:
         """And not at the first validation."""
         settings = TrainSettings(**{**QUICK, "eval_episodes": 7, "eval_every": 1000})
-        with pytest.raises(RequestError, match="has 6 val episodes, but 7 are asked for"):
+        with pytest.raises(RequestError, match="has 6 val episodes, but 7 were requested"):
             train(settings, archive_data(archive), tmp_path / "run")
         assert not (tmp_path / "run" / CONFIG).exists()
 
@@ -316,7 +316,7 @@ class TestOpening:
         build(glyphs_manifest, glyphs_bank, place, BuildRequest(**{**OPTIONS, "seed": 5}, episodes={"train": 4}))
         with pytest.raises(
             DamagedError,
-            match="changed while it was in use: its train split has another episode_seed, archive_sha256, digest than",
+            match=r"changed while it was in use: its train split differs .* in episode_seed, archive_sha256, digest",
         ):
             data.train(2, 0, CPU)
 
@@ -339,7 +339,9 @@ class TestOpening:
         draw("val", 0, 0)
         assert same(before, kept(data.eval("val", 3, 2, CPU)))
         assert data.describe() == about
-        with pytest.raises(DamagedError, match=r"photos changed .*: its test split has another bank_sha256, digest"):
+        with pytest.raises(
+            DamagedError, match=r"photos changed .*: its test split differs from .* in bank_sha256, digest"
+        ):
             data.eval("test", 3, 2, CPU)
 
 
@@ -464,7 +466,7 @@ class TestNormalisedCheckpoints:
         assert evaluate(trained, archive_data(archive), episodes=4, device="cpu") == found
         with pytest.raises(
             RequestError,
-            match=r"does not say by which mean and deviation. It can be .*: glyphs, .* digest [0-9a-f]{64}",
+            match=r"does not record their mean and deviation. Evaluate it on .*: glyphs, .* digest [0-9a-f]{64}",
         ):
             evaluate(trained, others, episodes=4, device="cpu")
 

@@ -179,9 +179,9 @@ def test_a_run_folder_stands_for_its_best_checkpoint(run: RunResult) -> None:
 
 def test_a_checkpoint_is_refused_for_other_episodes(run: RunResult) -> None:
     """A head for 5 classes cannot tell 3 apart, and the message says so; nor do other image sizes pass."""
-    with pytest.raises(RequestError, match="was trained with n_way 5, and these episodes have 3"):
+    with pytest.raises(RequestError, match="was trained with n_way 5, but these episodes have 3"):
         evaluate(run.run_dir, Synthetic(n_way=3), device="cpu")
-    with pytest.raises(RequestError, match=r"was trained with image_shape \(12, 12, 1\), and these episodes have \(8"):
+    with pytest.raises(RequestError, match=r"was trained with image_shape \(12, 12, 1\), but these episodes have \(8"):
         evaluate(run.run_dir, Synthetic(size=8), device="cpu")
 
 
@@ -237,7 +237,7 @@ def has_another_setting(content: dict[str, Any]) -> None:
         (lacks_a_weight, r"weights in .*\.pt are not those of a network with its settings: blocks.3.shift differ in"),
         (has_one_more, r"weights in .*\.pt are not those of a network with its settings: later differ in"),
         (has_other_shapes, r"settings: blocks.0.kernel, blocks.0.scale, blocks.0.shift and 11 more differ in"),
-        (has_a_later_setting, r"\.pt has settings that are not known here: later. Another version of this trainer"),
+        (has_a_later_setting, r"\.pt has unknown settings: later. Another version of this trainer"),
         (has_another_setting, r"settings: inner_lr:blocks.0.kernel, inner_lr:.* and 11 more differ in"),
     ],
 )

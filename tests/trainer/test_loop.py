@@ -134,7 +134,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     """A folder with a run in it is refused, with both ways out; the run stays as it is."""
     train(replace(SETTINGS, steps=2), Synthetic(), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RequestError, match=r"already holds a run. Go on with it \(--resume\), or choose another fol"):
+    with pytest.raises(RequestError, match=r"already holds a run. Resume it, or choose another fol"):
         train(SETTINGS, Synthetic(), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -170,7 +170,7 @@ def test_more_steps_go_on_as_if_never_stopped(tmp_path: Path) -> None:
     later = train(
         replace(settings, steps=9, log_every=3), Synthetic(), tmp_path / "b", resume=True, notify=lines.append
     )
-    assert lines[0] == "Going on after step 3 of 9."
+    assert lines[0] == "Resuming after step 3 of 9."
     assert_equal_weights(at_once.last, later.last)
     assert at_once == replace(later, run_dir=at_once.run_dir, last=at_once.last, best=at_once.best)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["settings"]["steps"] == 9
@@ -217,7 +217,7 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
         "  inner_lr: 0.1 there, 0.2 here",
         "  digest: 'sha256:synthetic' there, 'sha256:other' here",
         "  k_query: 5 there, 2 here",
-        "Go on with its own settings, or choose another folder.",
+        "Resume it with its own settings, or choose another folder.",
     ]
 
 
@@ -240,7 +240,7 @@ def test_damaged_config_is_named(tmp_path: Path) -> None:
         with pytest.raises(DamagedError, match=r"config.json is damaged .* Start again in another folder"):
             train(SETTINGS, Synthetic(), tmp_path, resume=True)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(RequestError, match=r"holds checkpoints, but no config.json to say of what"):
+    with pytest.raises(RequestError, match=r"holds checkpoints, but no config.json with their settings"):
         train(SETTINGS, Synthetic(), tmp_path, resume=True)
 
 
@@ -249,7 +249,7 @@ def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
     last = train(replace(SETTINGS, steps=3), Synthetic(), tmp_path).last
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"], "later": 1}}))
-    with pytest.raises(RequestError, match=r"config\.json has settings that are not known here: later\."):
+    with pytest.raises(RequestError, match=r"config\.json has unknown settings: later\."):
         train(SETTINGS, Synthetic(), tmp_path, resume=True)
     (tmp_path / "config.json").write_text(json.dumps(config))
     content = torch.load(last, weights_only=True)
@@ -337,7 +337,7 @@ def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path:
         def describe(self) -> dict[str, object]:
             return {**super().describe(), "image_shape": (12, 14, 1)}
 
-    with pytest.raises(RequestError, match=r"take square images, and these have 12x14 pixels"):
+    with pytest.raises(RequestError, match=r"take square images, but these have 12x14 pixels"):
         train(SETTINGS, Oblong(), tmp_path / "run")
     with pytest.raises(RequestError, match=r"at least 22x22 pixels"):
         train(replace(SETTINGS, network="conv3-pool"), Synthetic(), tmp_path / "run")

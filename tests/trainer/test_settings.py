@@ -140,9 +140,9 @@ def test_resolved_settings_are_equal_for_equal_runs() -> None:
 def test_settings_without_effect_are_refused() -> None:
     """Each with the reason."""
     for given, reason in [
-        ({"algorithm": "random", "meta_clip_norm": 1.0}, "There is nothing to clip with random, which has no meta-"),
-        ({"algorithm": "random", "meta_clip_value": 1.0}, "There is nothing to clip with random"),
-        ({"algorithm": "maml++", "msl_epochs": 3}, "msl_epochs is of no use with one inner step"),
+        ({"algorithm": "random", "meta_clip_norm": 1.0}, "random has no meta-gradient to clip"),
+        ({"algorithm": "random", "meta_clip_value": 1.0}, "random has no meta-gradient to clip"),
+        ({"algorithm": "maml++", "msl_epochs": 3}, "msl_epochs has no effect with one inner step"),
     ]:
         with pytest.raises(RequestError, match=reason):
             TrainSettings(**given)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_saved_settings_are_those_of_the_run() -> None:
     settings = TrainSettings(algorithm="maml++", steps=7)
     assert saved_settings(settings.resolved(), Path("a.pt")).resolved() == settings.resolved()
     assert saved_settings({"steps": 7}, Path("a.pt")) == TrainSettings(steps=7)
-    with pytest.raises(RequestError, match=r"a\.pt has settings that are not known here: a, b\. Another version"):
+    with pytest.raises(RequestError, match=r"a\.pt has unknown settings: a, b\. Another version"):
         saved_settings({"steps": 7, "b": 1, "a": 2}, Path("a.pt"))
 
 
@@ -223,7 +223,7 @@ def test_absent_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is not there is an error that says which ones are, and auto takes one that is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(RequestError, match=r"There is no device 'cuda' on this machine. There is: cpu."):
+    with pytest.raises(RequestError, match=r"This machine has no device 'cuda'. Available: cpu."):
         pick_device("cuda")
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

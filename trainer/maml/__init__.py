@@ -1,4 +1,4 @@
-"""The method: what adapts to an episode, what the outer loop follows, and how its gradient is computed.
+"""The method: the inner loop, the objective of the outer loop, and the computation of its gradient.
 
-Knows networks only as modules with a ``forward(x, norm)``, and neither settings nor files.
+Knows networks only as modules with a ``forward(x, norm)``, and knows neither settings nor files.
 """

@@ -1,4 +1,4 @@
-"""The inner loop: the only one, for every algorithm and for evaluation."""
+"""The inner loop, the same for every algorithm and for evaluation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from trainer.networks.precision import call
 
 @dataclass(frozen=True)
 class Method:
-    """An inner loop with its parts chosen, as ``trainer.maml.variants.method_of`` does for a network and an engine.
+    """An inner loop with its parts, as ``trainer.maml.variants.method_of`` chooses them for a network and an engine.
 
     Attributes:
         inner: the steps, their order, rates and losses.
         names: the parameters that a step changes.
         slopes: (loss of parameters, parameters) -> the gradient of the loss with respect to each of them.
         norm: the batch norm of a forward pass with these weights.
-        start: notes in the initial weights what the norms of later steps keep.
+        start: adds to the initial weights the statistics that later steps reuse.
         descend: takes one step.
-        query_logits: answers the query set.
-        shortcut: puts a smaller problem with the same answers in place of a network, parameters and an episode.
+        query_logits: computes the logits of the query set.
+        shortcut: replaces a network, parameters and an episode by a smaller problem with the same answers.
     """
 
     inner: InnerLoop
@@ -44,17 +44,17 @@ class Method:
 def adapt(network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method) -> list[FastWeights]:
     """Gradient descent on the support set: equation 1 of Finn et al. 2017, ``steps`` times.
 
-    A pure function. The results are differentiable with respect to ``parameters``, unless it is called under
-    ``torch.no_grad``, which then keeps no graph at all.
+    A pure function. The results are differentiable with respect to ``parameters``, except under ``torch.no_grad``,
+    where no graph is kept.
 
     Args:
         network: with a ``forward(x, norm)``.
         parameters: those of ``meta_parameters``.
         episode: to adapt to.
-        method: how.
+        method: how to adapt.
 
     Returns:
-        ``steps + 1`` sets of weights: those that it starts from, and those after each step.
+        ``steps + 1`` sets of weights: the initial ones, and those after each step.
     """
     fast = method.start(network, FastWeights(parameters.weights | parameters.norms_of(0)), episode, method)
     path = [fast]
@@ -70,11 +70,11 @@ def descend(
 ) -> FastWeights:
     """One inner step, counted from 0.
 
-    With learned rates it is the update of Antoniou et al. 2019 (section 4, a rate for each layer and step) or
+    With learned rates this is the update of Antoniou et al. 2019 (section 4, a rate for each layer and step) or
     equation 3 of Li et al. 2017 (a rate for each parameter).
     """
     inner, weights = method.inner, fast.weights
-    # The first order takes its gradients at constants, so that no graph of theirs is kept.
+    # First order takes gradients at constants, so that their graph is not kept.
     place = weights if inner.order == "second" else {name: value.detach() for name, value in weights.items()}
     support = support_of_step(episode, inner, step)
     slopes = method.slopes(
@@ -93,11 +93,11 @@ def _less(value: Tensor, rate: Tensor | float, slope: Tensor) -> Tensor:
 
 
 def support_loss(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> Tensor:
-    """Mean loss of the support set, a scalar: equation 3 of Finn et al. 2017, or its equation 2."""
+    """Mean loss of the support set, a scalar: equation 3 of Finn et al. 2017, or equation 2 for regression."""
     logits = call(network, fast.weights, episode.support_x, method.norm(fast))
     return loss_of(logits, episode.support_y, method.inner.task_loss)
 
 
 def query_logits(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> Tensor:
-    """Logits ``[n_way * k_query, n_way]`` of the query set, by weights from ``adapt``."""
+    """Logits ``[n_way * k_query, n_way]`` of the query set, with weights from ``adapt``."""
     return call(network, fast.weights, episode.query_x, method.norm(fast))

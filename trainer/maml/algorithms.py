@@ -1,4 +1,4 @@
-"""The algorithms: points in a small space, not classes with loops of their own; and the inner loop of each."""
+"""The algorithms, as points in a small space that share one loop, and their inner loops."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class InnerLoop:
 
     Attributes:
         steps: of gradient descent on the support set.
-        lr: the inner learning rate, alpha in Finn et al. 2017; where rates are learned, what they start from.
-        order: ``first`` takes the inner gradients for constants.
-        bn: where the batch norm of the query images comes from: ``transductive``, all query images of the
-            episode together; ``support``, the support images alone, so that each query image stands for itself;
-            ``frozen``, the support images before the first step, whose statistics are then kept for the inner steps,
-            too; ``per-step``, as transductive, but each step has a scale and a shift of its own, which the outer loop
-            learns and the inner loop leaves alone (Antoniou et al. 2019, section 4).
+        lr: the inner learning rate, alpha in Finn et al. 2017; the initial value of learned rates.
+        order: ``first`` treats the inner gradients as constants.
+        bn: the source of the statistics that normalize query images: ``transductive``, all query images of the
+            episode together; ``support``, the support images alone, so that query images do not affect one another;
+            ``frozen``, the support images before the first step, whose statistics are also used in the inner steps;
+            ``per-step``, as transductive, but each step has its own scale and shift, which the outer loop learns and
+            the inner loop does not change (Antoniou et al. 2019, section 4).
         rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
         adapts: ``all``, or the ``head`` alone.
-        support_batches: the support set is divided into this many batches of equal shots, of which each step takes
-            the next one; k_shot must be a multiple.
-        checkpoint: keep the weights of each step and none of its graph, and compute each step once more for the
-            gradient; at second order, with the engine loop.
-        task_loss: of the support and of the query set: ``cross-entropy`` where the answers are classes,
-            ``squared-error`` where they are numbers.
+        support_batches: divide the support set into this many batches of equal shots, of which each step takes the
+            next one; must divide k_shot.
+        checkpoint: keep only the weights of each step, not its graph, and recompute each step for the gradient; for
+            second order with the engine loop.
+        task_loss: of the support and of the query set: ``cross-entropy`` if the answers are classes,
+            ``squared-error`` if they are numbers.
     """
 
     steps: int
@@ -56,15 +56,15 @@ class InnerLoop:
     task_loss: TaskLoss = "cross-entropy"
 
     def require_shots(self, k_shot: int) -> None:
-        """Make sure that a class's support images can be divided among the batches.
+        """Check that a class's support images can be divided evenly among the batches.
 
         Raises:
-            RequestError: they cannot.
+            RequestError: they cannot be.
         """
         if k_shot % self.support_batches:
             raise RequestError(
-                f"k_shot is {k_shot}, which cannot be divided into {self.support_batches} support batches. Take "
-                "episodes with a multiple of it, or another support_batches."
+                f"k_shot is {k_shot}, which cannot be divided into {self.support_batches} support batches. Use "
+                f"episodes whose k_shot is a multiple of {self.support_batches}, or change support_batches."
             )
 
 
@@ -73,16 +73,16 @@ class Algorithm:
     """One way of meta-learning.
 
     Attributes:
-        name: as the user writes it, and as checkpoints are called.
-        order: ``second`` differentiates through the inner loop; ``first`` takes its gradients for constants.
-        outer: what the outer loop follows: ``query``, the gradient of the query loss; ``reptile``, the way from the
-            adapted weights back to the initial ones; ``joint``, the gradient of a plain classifier over all training
-            classes; ``none``, nothing, so that the weights stay as they were drawn.
-        loss: of which steps' weights the query loss is taken: the ``final`` ones, or ``multi-step``, a weighted sum.
+        name: in settings and in the names of checkpoints.
+        order: ``second`` differentiates through the inner loop; ``first`` treats its gradients as constants.
+        outer: what the outer loop follows: ``query``, the gradient of the query loss; ``reptile``, the difference
+            between the initial and the adapted weights; ``joint``, the gradient of a plain classifier over all
+            training classes; ``none``, nothing, so that the weights keep their initial values.
+        loss: the query loss after the ``final`` inner step, or ``multi-step``, a weighted sum over all steps.
         rates: inner learning rates: ``fixed``; learned, one for each ``layer-step`` (tensor of the network and inner
             step); or learned, one for each ``parameter`` (single number of the network), for all steps.
         adapts: what the inner loop changes: ``all``, or the ``head`` alone.
-        bn: the batch norm that goes with it, unless another one is asked for; see ``InnerLoop``.
+        bn: the default batch norm; see ``InnerLoop``.
     """
 
     name: str
@@ -109,7 +109,7 @@ _ALL = (
     # Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, https://arxiv.org/abs/1803.02999,
     # algorithm 2.
     Algorithm("reptile", order="first", outer="reptile"),
-    # Baselines: what is left of an accuracy without meta-learning, and without any learning beforehand.
+    # Baselines: without meta-learning, and without any prior learning.
     Algorithm("pretrain", order="first", outer="joint", adapts="head"),
     Algorithm("random", order="first", outer="none"),
 )
@@ -118,27 +118,27 @@ ALGORITHMS = {algorithm.name: algorithm for algorithm in _ALL}
 
 
 def objections(algorithm: Algorithm, *, first_order_epochs: int) -> list[str]:
-    """Why a point of the space makes no sense; empty if it does.
+    """Reasons why the combination of parts is invalid; empty if it is valid.
 
     Args:
         algorithm: with the settings that replace parts of it.
-        first_order_epochs: for which the order is ``first`` before it is ``second``.
+        first_order_epochs: epochs at the start for which the order is ``first``.
     """
     found = []
     learns = algorithm.outer == "query"
     if not learns and algorithm.order == "second":
         found.append(f"order cannot be second with {algorithm.name}: it takes no gradient through the inner loop.")
     if not learns and algorithm.loss == "multi-step":
-        found.append(f"loss cannot be multi-step with {algorithm.name}: it follows no query loss.")
+        found.append(f"loss cannot be multi-step with {algorithm.name}: it uses no query loss.")
     if not learns and algorithm.rates != "fixed":
-        found.append(f"rates cannot be {algorithm.rates} with {algorithm.name}: nothing would teach them.")
+        found.append(f"rates cannot be {algorithm.rates} with {algorithm.name}: it would not learn them.")
     if not learns and algorithm.bn == "per-step":
-        found.append(f"bn cannot be per-step with {algorithm.name}: nothing would teach each step's scale and shift.")
+        found.append(f"bn cannot be per-step with {algorithm.name}: it would not learn each step's scale and shift.")
     if learns and (algorithm.bn, algorithm.order, algorithm.loss) == ("per-step", "first", "final"):
         found.append(
-            "bn cannot be per-step with order first and loss final: only the last step's scale and shift would learn. "
-            "Take order second, or loss multi-step."
+            "bn cannot be per-step with order first and loss final: only the last step's scale and shift would be "
+            "learned. Use order second or loss multi-step."
         )
     if algorithm.order == "first" and first_order_epochs:
-        found.append("first_order_epochs must be 0 with order first: there is no second order to change to.")
+        found.append("first_order_epochs must be 0 with order first: the order never changes to second.")
     return found

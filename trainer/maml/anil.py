@@ -1,4 +1,4 @@
-"""When the head alone adapts: an episode's images go through the body once, whatever the number of inner steps."""
+"""For algorithms that adapt the head alone: an episode's images pass through the body once for all inner steps."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ def head_on_features(
 ) -> tuple[nn.Module, MetaParameters, Episode]:
     """A smaller problem with the same answers: the head as the network, and features in place of images.
 
-    The body's gradient goes through the features, which are computed, and differentiated, once. The body must be the
+    The features, through which the body's gradient flows, are computed and differentiated once. The body must be the
     same in all steps: see ``method_of``.
 
     Args:
         network: with a ``features(x, norm)`` before its head.
-        parameters, episode, method: as for ``adapt``, and so is what is given back.
+        parameters, episode, method: as for ``adapt``.
+
+    Returns:
+        A network, parameters and an episode for ``adapt``.
     """
     head = _Head(network)
     support_x, query_x = _features(network, parameters, episode, method)
     if method.inner.order == "first":
-        support_x = support_x.detach()  # a constant, as in every inner gradient of the first order
+        support_x = support_x.detach()  # a constant, as in every first-order inner gradient
     heads = {name: parameters.weights[name] for name in method.names}
     return head, parameters._replace(weights=heads), episode._replace(support_x=support_x, query_x=query_x)
 
@@ -37,7 +40,7 @@ def head_on_features(
 def _features(
     network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
 ) -> tuple[Tensor, Tensor]:
-    """Of support and query images, ``[images, features]`` each."""
+    """The features of support and query images, ``[images, features]`` each."""
     body = _Body(network)
     own = {f"network.{name}": value for name, value in parameters.weights.items()}
     if method.inner.bn == "support":
@@ -45,7 +48,7 @@ def _features(
         together = torch.cat([episode.support_x, episode.query_x])
         both = call(body, own, together, leading_statistics(support))
         return both[:support], both[support:]
-    # The body's own gradient is of the first order.
+    # The body has only a first-order gradient.
     support_x = call(body, own, episode.support_x, batch_statistics)
     return support_x, call(body, own, episode.query_x, batch_statistics)
 
@@ -68,5 +71,5 @@ class _Head(nn.Module):
         self.head_bias: nn.Parameter = network.head_bias
         self.precision = precision_of(network)
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002  # it has nothing to normalise
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:  # noqa: ARG002  # a linear layer has no norm
         return F.linear(x, self.head, self.head_bias)

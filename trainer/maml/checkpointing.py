@@ -1,4 +1,4 @@
-"""Compute once for the value and once more for the gradient, and keep nothing but the inputs in between."""
+"""Recompute a function for its gradient, and keep only its inputs in between."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 def recomputed(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``function(*inputs)``, whose graph is built only when the gradient asks for it, and for no longer.
+    """``function(*inputs)``, whose graph exists only while its gradient is computed.
 
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174, with the steps
-    of the inner loop as segments. The function may hold gradients of its own (``torch.func.grad``), which
+    of the inner loop as segments. The function may take gradients itself (``torch.func.grad``), which
     ``torch.utils.checkpoint`` does not allow. The result can be differentiated once.
 
     Args:
-        function: pure; gives new tensors, none of its inputs.
-        inputs: all tensors that gradients go to.
+        function: pure; returns new tensors, none of its inputs.
+        inputs: all tensors that receive gradients.
     """
     return tuple(_Recomputed.apply(function, *inputs))
 

@@ -1,4 +1,4 @@
-"""Engines: how the meta-gradient of a meta-batch is computed. All have the signature of ``loop``."""
+"""Engines, which compute the meta-gradient of a meta-batch. All have the signature of ``loop``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FINAL = Objective()
 
 
 class Outcome(NamedTuple):
-    """What a meta-batch taught.
+    """The meta-gradient of a meta-batch, with its loss and score.
 
     Attributes:
         gradient: of the loss with respect to each parameter.
         loss: mean over the episodes of the query loss after adaptation, a scalar; a cross-entropy is in nats.
-        score: mean query accuracy in [0, 1], or squared error where the answers are numbers, after adaptation ``[1]``,
-            or before and after each inner step ``[inner.steps + 1]`` if that was asked for.
+        score: mean query accuracy in [0, 1], or squared error if the answers are numbers, after adaptation ``[1]``,
+            or with ``every_step`` before and after each inner step ``[inner.steps + 1]``.
     """
 
     gradient: MetaParameters
@@ -46,7 +46,7 @@ def loop(
     *,
     every_step: bool = False,
 ) -> Outcome:
-    """One task after the other, on a CPU as many at once as torch has threads; memory holds the graphs of as many.
+    """One task after the other; on a CPU, one per torch thread at a time, with the graph of each in memory.
 
     The outer loss is that of equation 1 of Finn et al. 2017's section 2.2, with the mean over the tasks in place of
     the sum, so that the meta learning rate does not depend on the meta-batch size.
@@ -56,8 +56,8 @@ def loop(
         parameters: those of ``meta_parameters``, all requiring gradients; they are not changed.
         batch: B episodes.
         method: how to adapt, as ``method_of`` chooses it for the network and this engine.
-        objective: what the gradient is of.
-        every_step: report the score before and after each inner step, at the price of as many forward passes.
+        objective: the loss to differentiate.
+        every_step: report the score before and after each inner step, at the cost of a forward pass each.
     """
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
@@ -74,7 +74,7 @@ Gradient = tuple[Tensor, ...]
 
 
 def _gradient(goal: Tensor, parameters: MetaParameters) -> Gradient:
-    # To first order not everything has a part in the loss, such as the norms of a step: its gradient is zero.
+    # At first order some parameters, such as the norms of a step, do not affect the loss: their gradient is zero.
     return torch.autograd.grad(goal, parameters.tensors(), materialize_grads=True)
 
 
@@ -112,7 +112,7 @@ def vmap(
         goals, measured = torch.func.vmap(one)(*batch[:4])
         return goals.mean(), measured
 
-    # Constants, or autograd would keep a second graph beside the one of torch.func.
+    # Detached, or autograd would keep a second graph beside the one of torch.func.
     at = parameters.like(value.detach() for value in parameters.tensors())
     gradient, measured = torch.func.grad(mean, has_aux=True)(at)
     return Outcome(gradient, measured.loss.mean(), measured.score.mean(0))
@@ -129,7 +129,7 @@ def higher(
 ) -> Outcome:
     """The reference: the inner loop of the package ``higher``, with its own networks and optimizer.
 
-    Arguments and outcome are those of ``loop``; ``TrainSettings`` refuses what it does not do.
+    Arguments and outcome are those of ``loop``; ``TrainSettings`` refuses settings that it does not support.
     """
 
     def one(episode: Episode) -> tuple[Gradient, Measured]:
@@ -141,10 +141,10 @@ def higher(
 
 
 def _higher_path(network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method) -> list[FastWeights]:
-    """What ``adapt`` gives, by Grefenstette et al. 2019, https://arxiv.org/abs/1910.01727."""
+    """The result of ``adapt``, by Grefenstette et al. 2019, https://arxiv.org/abs/1910.01727."""
     package, inner = _import_higher(), method.inner
     own = dict(network.named_parameters())
-    # A group for each parameter, so that each can have a rate of its own.
+    # A group for each parameter, so that each can have its own rate.
     optimizer = torch.optim.SGD([{"params": [own[name]]} for name in method.names], lr=inner.lr)
     functional = package.monkeypatch(network, copy_initial_weights=False)
     descent = package.get_diff_optim(optimizer, network.parameters(), fmodel=functional)
@@ -169,9 +169,7 @@ def _import_higher() -> Any:
     try:
         return importlib.import_module("higher")
     except ModuleNotFoundError as error:
-        raise RequestError(
-            "The engine higher needs the package of that name: pip install 'mamldata[higher]'."
-        ) from error
+        raise RequestError("The engine higher needs the package higher: pip install 'mamldata[higher]'.") from error
 
 
 class Engine(Protocol):
@@ -197,8 +195,8 @@ ENGINES: dict[str, Engine] = {"loop": loop, "vmap": vmap, "higher": higher}
 def pick_engine(name: str) -> Engine:
     """The engine called ``name``.
 
-    ``auto`` is ``loop``, which ``benchmarks/train.py`` found the faster one on a CPU, and whose memory does not grow
-    with the meta-batch.
+    ``auto`` is ``loop``: it is the fastest one on a CPU (``benchmarks/train.py``), and its memory does not grow with
+    the meta-batch.
 
     Raises:
         RequestError: its package is not installed.

@@ -1,4 +1,4 @@
-"""The pretrained baseline: the same network as a plain classifier of all training classes."""
+"""The pretrained baseline: the network trained as a plain classifier of all training classes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trainer.system.distributed import ALONE, World, sum_over_ranks
 
 
 def joint_parameters(network: nn.Module, wide: nn.Module) -> MetaParameters:
-    """The network's parameters, but for its head, which stays as it was drawn, until an episode adapts it.
+    """The network's parameters, with a head for all classes in place of its own, which keeps its initial values.
 
     Args:
         network: with a head for the classes of an episode.
-        wide: the same one with a head for all classes; only that is taken.
+        wide: the same network with a head for all classes; only the head is used.
     """
     heads = head_names(network)
     own: Parameters = {name: value for name, value in network.named_parameters() if name not in heads}
@@ -38,9 +38,9 @@ def joint(
     Args:
         network: with a ``forward(x, norm)``.
         parameters: those of ``joint_parameters``.
-        batch: B episodes, all of whose images are one batch.
-        classes: int64 ``[B, n_way]``, which of all training classes each label of an episode stands for.
-        world: the processes whose images are normalised as one batch. The mean of their outcomes, each weighted by
+        batch: B episodes, whose images are all treated as one batch.
+        classes: int64 ``[B, n_way]``, the training class of each label of an episode.
+        world: the processes whose images are normalized as one batch. The mean of their outcomes, each weighted by
             its number of images, is that of the whole batch.
     """
     x = torch.cat([batch.support_x.flatten(0, 1), batch.query_x.flatten(0, 1)])
@@ -57,7 +57,7 @@ def statistics_of_all(count: int) -> Norm:
     """Batch norm by the mean and variance of the images of all ranks.
 
     Args:
-        count: images of this rank.
+        count: the number of images of this rank.
     """
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an inner and an outer loop minimise, and what people compare."""
+"""The losses of the inner and the outer loop, and the scores that are reported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def loss_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
 
 
 def score_of(answers: Tensor, truth: Tensor, task_loss: TaskLoss) -> Tensor:
-    """What people compare, a scalar without a graph: the accuracy of classes, the mean squared error of numbers."""
+    """The reported score, a scalar without a graph: the accuracy of classes, or the mean squared error of numbers."""
     answers = answers.detach()
     return accuracy(answers, truth) if task_loss == "cross-entropy" else loss_of(answers, truth, task_loss)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers in [0, 1]: a float32 scalar on the device, so that nobody waits for it."""
+    """Share of correct answers in [0, 1]: a float32 scalar on the device, so that the CPU does not wait for it."""
     return (logits.argmax(1) == labels).float().mean()

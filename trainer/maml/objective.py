@@ -1,4 +1,4 @@
-"""What the outer loop follows: a loss of one adapted episode, the same for every engine."""
+"""The objective of the outer loop: a loss of one adapted episode, the same for every engine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FLOOR = 0.03  # of 1 / steps; Antoniou's released code
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of a network after it has adapted.
+    """How the outer loop rates an adapted network.
 
     Attributes:
         outer: ``query`` or ``reptile``; see ``Algorithm``.
-        weights: of the query losses after each inner step, ``steps`` numbers; empty for the last step's alone.
+        weights: of the query losses after each inner step, ``steps`` numbers; empty for the last step's loss alone.
     """
 
     outer: Outer = "query"
@@ -30,11 +30,11 @@ class Objective:
 
 
 class Measured(NamedTuple):
-    """What one episode showed.
+    """The measurements on one episode.
 
     Attributes:
         loss: query loss after adaptation; a cross-entropy is in nats.
-        score: query accuracy in [0, 1], or squared error where the answers are numbers, after adaptation ``[1]``, or
+        score: query accuracy in [0, 1], or squared error if the answers are numbers, after adaptation ``[1]``, or
             before and after each inner step ``[inner.steps + 1]``.
     """
 
@@ -43,11 +43,11 @@ class Measured(NamedTuple):
 
 
 def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
-    """The multi-step loss: its weights in an epoch, counted from 0.
+    """The weights of the multi-step loss in an epoch, counted from 0.
 
-    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` an epoch, to not
-    less than ``0.03 / steps``, and the last step takes the rest, so that the sum is always one; after ``epochs`` the
-    last step is alone. Antoniou et al. 2019, section 4, "Multi-Step Loss Optimization", as their released code does it.
+    All are ``1 / steps`` at first. Those of the steps before the last fall by ``1 / steps / epochs`` per epoch, but
+    not below ``0.03 / steps``; the last step takes the rest, so that the sum is always one. From ``epochs`` on, only
+    the last step counts. Antoniou et al. 2019, section 4, "Multi-Step Loss Optimization", as in their released code.
     """
     if epoch >= epochs:
         return (*[0.0] * (steps - 1), 1.0)
@@ -64,18 +64,18 @@ def meta_loss(
     *,
     every_step: bool,
 ) -> tuple[Tensor, Measured]:
-    """How well a network has adapted to an episode; pure, and differentiable with respect to ``path``.
+    """The loss of a network that has adapted to an episode; pure, and differentiable with respect to ``path``.
 
     Args:
         network: with a ``forward(x, norm)``.
         path: from ``adapt``.
         episode: that it adapted to.
-        method: how.
+        method: how it adapted.
         objective: what the outer loop follows.
         every_step: measure the score before and after each inner step, not only after the last one.
 
     Returns:
-        The scalar whose gradient the outer loop follows; and what to report, without a graph.
+        The scalar whose gradient the outer loop follows; and the measurements to report, without a graph.
     """
     steps, task_loss = method.inner.steps, method.inner.task_loss
     weights = objective.weights or (0,) * (steps - 1) + (1,)
@@ -99,9 +99,9 @@ def meta_loss(
 
 
 def _distance(path: list[FastWeights]) -> Tensor:
-    """Half the squared distance between initial and adapted weights, these taken for constants.
+    """Half the squared distance between initial and adapted weights, with the adapted ones as constants.
 
-    Its gradient is the way back, initial less adapted: what Nichol et al. 2018 (section 2) give to an optimizer.
+    Its gradient is initial minus adapted, which Nichol et al. 2018 (section 2) pass to an optimizer.
     """
     start, end = path[0].weights, path[-1].weights
     return torch.stack([(value - end[name].detach()).square().sum() for name, value in start.items()]).sum() / 2

@@ -1,4 +1,4 @@
-"""What the outer loop learns, what the inner loop makes of it, and the episodes that both work on."""
+"""The outer loop's parameters, the inner loop's adapted weights, and the episodes that both work on."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Parameters = dict[str, Tensor]  # by their names in a network
 
 
 class MetaParameters(NamedTuple):
-    """All that an outer loop learns, or a tensor for each of it, such as its gradient; a tree for ``torch.func``.
+    """Everything that an outer loop learns, or its gradient, in the same structure; a tree for ``torch.func``.
 
     Attributes:
-        weights: the network's own parameters, less those that ``norms`` or ``joint`` take the place of.
+        weights: the network's own parameters, without those that ``norms`` or ``joint`` replace.
         rates: learned inner learning rates of the parameters that adapt, ``[steps]`` or of the parameter's shape.
-        norms: the scales and shifts of each step, ``[steps + 1, C]``: row i is for the support images of step i and
-            for query images after i steps.
+        norms: the scales and shifts of each step, ``[steps + 1, C]``: row i applies to the support images of step i
+            and to query images after i steps.
         joint: in joint training, the head for all training classes.
     """
 
     weights: Parameters
-    rates: Parameters = {}  # noqa: RUF012  # nobody changes it
+    rates: Parameters = {}  # noqa: RUF012  # never modified
     norms: Parameters = {}  # noqa: RUF012
     joint: Parameters = {}  # noqa: RUF012
 
     def tensors(self) -> list[Tensor]:
-        """All of them, always in this order, by which an optimizer's saved state knows them."""
+        """All tensors, always in this order, which an optimizer's saved state relies on."""
         return [value for part in self for value in part.values()]
 
     def like(self, tensors: Iterable[Tensor]) -> MetaParameters:
@@ -42,16 +42,16 @@ class MetaParameters(NamedTuple):
         return MetaParameters(*({name: next(values) for name in part} for part in self))
 
     def norms_of(self, step: int) -> Parameters:
-        """The scales and shifts after so many inner steps; after more than were trained, the last ones."""
+        """The scales and shifts after ``step`` inner steps; beyond the trained steps, the last ones."""
         return {name: rows[min(step, len(rows) - 1)] for name, rows in self.norms.items()}
 
 
 class FastWeights(NamedTuple):
-    """A network in the course of an episode.
+    """The weights of a network while it adapts to an episode.
 
     Attributes:
         weights: all of its parameters.
-        statistics: with ``frozen`` batch norm, what each normalisation keeps; otherwise empty.
+        statistics: with ``frozen`` batch norm, those that each normalization keeps; otherwise empty.
     """
 
     weights: Parameters
@@ -80,7 +80,7 @@ def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
     """The episode with the support images of a step, counted from 0."""
     if inner.support_batches == 1:
         return episode
-    # Images of one class stand together, so that every n-th image is an equal share of each class.
+    # Images of one class are adjacent, so taking every n-th image takes an equal share of each class.
     part = slice(step % inner.support_batches, None, inner.support_batches)
     return episode._replace(support_x=episode.support_x[part], support_y=episode.support_y[part])
 
@@ -99,7 +99,7 @@ def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     norms: Parameters = {}
     if inner.rates != "fixed":
         for name in adapted_names(network, inner):
-            # With the parameter's own memory layout, or each product with it would be slow.
+            # With the parameter's memory layout: products with another one are slow.
             like = weights[name].detach() if inner.rates == "parameter" else weights[name].new_empty(inner.steps)
             rates[name] = torch.full_like(like, inner.lr).requires_grad_()
     if inner.bn == "per-step":

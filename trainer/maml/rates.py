@@ -1,4 +1,4 @@
-"""Inner learning rates: of a step, and in words."""
+"""Inner learning rates: their values in each step, and log lines about them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.maml.parameters import MetaParameters
 
 
 def inner_rate(parameters: MetaParameters, name: str, inner: InnerLoop, step: int) -> Tensor | float:
-    """The rate of a parameter in a step; after more steps than were trained, that of the last trained one."""
+    """The rate of a parameter in a step; beyond the trained steps, the last one's."""
     if inner.rates == "fixed":
         return inner.lr
     rate = parameters.rates[name]

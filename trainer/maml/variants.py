@@ -1,4 +1,4 @@
-"""The parts of an inner loop, and which of them are taken for a network, an algorithm and an engine."""
+"""The parts of an inner loop, and the choice of them for a network, an algorithm and an engine."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
 
     Args:
         network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
-        inner: what is to be computed.
-        engine: by which of ``ENGINES``, or ``auto``; evaluation adapts as ``loop`` does.
+        inner: the inner loop to compute.
+        engine: one of ``ENGINES``, or ``auto``; evaluation adapts as ``loop`` does.
     """
     by_batch = batch_statistics
     if engine == "vmap":
         by_batch = written_out
     elif inner.order == "second":
         by_batch = batch_norm  # the same numbers as torch's, with a cheaper second derivative
-    # Where the body is not the same in all steps, or cannot be told from the head, it is computed in each of them; so
-    # it is in a checkpointed step, which has gradients for its parameters alone, and not for features.
+    # The body is recomputed in each step if it differs between steps or is not separate from the head; also in a
+    # checkpointed step, which has gradients only for its parameters, not for features.
     once = inner.adapts == "head" and inner.bn in {"transductive", "support"} and inner.support_batches == 1
     once = once and not inner.checkpoint and hasattr(network, "features")
     return Method(
@@ -55,11 +55,11 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
 
 
 def autograd_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
-    """By ``torch.autograd``; under ``torch.no_grad``, or at constants, nothing is kept for a second derivative."""
+    """By ``torch.autograd``; under ``torch.no_grad``, or at constants, no graph is kept for a second derivative."""
     keep = torch.is_grad_enabled() and any(value.requires_grad for value in at.values())
     with torch.enable_grad():
         if keep:
-            # Of what else depends on the parameters, such as frozen statistics, no slope is asked for.
+            # Views, so that the slopes leave out other paths to the parameters, such as frozen statistics.
             at = {name: value.view_as(value) for name, value in at.items()}
         else:
             at = {name: value.detach().requires_grad_() for name, value in at.items()}
@@ -68,27 +68,27 @@ def autograd_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Par
 
 
 def func_slopes(loss: Callable[[Parameters], Tensor], at: Parameters) -> Parameters:
-    """By ``torch.func``, for ``torch.func.vmap``, which knows no other."""
+    """By ``torch.func``, as ``torch.func.vmap`` requires."""
     slopes: Parameters = torch.func.grad(loss)(at)
     return slopes
 
 
 def keep_statistics(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> FastWeights:
-    """For ``frozen``: with the support images' statistics at the initial weights."""
+    """For ``frozen``: add the statistics of the support images at the initial weights."""
     noted: list[Statistics] = []
     call(network, fast.weights, episode.support_x, noting_statistics(noted))
-    if method.inner.order == "first":  # they are a function of the initial weights, and constants as the slopes are
+    if method.inner.order == "first":  # a function of the initial weights, but constant like the slopes
         noted = [Statistics(*(value.detach() for value in layer)) for layer in noted]
     return fast._replace(statistics=tuple(noted))
 
 
 def kept_statistics(fast: FastWeights) -> Norm:
-    """For ``frozen``: by what was kept of each normalisation."""
+    """For ``frozen``: by the statistics kept for each normalization."""
     return given_statistics(fast.statistics)
 
 
 def query_logits_by_support(network: nn.Module, fast: FastWeights, episode: Episode, _: Method) -> Tensor:
-    """For ``support``: by the statistics of the support images, which go through the network together with them."""
+    """For ``support``: by the statistics of the support images, which pass the network with the query images."""
     support = len(episode.support_x)
     together = torch.cat([episode.support_x, episode.query_x])
     return call(network, fast.weights, together, leading_statistics(support))[support:]
@@ -97,7 +97,7 @@ def query_logits_by_support(network: nn.Module, fast: FastWeights, episode: Epis
 def descend_recomputed(
     network: nn.Module, parameters: MetaParameters, fast: FastWeights, episode: Episode, method: Method, step: int
 ) -> FastWeights:
-    """For ``checkpoint``: the same as ``descend``, without its graph."""
+    """For ``checkpoint``: the same as ``descend``, without keeping its graph."""
 
     def after(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)

@@ -1,4 +1,4 @@
-"""What is trained: the networks, their batch norms, and the precision of their arithmetic.
+"""The networks, their normalization, and the precision of their arithmetic.
 
 Knows nothing of episodes, of how a network learns, or of files.
 """

@@ -14,10 +14,10 @@ _OVER = (0, 2, 3)  # all but the channels
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What ``F.batch_norm`` gives in training, without running statistics; can be differentiated twice.
+    """``F.batch_norm`` in training, without running statistics; can be differentiated twice.
 
-    Value and first derivative are torch's own. torch composes the second one of some hundred passes over ``x``, which
-    at second order is a good part of an inner step; here it takes eleven.
+    Value and first derivative are torch's own. torch composes the second one of some hundred passes over ``x``, a
+    large part of an inner step at second order; here it takes eleven.
 
     Args:
         x: ``[N, C, H, W]``; the result has its memory layout.
@@ -42,9 +42,9 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _Slopes(torch.autograd.Function):
-    """The first derivative, as a function that has a derivative itself.
+    """The first derivative, as a function that is itself differentiable.
 
-    With the normalised image n = (x - mean) * scale, p = weight * scale, and means over all but the channels:
+    With the normalized image n = (x - mean) * scale, p = weight * scale, and means over all but the channels:
 
         dx = p * (g - mean(g) - n * mean(g * n)),    dweight = sum(g * n),    dbias = sum(g)
     """
@@ -62,13 +62,13 @@ class _Slopes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        """Of a function L with the slopes v, a and b by dx, dweight and dbias.
+        """The derivatives of a function L whose slopes with respect to dx, dweight and dbias are v, a and b.
 
         With K = mean(v * g) - mean(v) * mean(g) - mean(v * n) * mean(g * n) and e = a - p * mean(v * n):
 
             dL/dg      = p * (v - mean(v)) + e * n + b
             dL/dn      = e * g - p * mean(g * n) * v =: q
-            dL/dx      = scale * (q - mean(q) - n * (mean(q * n) + p * K)),  for scale depends on x, too
+            dL/dx      = scale * (q - mean(q) - n * (mean(q * n) + p * K)),  since scale depends on x, too
             dL/dweight = scale * count * K
         """
         v, a, b = slopes

@@ -1,4 +1,4 @@
-"""The networks. Normalisation is an argument of their forward pass, so no network keeps statistics of its own."""
+"""The networks. Normalization is an argument of their forward pass, so no network keeps statistics of its own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trainer.networks.norms import Norm, batch_statistics
 
 
 class Block(nn.Module):
-    """3x3 convolution, batch norm, ReLU, and 2x2 max-pooling if asked for."""
+    """3x3 convolution, batch norm, ReLU, and optional 2x2 max-pooling."""
 
     def __init__(self, inputs: int, filters: int, *, stride: int, padding: int, pool: bool) -> None:
         super().__init__()
         self.stride, self.padding, self.pool = stride, padding, pool
-        # Without a bias: the normalisation takes it away again, so that its gradient is always zero.
+        # No bias: normalization cancels it, so its gradient is always zero.
         self.kernel = nn.Parameter(torch.empty(filters, inputs, 3, 3))
         self.scale = nn.Parameter(torch.ones(filters))
         self.shift = nn.Parameter(torch.zeros(filters))
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Blocks, then either the mean over space or all of it, then a linear head."""
+    """Blocks, then the mean over space or a flattening, then a linear head."""
 
     def __init__(self, blocks: list[Block], features: int, n_way: int, *, mean_over_space: bool) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class ConvNet(nn.Module):
         return F.linear(self.features(x, norm), self.head, self.head_bias)
 
     def features(self, x: Tensor, norm: Norm) -> Tensor:
-        """Images to what the head sees, ``[N, features]``."""
+        """Images ``[N, C, H, W]`` to the inputs of the head, ``[N, features]``."""
         for block in self.blocks:
             x = block(x, norm)
         return x.mean((2, 3)) if self.mean_over_space else x.flatten(1)
@@ -58,8 +58,8 @@ class ConvNet(nn.Module):
 def conv4(image_channels: int, image_size: int, n_way: int, filters: int = 64) -> ConvNet:  # noqa: ARG001  # any size
     """The Omniglot network of Finn et al. 2017: four blocks of 64 filters with stride 2, and the mean over space.
 
-    After https://github.com/cbfinn/maml, ``main.py`` and ``maml.py``; there the padding of an even side is on one
-    end only and the head starts from a normal distribution, here padding is 1 all round and the start is Glorot's.
+    After https://github.com/cbfinn/maml, ``main.py`` and ``maml.py``, which pad an even side at one end only and draw
+    the head from a normal distribution; here padding is 1 on all sides and initialization is Glorot's.
     """
     widths = [image_channels, *[filters] * 4]
     blocks = [Block(i, o, stride=2, padding=1, pool=False) for i, o in pairwise(widths)]
@@ -72,14 +72,14 @@ def conv3_pool(image_channels: int, image_size: int, n_way: int, filters: int = 
     The network of the Omniglot examples of functorch and higher.
 
     Raises:
-        RequestError: nothing would be left of images this small.
+        RequestError: the images are too small.
     """
     side = image_size
     for _ in range(3):
         side = (side - 2) // 2
     if side < 1:
         raise RequestError(
-            f"The network conv3-pool needs images of at least 22x22 pixels, and these have {image_size}x{image_size}. "
+            f"The network conv3-pool needs images of at least 22x22 pixels, but these have {image_size}x{image_size}. "
             "Use larger images, or conv4."
         )
     widths = [image_channels, *[filters] * 3]
@@ -90,15 +90,15 @@ def conv3_pool(image_channels: int, image_size: int, n_way: int, filters: int = 
 def conv4_pool(image_channels: int, image_size: int, n_way: int, filters: int = 32) -> ConvNet:
     """The MiniImagenet network of Finn et al. 2017: four max-pooled blocks of 32 filters; 84x84 images end as 5x5.
 
-    After Ravi and Larochelle 2017, who chose 32 filters in place of 64 against overfitting.
+    After Ravi and Larochelle 2017, who chose 32 filters instead of 64 to reduce overfitting.
 
     Raises:
-        RequestError: nothing would be left of images this small.
+        RequestError: the images are too small.
     """
     side = image_size // 16
     if side < 1:
         raise RequestError(
-            f"The network conv4-pool needs images of at least 16x16 pixels, and these have {image_size}x{image_size}. "
+            f"The network conv4-pool needs images of at least 16x16 pixels, but these have {image_size}x{image_size}. "
             "Use larger images, or conv4."
         )
     widths = [image_channels, *[filters] * 4]
@@ -107,7 +107,7 @@ def conv4_pool(image_channels: int, image_size: int, n_way: int, filters: int = 
 
 
 class ToldNorm(nn.Module):
-    """Stands where torchvision has a ``BatchNorm2d``, and normalises as it is told to."""
+    """Replaces torchvision's ``BatchNorm2d``, and normalizes by its attribute ``norm``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -116,12 +116,12 @@ class ToldNorm(nn.Module):
         self.norm: Norm = batch_statistics
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]``, normalised."""
+        """Normalize ``[N, C, H, W]``."""
         return self.norm(x, self.scale, self.shift)
 
 
 class MeanOverSpace(nn.Module):
-    """What adaptive pooling to one pixel gives, but also for many tasks at once."""
+    """Adaptive pooling to one pixel that also works under ``torch.func.vmap``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, C]``."""
@@ -142,14 +142,14 @@ class ResNet18(nn.Module):
         return F.linear(self.features(x, norm), self.head, self.head_bias)
 
     def features(self, x: Tensor, norm: Norm) -> Tensor:
-        """Images to what the head sees, ``[N, 512]``."""
+        """Images ``[N, C, H, W]`` to the inputs of the head, ``[N, 512]``."""
         with self._told(norm):
             features: Tensor = self.body(x)
             return features
 
     @contextmanager
     def _told(self, norm: Norm) -> Iterator[None]:
-        # torchvision's layers pass nothing on but x. Told for one pass: a norm may hold on to an episode's graph.
+        # torchvision's layers pass on only x. Set for one pass: a norm may keep an episode's graph alive.
         layers = [layer for layer in self.body.modules() if isinstance(layer, ToldNorm)]
         try:
             for layer in layers:
@@ -160,8 +160,8 @@ class ResNet18(nn.Module):
                 layer.norm = batch_statistics
 
 
-def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # noqa: ARG001  # it takes every size
-    """He, Zhang, Ren, Sun 2016, https://arxiv.org/abs/1512.03385, 18 layers, with batch statistics in every norm.
+def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # noqa: ARG001  # any size
+    """He, Zhang, Ren, Sun 2016, https://arxiv.org/abs/1512.03385, 18 layers; each norm uses batch statistics.
 
     Raises:
         RequestError: torchvision is not installed.
@@ -170,7 +170,7 @@ def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # n
         models = importlib.import_module("torchvision.models")
     except ModuleNotFoundError as error:
         raise RequestError("The network resnet18 needs torchvision: pip install 'mamldata[resnet]'.") from error
-    with torch.random.fork_rng(devices=[]):  # torchvision draws weights, which build_network draws anew
+    with torch.random.fork_rng(devices=[]):  # torchvision draws weights, which build_network replaces
         body = models.resnet18(norm_layer=ToldNorm)
     body.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False, device="meta").to_empty(device="cpu")
     body.avgpool, body.fc = MeanOverSpace(), nn.Identity()
@@ -178,7 +178,7 @@ def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # n
 
 
 class Perceptron(nn.Module):
-    """Two hidden layers with ReLU and a linear head, for points; it has nothing to normalise."""
+    """Two hidden layers with ReLU and a linear head, for points; without normalization."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Perceptron(nn.Module):
         self.second, self.second_bias = nn.Parameter(torch.empty(hidden, hidden)), nn.Parameter(torch.zeros(hidden))
         self.head, self.head_bias = nn.Parameter(torch.empty(outputs, hidden)), nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:  # noqa: ARG002  # as all networks
+    def forward(self, x: Tensor, norm: Norm = batch_statistics) -> Tensor:  # noqa: ARG002  # the signature of all networks
         """Points ``[N, inputs]`` to answers ``[N, outputs]``."""
         x = F.relu(F.linear(x, self.first, self.first_bias))
         x = F.relu(F.linear(x, self.second, self.second_bias))
@@ -196,7 +196,7 @@ class Perceptron(nn.Module):
 def mlp(seed: int) -> Perceptron:
     """The sinusoid network of Finn et al. 2017, section 5.1: two hidden layers of 40, ``[N, 1]`` to ``[N, 1]``.
 
-    There all weights start with a deviation of 0.01; here they start as those of the other networks.
+    The paper draws all weights with a deviation of 0.01; here they are drawn as in the other networks.
     """
     network = Perceptron(1, 40, 1)
     draw_weights(network, seed)
@@ -217,7 +217,7 @@ def head_names(network: nn.Module) -> list[str]:
 
 
 def norm_names(network: nn.Module) -> list[str]:
-    """The scales and shifts of the normalisations."""
+    """The scales and shifts of the norms."""
     names = (name for name, _ in network.named_parameters())
     return [name for name in names if name.rpartition(".")[2] in {"scale", "shift"}]
 
@@ -231,9 +231,9 @@ def build_network(
         name: one of ``NETWORKS``.
         image_channels: of the images.
         image_size: height and width of the images, in pixels.
-        n_way: classes to tell apart.
-        seed: of the initialisation; no global generator is touched.
-        filters: of each convolution, in place of the network's own number; ``resnet18`` has no such choice.
+        n_way: number of classes.
+        seed: of the initialization; no global generator is touched.
+        filters: number in each convolution; None is the network's own; not for ``resnet18``.
 
     Raises:
         RequestError: the network cannot take images of this size.
@@ -244,7 +244,7 @@ def build_network(
 
 
 def draw_weights(network: nn.Module, seed: int) -> None:
-    """Fresh weights for all layers; scales start at one, shifts and biases at zero."""
+    """Draw new weights for all layers; scales stay at one, shifts and biases at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():

@@ -1,4 +1,4 @@
-"""Batch norm by statistics from several places; none of them keeps anything for a later call."""
+"""Batch norms that differ in the source of their statistics; none keeps anything for a later call."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from trainer.networks.batchnorm import EPSILON
 
-# (x [N, C, H, W], weight [C], bias [C]) -> the normalised x.
+# (x [N, C, H, W], weight [C], bias [C]) -> the normalized x.
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Batch norm by the mean and variance of all images of ``x``; keeps nothing for a later call.
 
-    The fastest one where no second derivative is asked for; ``batch_norm`` is where it is.
+    The fastest one without a second derivative; ``batch_norm`` is the fastest one with it.
     """
     return F.batch_norm(x, None, None, weight, bias, training=True, eps=EPSILON)
 
@@ -26,16 +26,16 @@ def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same as ``batch_statistics``, in elementary operations.
 
-    For ``torch.func.vmap``, under which torch's batch norm, with scales that differ by task, gives wrong second
-    derivatives without a word (torch 2.15).
+    For ``torch.func.vmap``, under which torch's batch norm silently gives wrong second derivatives if scales differ
+    by task (torch 2.15).
     """
     return _normalise(x, _statistics(x), weight, bias)
 
 
 def leading_statistics(count: int) -> Norm:
-    """Batch norm by the mean and variance of the first ``count`` images only, for all images.
+    """Batch norm of all images by the mean and variance of the first ``count`` only.
 
-    With the support set in front, no query image has any influence on another one.
+    With the support set in front, query images do not affect one another.
     """
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ def leading_statistics(count: int) -> Norm:
 
 
 class Statistics(NamedTuple):
-    """Of the images at one normalisation: mean and variance ``[C]``."""
+    """Mean and variance ``[C]`` of the images at one normalization."""
 
     mean: Tensor
     variance: Tensor
 
 
 def noting_statistics(noted: list[Statistics]) -> Norm:
-    """Batch norm as ``batch_statistics`` that appends the statistics of each layer, in the layers' order."""
+    """Batch norm as ``batch_statistics``, which also appends each layer's statistics to ``noted``, in order."""
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         noted.append(_statistics(x))

@@ -1,4 +1,4 @@
-"""The precision of the arithmetic: a name, what it means on a device, and where it takes effect."""
+"""The precision of the arithmetic: its choice for a device, and its effect on a network."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def pick_precision(name: Precision | None, device: torch.device) -> Precision:
     """The precision called ``name``; None is the device's own, tf32 on CUDA and fp32 elsewhere.
 
     Raises:
-        RequestError: the device does not have it.
+        RequestError: the device does not support it.
     """
     if name is None:
         return "tf32" if device.type == "cuda" else "fp32"
     if name == "tf32" and device.type != "cuda":
-        raise RequestError(f"The precision tf32 is for CUDA devices alone, and this is {device.type}. Take fp32.")
+        raise RequestError(f"The precision tf32 is for CUDA devices only, and this is {device.type}. Use fp32.")
     if name == "bf16" and device.type == "mps":
-        raise RequestError("The precision bf16 is for CUDA and the CPU, and this is mps. Take fp32.")
+        raise RequestError("The precision bf16 is for CUDA and the CPU, and this is mps. Use fp32.")
     return name
 
 
 def set_precision(network: nn.Module, precision: Precision) -> None:
-    """Let a network compute in a precision, and this process multiply float32 on CUDA as it says.
+    """Set the precision of a network, and of this process's float32 products on CUDA.
 
-    The network carries it, so that every engine and the evaluator have the same. Parameters stay in float32.
+    The network carries it, so that every engine and the evaluator use the same. Parameters stay in float32.
     """
     network.precision = precision  # type: ignore[assignment]  # a module's attributes are tensors to mypy
     form = "tf32" if precision == "tf32" else "ieee"
@@ -46,13 +46,13 @@ def set_precision(network: nn.Module, precision: Precision) -> None:
 
 
 def precision_of(network: nn.Module) -> Precision:
-    """What ``set_precision`` told a network, or else fp32."""
+    """The precision given by ``set_precision``, or else fp32."""
     precision: Precision = getattr(network, "precision", "fp32")
     return precision
 
 
 def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> Tensor:
-    """``functional_call``, with bf16 in bfloat16 where autocast has it so. The result is float32."""
+    """``functional_call``; with bf16, under autocast to bfloat16. The result is float32."""
     result: Tensor
     if precision_of(network) != "bf16":
         result = functional_call(network, parameters, inputs)
@@ -67,10 +67,10 @@ def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> 
 
 
 class _NarrowInFloat32(TorchFunctionMode):
-    """Convolutions of images that are one pixel wide or high are computed in float32, and so are their gradients.
+    """Compute convolutions of images that are one pixel wide or high, and their gradients, in float32.
 
-    On a CPU with bfloat16 instructions, oneDNN's gradient of the weights reads memory that nothing has written if the
-    image is narrower than the stride and padded (torch 2.15, oneDNN 3.13): it comes out as NaN, or as a wrong number.
+    On a CPU with bfloat16 instructions, oneDNN's gradient of the weights reads uninitialized memory if the image is
+    padded and narrower than the stride (torch 2.15, oneDNN 3.13), and is then NaN or wrong.
     The networks' strides are 1 and 2. Such images are a small part of the work.
     """
 

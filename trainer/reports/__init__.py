@@ -1,4 +1,4 @@
-"""What is reported of runs: comparisons, costs and pictures.
+"""Reports on runs: comparisons, costs and pictures.
 
-May import all other rooms; nothing else in ``trainer`` may import it.
+May import everything else in ``trainer``; nothing else there may import it.
 """

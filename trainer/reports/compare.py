@@ -1,4 +1,4 @@
-"""Several algorithms on the same episodes: what each reaches, and what it costs."""
+"""Compare algorithms on the same episodes: their accuracy and their cost."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from trainer.system.threads import limited_threads
 
 RESULT, TABLE = COMPARISON, "compare.md"
 _FORMAT = "mamldata-compare/1"
-# What must be equal, so that only the algorithms differ.
+# These must be equal, so that only the algorithms differ.
 _EQUAL = ("steps", "meta_batch_size", "seed", "normalize", "network", "filters", "device", "precision")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What came of one algorithm.
+    """The results of one algorithm.
 
     Attributes:
-        name: as it was called in the comparison.
+        name: in the comparison.
         settings: of its run.
-        run: where that ended.
+        run: the result of its run.
         evaluation: of its best checkpoint.
-        ahead, ahead_interval: its mean accuracy less that of the reference, episode by episode, and half the width
-            of the 95 % confidence interval of that difference: narrower than two intervals side by side, because
-            the episodes are the same.
-        costs: of an outer step; None if it makes none.
+        ahead, ahead_interval: its mean accuracy minus that of the reference, episode by episode, and half the width
+            of the 95 % confidence interval of that difference, which is narrower than a comparison of two intervals
+            because the episodes are the same.
+        costs: of an outer step; None if it takes none.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of all of them.
+    """The results of all algorithms.
 
     Attributes:
         reference: the name of the entry that the others are compared with.
-        data: what the episodes are, see ``TrainData.describe``.
-        entries: in the order in which they were asked for.
+        data: describes the episodes, see ``TrainData.describe``.
+        entries: in the order of the plans.
     """
 
     reference: str
@@ -88,19 +88,18 @@ def compare(
 ) -> Comparison:
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
-    The run of each is a folder of its own in ``out``, beside ``compare.json`` and the table ``compare.md``. Called
-    again after an interruption, it goes on: what is trained is not trained again. Costs are measured and checkpoints
-    evaluated by each call.
+    Each run has its own folder in ``out``, beside ``compare.json`` and the table ``compare.md``. Another call after
+    an interruption resumes training, but measures costs and evaluates checkpoints again.
 
     Args:
-        plans: settings by name; the first one called ``maml``, else the first, is the reference.
+        plans: settings by name; the one called ``maml``, or else the first, is the reference.
         data: the episodes.
-        out: made if need be.
+        out: created if missing.
         split, episodes: to evaluate on.
-        notify: told of the progress, a line at a time.
+        notify: receives the progress, a line at a time.
 
     Raises:
-        RequestError: settings that cannot be compared, or that do not fit the data; or ``out`` holds runs of others.
+        RequestError: the settings cannot be compared, or do not fit the data; or ``out`` holds other runs.
         DivergedError: training has diverged; the message names the algorithm.
         StoppedError: SIGTERM, SIGUSR1 or SIGINT came.
         MamldataError: a process that measures costs was killed.
@@ -111,14 +110,14 @@ def compare(
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
     normalize = next(iter(plans.values())).normalize
-    for what, count in asked:  # refused now rather than after hours of training
+    for what, count in asked:  # raises now rather than after hours of training
         data.eval(what, count, 1, torch.device("cpu"), normalize=normalize, rank=0, world_size=1)
     make_folder(out)
-    notify(f"Measuring an outer step of {', '.join(plans)}, in turn.")
+    notify(f"Measuring the outer steps of {', '.join(plans)}.")
     with limited_threads():
         costs = measure_costs(plans, data)
     minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
-    notify(f"Training will take about {minutes:.0f} min, and evaluation some more.")
+    notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
     runs, evaluations = {}, {}
     for name, settings in plans.items():
         say = _prefixed(notify, name)
@@ -127,7 +126,9 @@ def compare(
         except DivergedError as error:
             raise DivergedError(f"{name}: {error}") from error
         except StoppedError as error:
-            raise StoppedError(f"{name}: stopped. What is done is in {out}; the same command goes on.") from error
+            raise StoppedError(
+                f"{name}: stopped. {out} keeps what is done; run the same command to continue."
+            ) from error
         evaluations[name] = evaluate(runs[name].best, data, split=split, episodes=episodes, device=settings.device)
         say(str(evaluations[name]))
     reference = "maml" if "maml" in plans else next(iter(plans))
@@ -147,12 +148,12 @@ def _prefixed(notify: Notify, name: str) -> Notify:
 
 def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
     if len(plans) < 2:
-        raise RequestError("A comparison takes at least two algorithms.")
+        raise RequestError("A comparison needs at least two algorithms.")
     for key in _EQUAL:
         values = {name: getattr(settings, key) for name, settings in plans.items()}
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{value!r} for {name}" for name, value in values.items())
-            raise RequestError(f"{key} must be the same for all that are compared, not {shown}.")
+            raise RequestError(f"{key} must be the same for all algorithms, not {shown}.")
 
 
 def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]:
@@ -162,7 +163,7 @@ def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]
 
 
 def table(result: Comparison) -> str:
-    """The result in Markdown: what was compared, then a line for each algorithm."""
+    """The result in Markdown: a description, then a line for each algorithm."""
     settings, of = result.entries[0].settings, result.entries[0].evaluation
     heading = (
         f"{of.dataset}, split scheme {of.split_scheme}, {of.n_way}-way {of.k_shot}-shot {of.k_query}-query; "

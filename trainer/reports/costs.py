@@ -1,4 +1,4 @@
-"""What an outer step costs: its time, side by side with other settings, and its peak memory."""
+"""The cost of an outer step: its time, measured in turn with other settings, and its peak memory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one outer step on one meta-batch that is there already.
+    """The cost of one outer step on a meta-batch that is already loaded.
 
     Attributes:
         milliseconds: median over the rounds.
-        fastest, slowest: the extremes.
-        peak_mib: the most memory in the step above that of a process with the network and its data, in MiB: of the
-            whole process on a CPU, of tensors on a GPU.
+        fastest, slowest: the extremes, in milliseconds.
+        peak_mib: peak memory of the step beyond that of the network and its data, in MiB: of the whole process on a
+            CPU, of tensors on a GPU.
     """
 
     milliseconds: float
@@ -46,14 +46,14 @@ class Costs:
 
 
 def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds: int = ROUNDS) -> dict[str, Costs]:
-    """Time the outer steps of several settings in turn, A B C A B C …, so that a machine that slows down slows all.
+    """Time the outer steps of several settings in turn, A B C A B C …, so that a slowdown affects all.
 
-    Memory is measured on a CPU in a new process for each, because a process keeps the most that it ever had. What
-    trains nothing is left out.
+    On a CPU the memory of each is measured in a new process, because a process keeps its peak memory. Settings
+    without outer steps are left out.
 
     Args:
-        plans: settings by name; of each the last outer step is measured, after all annealing.
-        data: whose first meta-batch is taken.
+        plans: settings by name; the last outer step of each is measured, after all annealing.
+        data: its first meta-batch is used.
         rounds: timed steps of each, after one that is not timed.
 
     Raises:
@@ -61,7 +61,7 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
     keys = {name: (settings.meta_batch_size, settings.seed, settings.normalize) for name, settings in plans.items()}
-    drawn = {key: _sample(*key, data) for key in set(keys.values())}  # one for all whose meta-batches are the same
+    drawn = {key: _sample(*key, data) for key in set(keys.values())}  # shared where meta-batches are equal
     samples = {name: drawn[key] for name, key in keys.items()}
     keep_large_buffers()
     steps = {name: _outer_step(settings, samples[name]) for name, settings in plans.items()}
@@ -81,7 +81,7 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
 
 @dataclass(frozen=True)
 class _Sample:
-    """One meta-batch and what a step asks of data, fit to be sent to another process."""
+    """One meta-batch and the data of a step, in a form that can be sent to another process."""
 
     about: dict[str, Any]
     batch: EpisodeBatch
@@ -102,7 +102,7 @@ def _sample(batch_size: int, seed: int, normalize: bool, data: TrainData) -> _Sa
 
 
 def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
-    """All that a step does but reading the meta-batch."""
+    """An outer step without the reading of its meta-batch."""
     device = pick_device(settings.device)
     learner = Learner(settings, sample, sample.about, device)
     batch = EpisodeBatch(*(part.to(device) for part in sample.batch))
@@ -124,15 +124,15 @@ def _peak(name: str, settings: TrainSettings, sample: _Sample) -> float:
             return process.submit(_peak_here, settings, sample).result()
     except BrokenProcessPool as error:
         raise MamldataError(
-            f"{name}: the process that measures the memory of an outer step was killed, most likely because there is "
-            "too little memory for such a step. Take fewer inner steps, filters or episodes in a meta-batch, or set "
-            "checkpoint_inner; or free some memory, and run the same command again."
+            f"{name}: the process that measures the memory of an outer step was killed, most likely because memory "
+            "ran out. Use fewer inner steps, filters or episodes in a meta-batch, or set checkpoint_inner; or free "
+            "some memory, and run the same command again."
         ) from error
 
 
 def _peak_here(settings: TrainSettings, sample: _Sample) -> float:
     return_large_buffers()
-    _outer_step(settings, _one_image(sample))()  # kernels that are loaded on first use are no part of a step
+    _outer_step(settings, _one_image(sample))()  # load kernels before the measurement
     step = _outer_step(settings, sample)
     device = pick_device(settings.device)
     before = most_memory(device, restart=True)
@@ -149,7 +149,7 @@ def _one_image(sample: _Sample) -> _Sample:
 
 
 def most_memory(device: torch.device, *, restart: bool = False) -> int:
-    """The most memory so far, in bytes; since the last restart, where that can be told."""
+    """Peak memory in bytes, since the last restart if the system supports restarting."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats(device)
@@ -158,7 +158,7 @@ def most_memory(device: torch.device, *, restart: bool = False) -> int:
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if restart:
-        with suppress(OSError):  # then it is the most of all time, and the difference too small
+        with suppress(OSError):  # the peak then counts from the start, and the difference is too small
             Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trainer.reports.compare import Comparison, Entry
 
-# Okabe and Ito 2008, "Color Universal Design": told apart by the colour-blind, too.
+# Okabe and Ito 2008, "Color Universal Design": also distinct to colour-blind people.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _BASELINE = "#808080"
 
@@ -39,7 +39,7 @@ def plot_run(run_dir: Path) -> Path:
     figure, (losses, accuracies) = _figure(1, 2)
     rows = metrics.read(run_dir)
     train = [row for row in rows if row["event"] == "train"]
-    alone = "." if len(train) == 1 else ""  # a line of one point is not seen
+    alone = "." if len(train) == 1 else ""  # a line through one point is invisible
     losses.plot([row["step"] for row in train], [row["loss"] for row in train], marker=alone, color=_COLOURS[0])
     accuracies.plot(*_percent(train), marker=alone, color=_COLOURS[0], label="train")
     val = [row for row in rows if row["event"] == "val"]
@@ -58,7 +58,7 @@ def plot_comparison(result: Comparison, out: Path) -> list[Path]:
     Returns:
         ``learning.png``, validation accuracy by outer step; ``accuracy.png``, on the evaluated split, with intervals;
         ``inner-steps.png``, that accuracy before adaptation and after each inner step; ``costs.png``, time and memory
-        of an outer step. What trains without meta-learning is drawn dashed and grey.
+        of an outer step. Algorithms without meta-learning are drawn dashed and grey.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -127,7 +127,7 @@ def _looks(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
 
 def _figure(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
     if not have_matplotlib():
-        raise RequestError("Pictures are drawn by matplotlib: pip install 'mamldata[plots]'.")
+        raise RequestError("Pictures need matplotlib: pip install 'mamldata[plots]'.")
     # Not pyplot, which keeps global state and may want a display.
     from matplotlib.figure import Figure
 

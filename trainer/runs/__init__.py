@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, checkpoints and metrics; and the recipes that repeat published runs.
+"""The folder, checkpoints and metrics of runs, and the recipes that reproduce published ones.
 
-Reads and writes files, and trains nothing. Of the modules beside the rooms it may import ``settings`` alone.
+Reads and writes files, and trains nothing. Of the top-level modules it may import only ``settings``.
 """

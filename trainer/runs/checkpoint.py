@@ -1,6 +1,6 @@
 """Checkpoints: ``maml_step{step}_acc{accuracy}.pt``. The best one and the last one are kept.
 
-One that a signal asked for between two validations is ``maml_step{step}.pt``, and only ever the last one.
+One saved on a signal between two validations is ``maml_step{step}.pt``; it is kept only while it is the last one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from trainer.networks.networks import build_network
 from trainer.settings import TrainSettings, pick_device, saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
-# What is learned beside the network stands among its parameters, under their names with these in front.
+# Prefixes for the names of what is learned besides the network, among whose parameters it is saved.
 _PREFIXES = {"rates": "inner_lr:", "norms": "per_step:", "joint": "joint:"}
 _NAME = re.compile(r"[a-z0-9+-]+_step(?P<step>\d+)(_acc\d\.\d{4})?\.pt(?P<part>\.part)?")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on, and all that an evaluation needs to know.
+    """Everything needed to resume or to evaluate a run.
 
     Attributes:
         step: outer steps done.
@@ -40,10 +40,10 @@ class Checkpoint:
         best_step, best_accuracy: the best validation so far; the earliest among equals. 0 and -1 before the first.
         settings: the fields of ``TrainSettings``.
         data: the description of the data.
-        weights: all that was learned: the network's parameters, and what stands beside them in ``MetaParameters``.
+        weights: all that was learned: the network's parameters, and the other tensors of ``MetaParameters``.
         optimizer: its state.
-        stream: where the training data stood.
-        window: what the next line of the metrics sums up, see ``metrics.Window``; empty right after a line.
+        stream: the position in the training data.
+        window: the steps that the next line of the metrics covers, see ``metrics.Window``; empty right after a line.
     """
 
     step: int
@@ -59,19 +59,19 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         measured = "" if self.accuracy is None else f"_acc{self.accuracy:.4f}"
         return f"{self.settings['algorithm']}_step{self.step}{measured}.pt"
 
     def restored(self, place: Path, device: torch.device | None = None) -> tuple[nn.Module, MetaParameters]:
-        """The trained network, and all that an evaluation needs of what was learned.
+        """The trained network, and the learned parameters that evaluation uses.
 
         Args:
             place: the checkpoint's file.
-            device: to put them on; None is the CPU.
+            device: of the network and parameters; None is the CPU.
 
         Raises:
-            RequestError: its settings or weights are not such as this trainer makes.
+            RequestError: its settings or weights are not those of this trainer.
         """
         settings = saved_settings(self.settings, place)
         height, _, channels = self.data["image_shape"]
@@ -83,7 +83,7 @@ class Checkpoint:
 
 
 def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
-    """The network's parameters, and those learned beside them; no copies."""
+    """The network's parameters and everything else that is learned; no copies."""
     beside = {
         prefix + name: value.detach()
         for part, prefix in _PREFIXES.items()
@@ -93,15 +93,15 @@ def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
 
 
 def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parameters, place: Path) -> None:
-    """Put back what ``all_weights`` gave; of what was learned beside the network, no more than ``parameters`` has.
+    """Restore weights from ``all_weights``; those besides the network that ``parameters`` lacks are ignored.
 
     Args:
-        network, parameters: to put it into.
-        weights: what it gave.
+        network, parameters: to load into.
+        weights: from ``all_weights``.
         place: the checkpoint's file.
 
     Raises:
-        RequestError: they are those of another network.
+        RequestError: the weights are those of another network.
     """
     wanted = all_weights(network, parameters)
     here = {name: value.shape for name, value in weights.items() if name in wanted or ":" not in name}
@@ -110,8 +110,8 @@ def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parame
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RequestError(
             f"The weights in {place} are not those of a network with its settings: {', '.join(wrong[:3])}{more} differ "
-            "in shape, or are in one of the two alone. Another version of this trainer wrote it, or somebody changed "
-            "it; use that version, or another checkpoint."
+            "in shape, are missing or are unexpected. The file is from another version of this trainer, or was "
+            "changed; use that version, or another checkpoint."
         )
     with torch.no_grad():
         for name, value in wanted.items():
@@ -119,7 +119,7 @@ def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parame
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint whole or not at all, then remove those that are neither the best nor the last.
+    """Write a checkpoint atomically, then remove those that are neither the best nor the last.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -141,8 +141,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. No code of the file is run (``weights_only``).
 
     Raises:
-        RequestError: there is no such file, or it is something else.
-        DamagedError: the file is not what was written.
+        RequestError: there is no such file, or it is not a checkpoint.
+        DamagedError: the file has changed since it was written.
     """
     if not path.is_file():
         raise RequestError(f"There is no checkpoint {path}.")
@@ -155,7 +155,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
     known = {field.name for field in fields(Checkpoint)}
     if isinstance(content, dict):
-        content.setdefault("window", {})  # which the first ones did not have
+        content.setdefault("window", {})  # missing from the first ones
     if (
         not isinstance(content, dict)
         or content.pop("format", None) != _FORMAT
@@ -167,9 +167,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_container(path: Path, stream: IO[bytes]) -> None:
-    """A checkpoint is a zip; torch reads its members without looking at their CRC-32, and unpacks compressed ones."""
+    """Check the zip container: torch does not check the CRC-32 of its members, and unpacks compressed ones."""
     if stream.read(2) != b"PK":
-        raise RequestError(f"{path} is not a checkpoint of this trainer: it is no zip container.")
+        raise RequestError(f"{path} is not a checkpoint of this trainer: it is not a zip container.")
     try:
         with reading_container(path), zipfile.ZipFile(stream) as container:
             _require_stored(path, container.infolist())
@@ -177,14 +177,14 @@ def _check_container(path: Path, stream: IO[bytes]) -> None:
     except DamagedError as error:
         raise DamagedError(f"{error} {_REMEDY}") from error
     if bad:
-        raise DamagedError(f"{path}: a damaged container ({bad} is not what was written). {_REMEDY}")
+        raise DamagedError(f"{path}: a damaged container (the checksum of {bad} is wrong). {_REMEDY}")
 
 
 def _require_stored(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
-    """Check that a checkpoint takes no more memory than its file is long, and a pickle that is small.
+    """Check that a checkpoint takes no more memory than the size of its file, and that its pickle is small.
 
     Raises:
-        RequestError: a member is compressed or too large, which ``torch.save`` makes none.
+        RequestError: a member is compressed or too large, unlike those that ``torch.save`` writes.
     """
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
@@ -199,17 +199,17 @@ def _require_stored(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
 
 
 _MOST_PICKLE = 1 << 22  # bytes; it describes 20,000 tensors, and each byte of it may take 64 of memory
-_REMEDY = "Remove it: a run that is resumed goes on from the checkpoint before it."
+_REMEDY = "Remove it: the run then resumes from the checkpoint before it."
 
 
 class TrainedRun(NamedTuple):
-    """What a run has learned.
+    """A trained network, with the settings and data of its run.
 
     Attributes:
-        network: with its weights, on the device.
-        parameters: those of the network, and the learned rates and norms that belong to them.
+        network: with its trained weights, on the device.
+        parameters: those of the network, and the learned rates and norms.
         settings: of the run; ``settings.inner_loop_at_test()`` is how it adapts in evaluation.
-        data: what the episodes were, see ``TrainData.describe``.
+        data: describes the training episodes, see ``TrainData.describe``.
     """
 
     network: nn.Module
@@ -219,20 +219,20 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
-    """What the best checkpoint of a run folder holds, or the one in a file; to adapt with, or to look at.
+    """Load the best checkpoint of a run folder, or the one in a file, to adapt with or to inspect.
 
         run = trainer.load_run("runs/first")
         method = method_of(run.network, run.settings.inner_loop_at_test())
         adapted = adapt(run.network, run.parameters, episode, method)[-1]
 
-    Its images must be what they were in training, see ``settings.normalize``; it computes in fp32.
+    Images must be normalized as in training, see ``settings.normalize``; the network computes in fp32.
 
     Args:
         place: folder or file.
         device: for network and parameters; see ``TrainSettings``.
 
     Raises:
-        RequestError: no checkpoint of this trainer, or no such device.
+        RequestError: not a checkpoint of this trainer, or the device is not available.
         DamagedError: the checkpoint is damaged.
     """
     path, checkpoint = find_checkpoint(Path(place))
@@ -244,8 +244,8 @@ def find_checkpoint(place: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint in a file, or the best one of a run folder, with its path.
 
     Raises:
-        RequestError: no checkpoint of this trainer.
-        DamagedError: it is damaged.
+        RequestError: not a checkpoint of this trainer.
+        DamagedError: the checkpoint is damaged.
     """
     path = find_best(place) if place.is_dir() else place
     return path, load_checkpoint(path)
@@ -262,21 +262,21 @@ def find_best(run_dir: Path) -> Path:
 
     Raises:
         RequestError: there is none.
-        DamagedError: the newest checkpoint, which says which one is the best, is damaged.
+        DamagedError: the newest checkpoint, which names the best one, is damaged.
     """
     last = find_last(run_dir)
     if last is None:
-        raise RequestError(f"{run_dir} holds no checkpoint. Give a run folder, or the file of a checkpoint.")
+        raise RequestError(f"{run_dir} holds no checkpoint. Give a run folder or a checkpoint file.")
     best_step = load_checkpoint(last).best_step
     for step, path in _files(run_dir):
         if step == best_step:
             return path
     if not best_step:
-        raise RequestError(f"{run_dir} was stopped before its first validation. Go on with it, or evaluate {last}.")
+        raise RequestError(f"{run_dir} was stopped before its first validation. Resume it, or evaluate {last}.")
     raise RequestError(f"{run_dir} holds no checkpoint of its best step, {best_step}. Evaluate {last} instead.")
 
 
 def _files(run_dir: Path, *, unfinished: bool = False) -> list[tuple[int, Path]]:
-    """The checkpoints of a run with their steps; files with other names are nobody's business."""
+    """The checkpoints of a run with their steps; files with other names are ignored."""
     found = [(_NAME.fullmatch(path.name), path) for path in run_dir.iterdir()] if run_dir.is_dir() else []
     return [(int(match["step"]), path) for match, path in found if match and (unfinished or not match["part"])]

@@ -1,4 +1,4 @@
-"""The run folder: ``config.json``, ``metrics.jsonl`` and checkpoints; and whether a run may go on in it."""
+"""The run folder: ``config.json``, ``metrics.jsonl`` and checkpoints; and whether a run may resume in it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from trainer.system.distributed import World
 CONFIG = "config.json"
 COMPARISON = "compare.json"
 
-_KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that tells
-# Of what data are: where they are, and what follows from the rest; the first runs did not note that.
+_KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that identifies it
+# Keys of the data's description that may differ: the place, and one that follows from the rest, which early runs lack.
 _INCIDENTAL = frozenset({"source", "normalisation"})
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run ended.
+    """The result of a run.
 
     Attributes:
         run_dir: its folder.
@@ -57,7 +57,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     """Keep other processes out of a run folder.
 
     Raises:
-        RequestError: one is at work there.
+        RequestError: another process is using it.
         WriteError: the folder cannot be written to.
     """
 
@@ -77,11 +77,11 @@ def refuse_others(folder: Path, own: str) -> None:
     """Keep a run or a comparison out of a folder that holds something else.
 
     Args:
-        folder: where to write; it need not be there.
+        folder: where to write; it need not exist.
         own: ``CONFIG`` or ``COMPARISON``.
 
     Raises:
-        RequestError: the folder is another thing's.
+        RequestError: the folder holds something else.
     """
     for name, kind in _KINDS.items():
         if name != own and (folder / name).exists():
@@ -89,10 +89,10 @@ def refuse_others(folder: Path, own: str) -> None:
 
 
 def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any]) -> None:
-    """Make sure that all processes were told the same, and have the same data. Called by all.
+    """Check that all processes have the same settings and data. Called by all.
 
     Raises:
-        RequestError: they were not; the message says in what they differ.
+        RequestError: they differ; the message lists the differences.
     """
     told = world.gather(json.loads(json.dumps([settings.resolved(), data])))  # lists in place of tuples
     with world.together():
@@ -100,36 +100,36 @@ def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any
             pairs = [(told[0][0], its_settings, frozenset()), (told[0][1], its_data, _INCIDENTAL)]
             if lines := [line for before, now, free in pairs for line in _differences(before, now, free)]:
                 raise RequestError(
-                    f"Rank {rank} of this job (here) was told otherwise than rank 0 (there):\n"
+                    f"Rank {rank} of this job (here) has different settings or data from rank 0 (there):\n"
                     + "\n".join(f"  {line}" for line in lines)
                     + "\nGive all processes the same command and the same data."
                 )
 
 
 def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, resume: bool) -> Checkpoint | None:
-    """Look at a run folder, and change nothing.
+    """Inspect a run folder without changing it.
 
     Returns:
-        The checkpoint to go on from; None for a start from the beginning.
+        The checkpoint to resume from; None to start from the beginning.
 
     Raises:
-        RequestError: the folder holds a run and ``resume`` was not asked for, or that run was another one.
+        RequestError: the folder holds a run and ``resume`` is False, or it holds a different run.
         DamagedError: the last checkpoint or ``config.json`` is damaged.
     """
     last = find_last(run_dir)
     config = run_dir / CONFIG
     if not resume and (last or config.exists()):
-        raise RequestError(f"{run_dir} already holds a run. Go on with it (--resume), or choose another folder.")
+        raise RequestError(f"{run_dir} already holds a run. Resume it, or choose another folder.")
     refuse_others(run_dir, CONFIG)
     if config.exists():
         _refuse_another_run(config, settings, data)
     elif last:
-        raise RequestError(f"{run_dir} holds checkpoints, but no {CONFIG} to say of what. Choose another folder.")
+        raise RequestError(f"{run_dir} holds checkpoints, but no {CONFIG} with their settings. Choose another folder.")
     return load_checkpoint(last) if last else None
 
 
 def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Note what the run is, and drop what was measured after the checkpoint that it goes on from.
+    """Write the run's settings and data, and drop metrics from after the checkpoint that it resumes from.
 
     Raises:
         WriteError: the folder cannot be written to.
@@ -151,7 +151,7 @@ def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
     try:
         saved = parse_json(read_whole(config, MOST_NOTE))
-        # Read as settings, for one that did not exist then has its default.
+        # Read as settings, so that a setting that did not exist then has its default.
         there = saved_settings(saved["settings"], config).resolved()
         pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, _INCIDENTAL)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,19 +161,19 @@ def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, A
         raise RequestError(
             f"{config.parent} holds another run:\n"
             + "\n".join(f"  {line}" for line in differences)
-            + "\nGo on with its own settings, or choose another folder."
+            + "\nResume it with its own settings, or choose another folder."
         )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> Iterator[str]:
-    now = json.loads(json.dumps(now))  # as it would come back: tuples become lists
+    now = json.loads(json.dumps(now))  # as it is when read back: tuples become lists
     for key in sorted((before.keys() | now.keys()) - free):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key)!r} there, {now.get(key)!r} here"
 
 
 def run_result(run_dir: Path, last: Checkpoint, world: World) -> RunResult:
-    """Where the run ended whose last checkpoint is given. Called by all processes."""
+    """The result of a run whose last checkpoint is ``last``. Called by all processes."""
     assert last.accuracy is not None  # runs end with a validation
     return RunResult(
         run_dir=run_dir,

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: ``metrics.jsonl``, one JSON object a line."""
+"""The metrics of a run: ``metrics.jsonl``, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.maml.engines import Outcome
 
 NAME = "metrics.jsonl"
 _ADVICE = (
-    "training has diverged. Lower inner_lr or meta_lr, or take fewer inner steps, and start again in another run "
-    "folder. The last checkpoint is from before."
+    "training has diverged. Lower inner_lr or meta_lr, or use fewer inner steps, and start again in another run "
+    "folder. The last checkpoint was saved before this step."
 )
 
 
@@ -36,7 +36,7 @@ def append(run_dir: Path, row: dict[str, Any]) -> None:
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Drop the lines after ``step``, and what a killed process left half written.
+    """Drop the lines after ``step``, and incomplete lines of a killed process.
 
     Raises:
         WriteError: the file cannot be written to.
@@ -48,7 +48,7 @@ def rewind(run_dir: Path, step: int) -> None:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; none if it has not begun."""
+    """The lines of a run's metrics; empty if it has not begun."""
     path = run_dir / NAME
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -63,19 +63,19 @@ def _step(line: str) -> float:
 class Window:
     """The outer steps since the last line of the log.
 
-    Losses and accuracies stay on the device until they are summed up: asking for one makes the CPU wait.
+    Losses and accuracies stay on the device until they are summed up: reading one makes the CPU wait.
 
     Args:
         step: of the last line.
-        state: what ``state_dict`` gave amid such a window, which is gone on with.
+        state: from ``state_dict``, to continue an interrupted window.
     """
 
     def __init__(self, step: int, state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self._losses: list[Tensor] = list(state["losses"]) if state else []
-        self._unseen = [loss.isfinite() for loss in self._losses]  # of the last steps, whether all was finite
+        self._unseen = [loss.isfinite() for loss in self._losses]  # of steps not yet checked: all finite?
         self._accuracies: list[Tensor] = list(state["accuracies"]) if state else []
         self.step = step - len(self._losses)
-        self._before = len(self._losses)  # steps of another process, whose time is not known
+        self._before = len(self._losses)  # steps of another process, whose time is unknown
         self._images = 0
         self._waited = 0.0
         self._started = time.perf_counter()
@@ -93,13 +93,13 @@ class Window:
         return {"losses": torch.stack(self._losses).cpu(), "accuracies": last.cpu()}
 
     def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float, share: float = 1.0) -> None:
-        """Count one outer step, for whose meta-batch the loop waited so many seconds.
+        """Count one outer step.
 
         Args:
-            batch: the part of the meta-batch that this process learned from.
-            outcome: what the whole meta-batch taught.
-            waited: in seconds.
-            share: how large that part is.
+            batch: this process's part of the meta-batch.
+            outcome: of the whole meta-batch.
+            waited: how long the loop waited for the meta-batch, in seconds.
+            share: the part's fraction of the meta-batch, in [0, 1].
         """
         self._losses.append(outcome.loss)
         found = [values.isfinite().all() for values in (outcome.loss, *outcome.gradient.tensors())]
@@ -109,7 +109,7 @@ class Window:
         self._waited += waited
 
     def require_finite(self) -> None:
-        """Make sure that no step so far has diverged; the CPU waits for the device here.
+        """Check that no step so far has diverged; the CPU waits for the device here.
 
         Raises:
             DivergedError: a loss or a gradient was not finite; the message names the first such step.
@@ -145,7 +145,7 @@ class Window:
 
 
 def require_finite(loss: float, what: str) -> None:
-    """Stop a run that has diverged, instead of training on nothing.
+    """Check that a loss is finite.
 
     Raises:
         DivergedError: ``loss`` is infinite or not a number.

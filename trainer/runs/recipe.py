@@ -1,4 +1,4 @@
-"""Recipes: the settings of published experiments, as data, each number with its source."""
+"""Recipes: the settings of published experiments, with the source of each number."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _EPISODES = ("n_way", "k_shot", "k_query")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an experiment was made.
+    """The settings of a published experiment.
 
     Attributes:
         name: of the file, without its suffix.
-        title: what the experiment is.
-        dataset: what it was made on.
-        source: where every number stands.
-        published: the accuracy that was reported.
+        title: of the experiment.
+        dataset: that it used.
+        source: where the numbers are published.
+        published: the reported accuracy.
         episodes: ``n_way``, ``k_shot``, ``k_query``.
         settings: fields of ``TrainSettings``; the others keep their defaults.
-        notes: in what the experiment differs from what these settings make, and what to know about it; may be empty.
+        notes: differences between the experiment and these settings, and other remarks; may be empty.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Recipe:
     notes: str = ""
 
     def differences(self, data: Mapping[str, Any]) -> Iterator[str]:
-        """In what the episodes at hand are not those of the experiment, in words."""
+        """The differences between these data and the experiment's, a sentence each."""
         for key, value in {"dataset": self.dataset, **self.episodes}.items():
             if data[key] != value:
                 yield f"{key} is {data[key]}, not {value}."
@@ -54,13 +54,13 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A recipe that comes with the package, or one's own TOML file.
+    """A recipe that comes with the package, or a TOML file of your own.
 
     Args:
         name_or_path: a name such as ``maml-omniglot-5w1s``, or a path that ends in ``.toml``.
 
     Raises:
-        RequestError: no recipe of that name, or no such file.
+        RequestError: there is no recipe of that name, or no such file.
         ManifestError: the file has faults; all of them are listed.
     """
     if name_or_path.endswith(".toml"):
@@ -70,8 +70,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         return _parse(path.stem, read_whole(path, MOST_NOTE), str(path))
     if name_or_path not in (names := recipe_names()):
         raise RequestError(
-            f"There is no recipe {name_or_path!r}.{did_you_mean(name_or_path, names)} There are {', '.join(names)}; "
-            "your own is given by the path of its .toml file."
+            f"There is no recipe {name_or_path!r}.{did_you_mean(name_or_path, names)} Choose from {', '.join(names)}, "
+            "or give the path of your own .toml file."
         )
     file = f"{name_or_path}.toml"
     return _parse(name_or_path, (resources.files("trainer") / "recipes" / file).read_bytes(), file)

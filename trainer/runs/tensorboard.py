@@ -16,7 +16,7 @@ class Board:
 
     Args:
         run_dir: of the run.
-        step: where it begins or goes on; what an interrupted process wrote after it is hidden.
+        step: where the run begins or resumes; numbers from later steps of an interrupted process are hidden.
 
     Raises:
         RequestError: TensorBoard is not installed.
@@ -28,19 +28,19 @@ class Board:
         self._writer = module.SummaryWriter(str(run_dir / FOLDER), purge_step=step + 1)
 
     def add(self, row: dict[str, Any]) -> None:
-        """The numbers of a line of the metrics, as ``train/loss`` and the like, at its step."""
+        """Write the numbers of a line of the metrics at its step, under tags such as ``train/loss``."""
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(f"{row['event']}/{key}", value, row["step"])
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is pending."""
         self._writer.close()
 
 
 def require_tensorboard() -> None:
-    """Make sure that TensorBoard is there.
+    """Check that TensorBoard is installed.
 
     Raises:
         RequestError: it is not.
@@ -48,4 +48,4 @@ def require_tensorboard() -> None:
     try:
         importlib.import_module("tensorboard")
     except ModuleNotFoundError as error:
-        raise RequestError("tensorboard is not installed: pip install 'mamldata[tensorboard]'.") from error
+        raise RequestError("TensorBoard is not installed: pip install 'mamldata[tensorboard]'.") from error

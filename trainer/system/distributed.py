@@ -1,4 +1,4 @@
-"""Several processes that work as one, as torchrun starts them; with one process nothing here does anything."""
+"""Several processes that work together, as torchrun starts them; with one process nothing here has any effect."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a job, and which of them this one is.
+    """The processes of a job, and the rank of this one.
 
-    What all of them must call together, in the same order, is said of each method; a process that fails in between
-    would leave the others waiting, which is what ``together`` is for.
+    Methods marked "called by all" must be called by all processes in the same order. ``together`` keeps a process
+    that fails in between from leaving the others waiting.
 
     Attributes:
-        rank: of this process, from 0. The one with rank 0 writes and speaks for all.
-        world_size: how many there are.
+        rank: of this process, from 0. The one with rank 0 writes and reports for all.
+        world_size: the number of processes.
         local_rank: of this process among those of its machine; it chooses the GPU.
     """
 
@@ -40,38 +40,38 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this is the process that writes and reports for all."""
         return self.rank == 0
 
     def device(self, chosen: torch.device) -> torch.device:
-        """Of the kind that was chosen, this process's own device.
+        """Choose this process's own device of the given kind.
 
         Raises:
-            RequestError: there are too few, or processes cannot exchange gradients from there.
+            RequestError: there are too few, or processes cannot exchange gradients on this kind.
         """
         if self.world_size == 1 or chosen.type == "cpu":
             return chosen
         if chosen.type != "cuda":
-            raise RequestError(f"Several processes train on cpu or cuda, not on {chosen.type}. Give --device cpu.")
+            raise RequestError(f"Several processes train on cpu or cuda, not on {chosen.type}. Set device to cpu.")
         if self.local_rank >= torch.cuda.device_count():
             raise RequestError(
                 f"This machine has {torch.cuda.device_count()} GPUs, too few for the process of local rank "
-                f"{self.local_rank}. Start one process a GPU (--nproc-per-node), or give --device cpu."
+                f"{self.local_rank}. Start one process per GPU, or set device to cpu."
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     @contextmanager
     def together(self, stop: Stop | None = None) -> Iterator[None]:
-        """What fails in this block on one rank fails on all, so that nobody waits for a process that is gone.
+        """Let a failure of one rank in this block fail all, so that none waits for a process that is gone.
 
-        Called by all ranks. No other method that all must call may be called in the block.
+        Called by all. The block must not contain other methods that are called by all.
 
         Args:
             stop: whether this process has been asked to stop. If any has, ``agreed`` is set in all.
 
         Raises:
-            PeerError: another rank has failed, and raises what happened.
+            PeerError: another rank has failed; that rank raises its own error.
         """
         if self.world_size == 1:
             yield
@@ -85,7 +85,7 @@ class World:
             failure = error
         asked = stop.asked if stop is not None else None
         with _talking():
-            # On the CPU, so that no GPU is waited for.
+            # On the CPU, so as not to wait for a GPU.
             counts = torch.tensor([failure is not None, asked is not None], dtype=torch.int64)
             dist.all_reduce(counts)
         failed, asking = counts.tolist()
@@ -101,11 +101,11 @@ class World:
         rank, (message, code) = next((rank, failure) for rank, failure in enumerate(failures) if failure)
         if own is not None and rank == self.rank:
             raise own
-        # Of several failures one is told: mostly they are the same.
+        # Of several failures, which are mostly the same, all ranks raise the first.
         raise PeerError(rank, message, code) from own
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. Called by all; what fails there fails on all."""
+        """The result of ``make`` on rank 0, on every rank. Called by all; a failure there fails all."""
         made: list[Any] = [None]
         with self.together():
             if self.first:
@@ -117,7 +117,7 @@ class World:
         return result
 
     def gather(self, thing: T) -> list[T]:
-        """What each rank gives, in the order of ranks, on every rank. Called by all."""
+        """The ``thing`` of each rank, in the order of ranks, on every rank. Called by all."""
         if self.world_size == 1:
             return [thing]
         things: list[Any] = [None] * self.world_size
@@ -128,12 +128,12 @@ class World:
     def average(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         """The mean over the episodes of all ranks, from each rank's mean over its own. Called by all.
 
-        One exchange for each dtype, whatever the number of tensors. All ranks get the same bits: each part of the
-        sum is formed by one of them, and handed to the others.
+        One exchange for each dtype, whatever the number of tensors. All ranks get the same bits: one rank computes
+        each part of the sum, and sends it to the others.
 
         Args:
             tensors: of the same shapes and dtypes on each rank, on one device; they are not changed.
-            share: this rank's part of all episodes, in [0, 1].
+            share: this rank's fraction of all episodes, in [0, 1].
         """
         if self.world_size == 1:
             return list(tensors)
@@ -149,7 +149,7 @@ class World:
         return means
 
     def spread_(self, tensors: Sequence[Tensor]) -> None:
-        """Put rank 0's values into the tensors of all. Called by all."""
+        """Copy rank 0's values into the tensors of all ranks. Called by all."""
         if self.world_size == 1:
             return
         with torch.no_grad(), _talking():
@@ -159,7 +159,7 @@ class World:
                 tensor.copy_(values)
 
     def require_same(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Make sure that all ranks hold the same bits. Called by all.
+        """Check that all ranks hold the same bits. Called by all.
 
         Raises:
             MamldataError: they do not.
@@ -174,8 +174,8 @@ class World:
         with self.together():
             if others:
                 raise MamldataError(
-                    f"{what} differ between rank 0 and {', '.join(others)}: the machines of this job do not compute "
-                    "alike, or one of them is faulty. Run on machines of one kind, with --resume."
+                    f"{what} differ between rank 0 and {', '.join(others)}: the machines of this job compute "
+                    "differently, or one of them is faulty. Resume the run on machines of one kind."
                 )
 
 
@@ -183,7 +183,7 @@ ALONE = World()
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum over ranks, and its derivative where each rank's loss is the mean over its own images."""
+    """A sum over ranks, with its derivative for losses that are means over each rank's own images."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
@@ -202,11 +202,11 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(value: Tensor, weight: float) -> Tensor:
-    """The sum of a tensor over ranks; differentiable once, and then all ranks must differentiate together.
+    """The sum of a tensor over ranks; differentiable once, by all ranks together.
 
     Args:
-        value: of one shape on all ranks.
-        weight: of this rank's loss in the loss of all, up to a factor that is the same for all.
+        value: of the same shape on all ranks.
+        weight: of this rank's loss in the total loss, up to a factor that is the same for all.
     """
     total: Tensor = _SumOverRanks.apply(value, weight)
     return total
@@ -214,13 +214,13 @@ def sum_over_ranks(value: Tensor, weight: float) -> Tensor:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The processes that torchrun has started together, or whoever sets the same variables; else this one alone.
+    """Join the processes that torchrun's variables describe; without these variables, this process alone.
 
-    The CPU's tensors go through gloo and, where there are GPUs, theirs through NCCL.
+    Tensors on the CPU are exchanged by gloo, those on GPUs by NCCL.
 
     Raises:
-        RequestError: the variables cannot be.
-        LostPeerError: the others cannot be reached.
+        RequestError: the variables are invalid.
+        LostPeerError: the other processes cannot be reached.
     """
     world = world_of(os.environ)
     if world.world_size == 1:
@@ -231,12 +231,12 @@ def joined() -> Iterator[World]:
     try:
         try:
             yield world
-        except StoppedError:  # on which all have agreed
+        except StoppedError:  # all have agreed to stop
             _part()
             raise
         _part()
     except BaseException:
-        # torchrun ends all processes when one has failed: this one, which ends by itself, shall say why before.
+        # torchrun ends all processes when one fails; let this one report its error first.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
@@ -245,43 +245,42 @@ def joined() -> Iterator[World]:
 
 
 def world_of(environment: Mapping[str, str]) -> World:
-    """What torchrun's variables say.
+    """The world that torchrun's variables describe.
 
     Raises:
-        RequestError: one is missing, or no fitting number.
+        RequestError: one is missing or invalid.
     """
     if environment.get("WORLD_SIZE", "1") == "1":
         return ALONE
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise RequestError(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} not set. Start several processes "
-            "with torchrun, or unset WORLD_SIZE for one."
+            f"WORLD_SIZE is {environment['WORLD_SIZE']}, but not set: {', '.join(missing)}. Start several processes "
+            "with torchrun, or unset WORLD_SIZE to run one."
         )
     numbers = [environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if not all(number.isascii() and number.isdigit() for number in numbers) or int(numbers[0]) >= int(numbers[1]):
         raise RequestError(
-            "RANK, WORLD_SIZE and LOCAL_RANK are {}, {} and {}: ranks are numbers from 0 below WORLD_SIZE.".format(
-                *numbers
-            )
+            "RANK, WORLD_SIZE and LOCAL_RANK are {}, {} and {}, but must be numbers from 0, with RANK below "
+            "WORLD_SIZE.".format(*numbers)
         )
     return World(*(int(number) for number in numbers))
 
 
 def _part() -> None:
-    """Wait for all before leaving, so that nobody closes a connection that another one still reads from."""
+    """Wait for all before leaving, so that no process closes a connection that another one still reads from."""
     with _talking():
         dist.barrier()
 
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """An exchange with the other processes; that one of them is gone shows as an error of ours."""
+    """Turn torch's error into ours if another process is gone during an exchange."""
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise LostPeerError(
-            "A process of this job was killed, or cannot be reached. Start the job again; training goes on from its "
-            f"last checkpoint (--resume), with fewer processes, too. What was seen of it: {reason}"
+            "A process of this job was killed, or cannot be reached. Start the job again; training can resume from "
+            f"its last checkpoint, also with fewer processes. torch's error: {reason}"
         ) from error

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep large buffers, or to give them back."""
+"""Settings of the C library's allocator: keep large buffers, or give them back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_large_buffers() -> bool:
-    """Make freed tensors' memory be used again, instead of going back to the kernel; glibc on Linux only.
+    """Reuse the memory of freed tensors instead of returning it to the kernel; glibc on Linux only.
 
-    By default glibc maps every large buffer afresh, and the kernel then hands out its pages one fault at a time:
-    with the activations of a small network that is a large part of a training step on a CPU. In return the process
-    keeps the most memory that it ever had. Does nothing where the C library is another one.
+    By default glibc maps every large buffer again, and the kernel then provides its pages one fault at a time: with
+    the activations of a small network, a large part of a training step on a CPU. In return the process keeps its
+    peak memory. Does nothing with another C library.
 
     Returns:
         Whether the allocator took the settings.
@@ -25,7 +25,7 @@ def keep_large_buffers() -> bool:
 
 
 def return_large_buffers() -> bool:
-    """The opposite, so that a process's memory is what its tensors take: for measuring it; glibc on Linux only.
+    """The opposite, for measurements: a process's memory is then that of its tensors; glibc on Linux only.
 
     Returns:
         Whether the allocator took the settings.

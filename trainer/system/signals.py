@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: those of schedulers, before they kill, and of the keyboard."""
+"""Signals that ask a run to save and stop: from schedulers, before they kill it, and from the keyboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# SIGTERM is what most schedulers send, SIGUSR1 what Slurm's users choose. Windows knows the first alone.
+# Most schedulers send SIGTERM; users of Slurm often choose SIGUSR1. Windows has only the first.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -19,8 +19,8 @@ class Stop:
     """Whether to stop.
 
     Attributes:
-        asked: the signal that this process has got.
-        agreed: the signal for which all processes of the job stop after the step that they are in.
+        asked: the signal that this process has received.
+        agreed: the signal for which all processes of the job stop after the current step.
     """
 
     asked: str | None = None
@@ -29,13 +29,13 @@ class Stop:
 
 @contextmanager
 def stop_at_signals(*, keyboard: bool = False) -> Iterator[Stop]:
-    """Only note SIGTERM and SIGUSR1 for the time of the block.
+    """Note SIGTERM and SIGUSR1 during the block instead of ending the process.
 
-    More of them change nothing, since a scheduler and torchrun may both send one. Python lets the main thread alone
-    handle signals; in another one nothing is noted.
+    Further ones have no effect, since a scheduler and torchrun may both send one. Python handles signals only in the
+    main thread; in another one nothing is noted.
 
     Args:
-        keyboard: note the first SIGINT, too, and say on stderr that the next one will do what it did before.
+        keyboard: also note the first SIGINT, and say on stderr that the next one acts as usual.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -46,9 +46,9 @@ def stop_at_signals(*, keyboard: bool = False) -> Iterator[Stop]:
         stop.asked = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, before[number])
-            sys.stderr.write("Stopping after the step under way. Interrupt again to stop at once, without saving it.\n")
+            sys.stderr.write("Stopping after the current step. Interrupt again to stop at once, without saving it.\n")
 
-    # Where SIGINT is ignored, as in a shell's background job, it stays so.
+    # SIGINT stays ignored where it is, as in a shell's background job.
     interrupts = keyboard and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     before = {number: signal.signal(number, note) for number in [*_SIGNALS, *[signal.SIGINT] * interrupts]}
     try:

@@ -1,4 +1,4 @@
-"""How many threads torch works with on a CPU, and how the tasks of a meta-batch are shared out among them."""
+"""The number of torch's threads on a CPU, and the distribution of a meta-batch's tasks among them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Threads:
-    """A choice, with its reason in words."""
+    """A number of threads, with its reason in words."""
 
     count: int
     reason: str
@@ -32,22 +32,22 @@ class Threads:
 
 
 def choose_threads() -> Threads:
-    """What torch has been given, by ``OMP_NUM_THREADS`` or by the program, which is never raised.
+    """Torch's number of threads, set by ``OMP_NUM_THREADS`` or by the program; never raised.
 
-    Where ``OMP_NUM_THREADS`` is not set, it is lowered to the processors that this process may use: torch counts those
-    of the machine, also in a container that gets the time of two.
+    If ``OMP_NUM_THREADS`` is not set, it is lowered to the processors that this process may use: torch counts those
+    of the machine, even in a container that is limited to two.
     """
     count, usable = torch.get_num_threads(), default_workers()
     if os.environ.get("OMP_NUM_THREADS"):
         return Threads(count, f"OMP_NUM_THREADS is {os.environ['OMP_NUM_THREADS']}")
     if usable < count:
-        return Threads(usable, "as many as this process may use processors")
-    return Threads(count, "torch's own number")
+        return Threads(usable, "one per processor that this process may use")
+    return Threads(count, "torch's setting")
 
 
 @contextmanager
 def limited_threads() -> Iterator[Threads]:
-    """Let torch work with ``choose_threads()`` in this block."""
+    """Set torch's threads to ``choose_threads()`` in this block."""
     before, threads = torch.get_num_threads(), choose_threads()
     if threads.count == before:
         yield threads
@@ -67,20 +67,20 @@ def each_task(
 ) -> Iterator[Result]:
     """``work(network, task)`` of each task, in order.
 
-    On a CPU with several threads each task has one of them to itself, where torch would divide each single operation
-    among all. The operations of one episode are too small for that, and where other programs use the processors, too,
-    the threads that share an operation spend their time waiting for the one that does not run. A result does not
-    depend on how many tasks are under way, and memory holds the graphs of as many. Elsewhere it is a plain loop.
+    On a CPU with several threads, each task runs on one of them; torch by itself would divide each single operation
+    among all. The operations of one episode are too small for that, and if other programs use the processors too,
+    threads that share an operation spend their time waiting for one that is not running. Results do not depend on
+    the number of threads; memory holds a graph for each. On other devices this is a plain loop.
 
     Args:
-        work: a pure function; it may put other parameters into the network for a while (``functional_call``).
-        network: shared by all tasks; a thread has a copy of its own, with the same parameters.
+        work: a pure function; it may replace the network's parameters temporarily (``functional_call``).
+        network: shared by all tasks; each thread has its own copy, with the same parameters.
         tasks: of a meta-batch.
         device: of the tasks.
     """
     threads = torch.get_num_threads()
     crew = min(threads, len(tasks)) if device.type == "cpu" else 1
-    if crew <= 1:  # several processes can leave one of them without a task
+    if crew <= 1:  # also without tasks, as one of several processes can be
         yield from (work(network, task) for task in tasks)
         return
     copies: SimpleQueue[nn.Module] = SimpleQueue()
@@ -99,4 +99,4 @@ def each_task(
         with ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,)) as pool:
             yield from pool.map(one, tasks)
     finally:
-        torch.set_num_threads(threads)  # new threads take the number that was set last, in whichever thread
+        torch.set_num_threads(threads)  # new threads take the number set last in any thread

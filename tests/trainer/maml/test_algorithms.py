@@ -261,21 +261,21 @@ def test_senseless_combinations_are_refused_all_at_once() -> None:
         )
     assert str(caught.value).splitlines()[1:] == [
         "  order cannot be second with reptile: it takes no gradient through the inner loop.",
-        "  loss cannot be multi-step with reptile: it follows no query loss.",
-        "  rates cannot be parameter with reptile: nothing would teach them.",
-        "  bn cannot be per-step with reptile: nothing would teach each step's scale and shift.",
+        "  loss cannot be multi-step with reptile: it uses no query loss.",
+        "  rates cannot be parameter with reptile: it would not learn them.",
+        "  bn cannot be per-step with reptile: it would not learn each step's scale and shift.",
     ]
     with pytest.raises(RequestError) as caught:
         TrainSettings(algorithm="fomaml", bn="per-step", first_order_epochs=2, msl_epochs=3)
     assert str(caught.value).splitlines()[1:] == [
         (
-            "  bn cannot be per-step with order first and loss final: only the last step's scale and shift would "
-            "learn. Take order second, or loss multi-step."
+            "  bn cannot be per-step with order first and loss final: only the last step's scale and shift would be "
+            "learned. Use order second or loss multi-step."
         ),
-        "  first_order_epochs must be 0 with order first: there is no second order to change to.",
-        "  msl_epochs is for the loss multi-step, and this one is final.",
+        "  first_order_epochs must be 0 with order first: the order never changes to second.",
+        "  msl_epochs is for the loss multi-step, but the loss is final.",
     ]
-    with pytest.raises(RequestError, match="epoch_steps is for first_order_epochs and for the loss multi-step, and th"):
+    with pytest.raises(RequestError, match="epoch_steps is for first_order_epochs and for the loss multi-step, but"):
         TrainSettings(epoch_steps=3)
 
 

@@ -162,9 +162,9 @@ def test_senseless_settings_are_refused_all_at_once() -> None:
         )
     assert str(caught.value).splitlines()[1:] == [
         "  meta_clip_value must be a positive number, not -1.0.",
-        "  meta_clip_norm and meta_clip_value cannot both be given: one would undo a part of the other.",
-        "  support_batches must be at most inner_steps, 1, not 3: the rest would never be used.",
-        "  checkpoint_inner is of no use with order first, which keeps no graph of the inner loop.",
+        "  meta_clip_norm and meta_clip_value cannot both be set: use one of them.",
+        "  support_batches must be at most inner_steps (1), not 3: the rest would never be used.",
+        "  checkpoint_inner has no effect with order first, which keeps no graph of the inner loop.",
         "  checkpoint_inner is for the engine loop, not vmap.",
     ]
 

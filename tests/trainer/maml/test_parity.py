@@ -173,10 +173,10 @@ def test_a_run_takes_its_engine(tmp_path, engine, monkeypatch: pytest.MonkeyPatc
 
 def test_what_an_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms that higher does not know, engines where none is used, and a package that is not there."""
-    with pytest.raises(RequestError, match=r"The engine higher knows no bn per-step. Take the engine loop"):
+    with pytest.raises(RequestError, match=r"The engine higher does not support bn per-step. Use the engine loop"):
         TrainSettings(algorithm="maml++", bn="per-step", engine="higher")
-    with pytest.raises(RequestError, match="engine is of no use with pretrain"):
+    with pytest.raises(RequestError, match="engine has no effect with pretrain"):
         TrainSettings(algorithm="pretrain", engine="vmap")
     monkeypatch.setitem(__import__("sys").modules, "higher", None)
-    with pytest.raises(RequestError, match=r"needs the package of that name: pip install 'mamldata\[higher\]'"):
+    with pytest.raises(RequestError, match=r"needs the package higher: pip install 'mamldata\[higher\]'"):
         pick_engine("higher")

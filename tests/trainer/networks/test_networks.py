@@ -38,10 +38,10 @@ def test_parameter_counts() -> None:
 
 def test_too_small_images_are_refused() -> None:
     """An image size of which nothing would be left is an error that says the least size."""
-    with pytest.raises(RequestError, match=r"conv3-pool needs images of at least 22x22 pixels, and these have 21x21"):
+    with pytest.raises(RequestError, match=r"conv3-pool needs images of at least 22x22 pixels, but these have 21x21"):
         build_network("conv3-pool", 1, 21, 5, seed=0)
     assert build_network("conv3-pool", 1, 22, 5, seed=0)(images(2, 22)).shape == (2, 5)
-    with pytest.raises(RequestError, match=r"conv4-pool needs images of at least 16x16 pixels, and these have 15x15"):
+    with pytest.raises(RequestError, match=r"conv4-pool needs images of at least 16x16 pixels, but these have 15x15"):
         build_network("conv4-pool", 1, 15, 5, seed=0)
     assert build_network("conv4-pool", 1, 16, 5, seed=0)(images(2, 16)).shape == (2, 5)
 

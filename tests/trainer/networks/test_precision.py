@@ -40,7 +40,7 @@ def test_each_device_has_its_own() -> None:
     """Unless another one is asked for; what a device does not have is refused."""
     assert [pick_precision(None, torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == ["fp32", "fp32", "tf32"]
     assert [pick_precision(name, torch.device("cuda")) for name in PRECISIONS] == list(PRECISIONS)
-    with pytest.raises(RequestError, match=r"precision tf32 is for CUDA devices alone, and this is cpu. Take fp32"):
+    with pytest.raises(RequestError, match=r"precision tf32 is for CUDA devices only, and this is cpu. Use fp32"):
         pick_precision("tf32", CPU)
     with pytest.raises(RequestError, match="precision bf16 is for CUDA and the CPU, and this is mps"):
         pick_precision("bf16", torch.device("mps"))
@@ -52,7 +52,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         TrainSettings(precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="precision cannot be tf32 with device cpu: only CUDA devices have it"):
         TrainSettings(precision="tf32", device="cpu")
-    with pytest.raises(RequestError, match=r"engine higher knows no precision bf16.* Take the engine loop"):
+    with pytest.raises(RequestError, match=r"engine higher does not support precision bf16. Use the engine loop"):
         TrainSettings(precision="bf16", engine="higher")
 
 

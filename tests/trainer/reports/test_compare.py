@@ -145,7 +145,7 @@ def test_pictures(compared) -> None:
 )
 def test_what_differs_must_be_the_algorithm(name: str, other: object, tmp_path: Path) -> None:
     """Other steps, seeds or networks would make the table say something else."""
-    told = rf"{name} must be the same for all that are compared, not {getattr(BASE, name)!r} for maml, {other!r} for f"
+    told = rf"{name} must be the same for all algorithms, not {getattr(BASE, name)!r} for maml, {other!r} for f"
     with pytest.raises(RequestError, match=told):
         compare({"maml": BASE, "f": replace(BASE, **{name: other})}, Synthetic(), tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -191,7 +191,7 @@ def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:
         if line.startswith("maml  step 1/"):
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    with pytest.raises(StoppedError, match=rf"maml: stopped. What is done is in {tmp_path}; the same command goes on"):
+    with pytest.raises(StoppedError, match=rf"maml: stopped. {tmp_path} keeps what is done; run the same command"):
         compare(PLANS, Synthetic(), tmp_path, episodes=12, notify=notify)
     result = compare(PLANS, Synthetic(), tmp_path, episodes=12)
     assert [entry.evaluation for entry in result.entries] == [entry.evaluation for entry in expected.entries]

@@ -119,7 +119,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     """An empty folder has no last one, and asking it for the best one is an error that says what to give."""
     assert find_last(tmp_path) is None
     assert find_last(tmp_path / "absent") is None
-    with pytest.raises(RequestError, match=r"holds no checkpoint. Give a run folder, or the file of a checkpoint."):
+    with pytest.raises(RequestError, match=r"holds no checkpoint. Give a run folder or a checkpoint file."):
         find_best(tmp_path)
     with pytest.raises(RequestError, match="There is no checkpoint"):
         load_checkpoint(tmp_path / "absent.pt")
@@ -230,13 +230,13 @@ def test_damage_is_found(tmp_path: Path) -> None:
     for length in (len(whole) // 2, len(whole) - 1, 100):
         path.write_bytes(whole[:length])
         with pytest.raises(
-            DamagedError, match=r"step10_acc0.5000.pt: a damaged container .* Remove it: a run that is resumed"
+            DamagedError, match=r"step10_acc0.5000.pt: a damaged container .* Remove it: the run then resumes"
         ):
             load_checkpoint(path)
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 1
     path.write_bytes(flipped)
-    with pytest.raises(DamagedError, match=r"is not what was written\). Remove it"):
+    with pytest.raises(DamagedError, match=r"is wrong\). Remove it"):
         load_checkpoint(path)
 
 

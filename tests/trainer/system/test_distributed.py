@@ -207,10 +207,15 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
     finish(torchrun(2, tmp_path, "failing"))
     first, second = (json.loads((tmp_path / f"told.{rank}.json").read_text()) for rank in range(2))
     expected: dict[str, tuple[int, str, str, int | None]] = {
-        "too many": (0, "RequestError", "2 processes cannot share a meta-batch of 1: each must get an episode.", 2),
+        "too many": (0, "RequestError", "2 processes cannot share a meta-batch of 1: each needs an episode.", 2),
         "locked": (0, "RequestError", "Another process is training in ", 2),
         "full": (0, "WriteError", "No space left to write ", 1),
-        "otherwise": (0, "RequestError", "Rank 1 of this job (here) was told otherwise than rank 0 (there):", 2),
+        "otherwise": (
+            0,
+            "RequestError",
+            "Rank 1 of this job (here) has different settings or data from rank 0 (there):",
+            2,
+        ),
         "damaged": (1, "DamagedError", "train episode 1", 1),
         "damaged val": (1, "DamagedError", "val episode ", 1),
         "diverged": (0, "DivergedError", "The validation loss at step 2 is nan: training has diverged.", 1),
@@ -232,14 +237,14 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set. Start several processes"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is 2, but not set: RANK, MASTER_ADDR, MASTER_PORT. Start several processes"),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            r"are 2, 2 and 0: ranks are numbers",
+            r"are 2, 2 and 0, but must be numbers",
         ),
         (
             {"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            r"are 0, x and 0: ranks are numbers",
+            r"are 0, x and 0, but must be numbers",
         ),
     ],
 )
@@ -259,9 +264,9 @@ def test_devices() -> None:
     """Several processes share no device but the processor."""
     assert World(1, 2, 1).device(torch.device("cpu")) == torch.device("cpu")
     assert ALONE.device(torch.device("mps")) == torch.device("mps")
-    with pytest.raises(RequestError, match=r"train on cpu or cuda, not on mps. Give --device cpu"):
+    with pytest.raises(RequestError, match=r"train on cpu or cuda, not on mps. Set device to cpu"):
         World(1, 2, 1).device(torch.device("mps"))
-    with pytest.raises(RequestError, match=r"too few for the process of local rank 99. Start one process a GPU"):
+    with pytest.raises(RequestError, match=r"too few for the process of local rank 99. Start one process per GPU"):
         World(99, 100, 99).device(torch.device("cuda"))
 
 

@@ -18,7 +18,7 @@ def _torch_has_four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("usable", "count", "reason"), [(2, 2, "as many as"), (4, 4, "own"), (64, 4, "own")])
+@pytest.mark.parametrize(("usable", "count", "reason"), [(2, 2, "one per"), (4, 4, "setting"), (64, 4, "setting")])
 def test_no_more_than_the_processors(monkeypatch: pytest.MonkeyPatch, usable: int, count: int, reason: str) -> None:
     """Torch's number is lowered to them and never raised; in the block alone, and with the reason in words."""
     monkeypatch.setattr(threads, "default_workers", lambda: usable)
@@ -36,7 +36,7 @@ def test_what_the_user_sets_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(choose_threads()) == "4 threads (OMP_NUM_THREADS is 4)"
     torch.set_num_threads(1)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert str(choose_threads()) == "1 thread (torch's own number)"
+    assert str(choose_threads()) == "1 thread (torch's setting)"
 
 
 def test_an_error_gives_the_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:

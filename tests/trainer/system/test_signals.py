@@ -98,7 +98,7 @@ def test_there_is_no_best_one_before_a_validation(tmp_path: Path) -> None:
     """A run stopped before its first validation has no best checkpoint, and says so; its last one can be given."""
     with pytest.raises(StoppedError):
         train(SETTINGS, Signalled(2, signal.SIGTERM), tmp_path)
-    with pytest.raises(RequestError, match=r"stopped before its first validation. Go on with it, or evaluate .*step2"):
+    with pytest.raises(RequestError, match=r"stopped before its first validation. Resume it, or evaluate .*step2"):
         find_best(tmp_path)
 
 

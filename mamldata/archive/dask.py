@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from mamldata.errors import MamldataError, RequestError
+from mamldata.io.urls import shown_error, shown_place
 
 _SECONDS = 10.0  # to wait for the scheduler's answer
 
@@ -37,17 +38,19 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         resolve_address(address)  # for an unknown host, a client fails only after half a minute
         client = Client(address, timeout=seconds, set_as_default=False)
     except ValueError as error:
-        raise RequestError(f"{address!r} is not a Dask scheduler's address ({error}). Give tcp://host:8786.") from error
+        raise RequestError(
+            f"{shown_place(address)!r} is not a Dask scheduler's address ({shown_error(error)}). Give tcp://host:8786."
+        ) from error
     except OSError as error:
         raise MamldataError(
-            f"No Dask scheduler answers at {address} ({error}). Check that it runs, and its address."
+            f"No Dask scheduler answers at {shown_place(address)} ({shown_error(error)}). Check that it runs, and its address."
         ) from error
     with _quiet(), client:
         try:
             yield client.get_executor(), len(client.nthreads())
         except KilledWorker as error:
             raise MamldataError(
-                f"Several workers of the Dask cluster at {address} died on the same shard ({error}). Check their "
+                f"Several workers of the Dask cluster at {shown_place(address)} died on the same shard ({shown_error(error)}). Check their "
                 "logs (out of memory?), and run the same command again: it continues from the finished shards."
             ) from error
         except CommClosedError as error:
@@ -57,7 +60,7 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
             ) from error
         except (ImportError, RuntimeError) as error:  # RuntimeError: the scheduler lacks our modules
             raise MamldataError(
-                f"The Dask cluster at {address} cannot run this build ({str(error).partition(chr(10))[0]}). Install "
+                f"The Dask cluster at {address} cannot run this build ({shown_error(error).partition(chr(10))[0]}). Install "
                 "mamldata[dask] in the same versions for the scheduler and all workers."
             ) from error
 

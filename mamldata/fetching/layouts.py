@@ -26,7 +26,7 @@ from mamldata.io.containers import (
 )
 from mamldata.io.pickles import StoredArray, load_values
 from mamldata.readers.image import is_image
-from mamldata.readers.split_files import Row
+from mamldata.readers.split_files import MembersByName, Row
 
 # Where ImageNet's class folders lie in common copies.
 _CLASS_ROOTS = ("", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")
@@ -126,23 +126,16 @@ def _list_by_name(found: Found, rows: Sequence[Row] | None, report: Report) -> l
     if rows is None:
         return [Item(member.name, file, member) for file, member in _all_images(found.path)]
     left = {row.filename: row for row in rows}
-    ends: dict[str, list[str]] = {}
-    for name in left:
-        ends.setdefault(PurePosixPath(name).name, []).append(name)
     items: list[Item] = []
     for file in _name_places(found.path):
-        taken: dict[str, Member] = {}
-        for member in _members_or_none(file):
-            for name in ends.get(PurePosixPath(member.name).name, ()):
-                if name in left and f"/{member.name}".endswith(f"/{name}"):
-                    exact = [other for other in (taken.get(name), member) if other and other.name == name]
-                    if name in taken and len(exact) != 1:
-                        twice = f"{taken[name].name} and {member.name}"
-                        report(Fault("layout", f"{left[name].place}: {name} appears twice in {file}: {twice}"))
-                    taken[name] = exact[0] if exact else member
-        items += [Item(name, file, member) for name, member in sorted(taken.items())]
-        for name in taken:
-            del left[name]
+        members = MembersByName((file, member) for member in _members_or_none(file))
+        for name in sorted(left):
+            if matches := [member for _, member in members.find(name)]:
+                if len(matches) > 1:
+                    twice = " and ".join(member.name for member in matches)
+                    report(Fault("layout", f"{left[name].place}: {name} appears twice in {file}: {twice}"))
+                items.append(Item(name, file, matches[-1]))
+                del left[name]
         if not left:
             break
     for row in left.values():

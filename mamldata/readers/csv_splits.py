@@ -9,7 +9,7 @@ from mamldata.errors import Fault, Report
 from mamldata.io.containers import Member, list_members
 from mamldata.readers.image import ImageRef, Reader, ReaderRecipe
 from mamldata.readers.left_out import Tally
-from mamldata.readers.split_files import Row, check_classes, read_rows
+from mamldata.readers.split_files import MembersByName, Row, check_classes, read_rows
 from mamldata.sampling.splits import SPLITS
 
 
@@ -23,20 +23,11 @@ def _csv_splits(_recipe: ReaderRecipe, files: Sequence[Path], report: Report, _t
         else:
             rows += read_rows(table, split, report)
     check_classes(rows, report)
-    by_name: dict[str, list[tuple[Path, Member]]] = {}
-    for file in files:
-        if file.suffix != ".csv":
-            for member in list_members(file):
-                by_name.setdefault(member.name.rpartition("/")[2], []).append((file, member))
+    others = [file for file in files if file.suffix != ".csv"]
+    members = MembersByName((file, member) for file in others for member in list_members(file))
     known: dict[tuple[Path, Member], Row] = {}
     for row in rows:
-        matches = [
-            (file, member)
-            for file, member in by_name.get(row.filename.rpartition("/")[2], ())
-            if f"/{member.name}".endswith(f"/{row.filename}")
-        ]
-        # An equal name wins over a path that only ends in it.
-        matches = [(file, member) for file, member in matches if member.name == row.filename] or matches
+        matches = members.find(row.filename)
         if len(matches) == 1:
             file, member = matches[0]
             if (other := known.setdefault((file, member), row)).filename != row.filename:

@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mamldata.errors import Fault, Report
 from mamldata.io.atomic import MOST_TEXT, read_whole
-from mamldata.io.containers import is_inside
+from mamldata.io.containers import Member, is_inside
 
 HEADER = ["filename", "label"]
 _MOST_LINES = 1 << 21  # ImageNet has 1.28 million images
@@ -95,3 +95,22 @@ def check_classes(rows: Iterable[Row], report: Report) -> None:
             report(
                 Fault("class", f"{row.place}: the class {row.label} is also in {home.place}, which is another split")
             )
+
+
+class MembersByName:
+    """Members of files, by the names that split files give them.
+
+    Args:
+        members: each with the file that holds it.
+    """
+
+    def __init__(self, members: Iterable[tuple[Path, Member]]) -> None:
+        self._by_last_part: dict[str, list[tuple[Path, Member]]] = {}
+        for file, member in members:
+            self._by_last_part.setdefault(PurePosixPath(member.name).name, []).append((file, member))
+
+    def find(self, name: str) -> list[tuple[Path, Member]]:
+        """All members whose path ends in ``name``; if the path of one equals it, only those."""
+        alike = self._by_last_part.get(PurePosixPath(name).name, [])
+        found = [pair for pair in alike if f"/{pair[1].name}".endswith(f"/{name}")]
+        return [pair for pair in found if pair[1].name == name] or found

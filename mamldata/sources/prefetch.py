@@ -12,7 +12,7 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
 
-class Ahead(Generic[Key, Result]):
+class Prefetch(Generic[Key, Result]):
     """Running and finished jobs. For one thread at a time.
 
     The threads are daemons, unlike those of an executor, so that a job that waits for a silent server does not keep

@@ -17,7 +17,7 @@ from mamldata.archive.remote import WRONG_COPY, ShardCache, read_remote_archive
 from mamldata.errors import RequestError
 from mamldata.fetching.http import Network
 from mamldata.io.urls import join, shown_place
-from mamldata.sources.prefetch import Ahead
+from mamldata.sources.prefetch import Prefetch
 from mamldata.sources.stored import StoredSource
 
 _AHEAD = 2  # shards that are fetched while one is read
@@ -63,7 +63,7 @@ class RemoteSource(StoredSource):
         network = network or Network()
         self.url = url
         super().__init__(read_remote_archive(url, network), split, verify=verify, episodes=episodes)
-        self._ahead: Ahead[int, Bytes] = Ahead()
+        self._prefetched: Prefetch[int, Bytes] = Prefetch()
         largest = max(shard.bytes for shard in self._split.shards)
         if cache_bytes is not None and (cache_dir is None or cache_bytes < 2 * largest):
             raise RequestError(
@@ -72,7 +72,7 @@ class RemoteSource(StoredSource):
             )
         if cache_dir is None:
             folder = tempfile.mkdtemp(prefix="mamldata-")
-            weakref.finalize(self, _remove, folder, os.getpid(), self._ahead)
+            weakref.finalize(self, _remove, folder, os.getpid(), self._prefetched)
             self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
         else:
             self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
@@ -86,9 +86,9 @@ class RemoteSource(StoredSource):
     def view(self, episodes: int | None = None) -> Self:
         """See ``StoredSource.view``; both share the cache, so no cached shard is fetched again."""
         view = super().view(episodes)
-        view._open, view._ahead = {}, Ahead()  # these are for one thread at a time
+        view._open, view._prefetched = {}, Prefetch()  # these are for one thread at a time
         if not self.cache.lasting:
-            weakref.finalize(view, view._ahead.join, 1)  # before the folder that its threads write to is removed
+            weakref.finalize(view, view._prefetched.join, 1)  # before the folder that its threads write to is removed
         return view
 
     def prefetch(self, upcoming: Sequence[int]) -> None:
@@ -100,10 +100,10 @@ class RemoteSource(StoredSource):
             upcoming: the current shard and those after it; all but the first ``window`` are ignored.
         """
         upcoming = upcoming[: self.window]
-        self._ahead.keep_only(upcoming)  # an unused shard must not stay mapped
+        self._prefetched.keep_only(upcoming)  # an unused shard must not stay mapped
         for number in upcoming:
-            if number not in self._open and number not in self._ahead and self._ahead.running < self.window:
-                self._ahead.start(number, self._job(number))
+            if number not in self._open and number not in self._prefetched and self._prefetched.running < self.window:
+                self._prefetched.start(number, self._job(number))
 
     def _job(self, number: int) -> Callable[[], Bytes]:
         """A function that fetches and maps a shard; it does not keep this source alive while it waits for a server."""
@@ -113,7 +113,7 @@ class RemoteSource(StoredSource):
         return partial(self.cache.open, url, shard, self._opener(shard, remedy=remedy))
 
     def _open_shard(self, number: int) -> memoryview:
-        mapped = self._ahead.take(number) if number in self._ahead else self._job(number)()
+        mapped = self._prefetched.take(number) if number in self._prefetched else self._job(number)()
         # A removed file occupies the disk for as long as it is mapped.
         while self.cache.bytes is not None and self._mapped_bytes() + len(mapped) > self.cache.bytes:
             del self._open[next(iter(self._open))]
@@ -123,7 +123,7 @@ class RemoteSource(StoredSource):
         return sum(self._split.shards[number].bytes for number in self._open)
 
 
-def _remove(folder: str, owner: int, ahead: Ahead[int, Bytes]) -> None:
+def _remove(folder: str, owner: int, ahead: Prefetch[int, Bytes]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
         with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from mamldata.sources.prefetch import Ahead
+from mamldata.sources.prefetch import Prefetch
 
 
 def fails() -> str:
@@ -17,7 +17,7 @@ def fails() -> str:
 
 def test_results_and_errors_go_to_whoever_asks():
     """A job's result, or what it raised, comes where it is taken, once; other jobs are not touched."""
-    ahead: Ahead[int, str] = Ahead()
+    ahead: Prefetch[int, str] = Prefetch()
     ahead.start(1, lambda: "one")
     ahead.start(2, fails)
     assert 1 in ahead
@@ -32,7 +32,7 @@ def test_results_and_errors_go_to_whoever_asks():
 
 def test_a_failure_is_the_end_of_all():
     """What others were begun for is over: those that failed, too, are begun anew, and those under way still count."""
-    ahead: Ahead[int, str] = Ahead()
+    ahead: Prefetch[int, str] = Prefetch()
     end = threading.Event()
     ahead.start(1, fails)
     ahead.start(2, fails)
@@ -50,7 +50,7 @@ def test_a_failure_is_the_end_of_all():
 
 def test_jobs_run_at_the_same_time():
     """Two jobs that wait for each other end; those under way are counted."""
-    ahead: Ahead[str, int] = Ahead()
+    ahead: Prefetch[str, int] = Prefetch()
     meeting = threading.Barrier(3, timeout=30)
     for name in "ab":
         ahead.start(name, meeting.wait)
@@ -63,7 +63,7 @@ def test_jobs_run_at_the_same_time():
 
 def test_what_nobody_waits_for_is_dropped():
     """Results are kept for the given keys alone; another job of the same key can then begin."""
-    ahead: Ahead[int, str] = Ahead()
+    ahead: Prefetch[int, str] = Prefetch()
     for key in (1, 2, 3):
         ahead.start(key, lambda: "old")
     ahead.keep_only([2, 4])
@@ -76,7 +76,7 @@ def test_what_nobody_waits_for_is_dropped():
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_other_processes_begin_with_none():
     """Neither a fork nor a pickle waits for a job whose thread it does not have."""
-    ahead: Ahead[int, bool] = Ahead()
+    ahead: Prefetch[int, bool] = Prefetch()
     end = threading.Event()
     ahead.start(1, lambda: end.wait(30))
     assert 1 not in pickle.loads(pickle.dumps(ahead))

@@ -729,7 +729,7 @@ class TestCache:
         size = read_archive(folder).split("train").shards[0].bytes
         source = remote(server, cache_dir=tmp_path, cache_bytes=2 * size)
         source.prefetch([0])
-        source._ahead.join(30)
+        source._prefetched.join(30)
         for path in (tmp_path / OWN).glob("*.tar"):
             path.unlink()
         assert bytes(source._open_shard(0)) == (folder / "train-00000.tar").read_bytes()
@@ -756,10 +756,10 @@ class TestCache:
         """What was fetched ahead for a pass that was broken off is not kept open for ever."""
         source = remote(server, cache_dir=tmp_path)
         source.prefetch([0, 1, 2])
-        source._ahead.join(30)
+        source._prefetched.join(30)
         source.prefetch([3, 4])
-        source._ahead.join(30)
-        assert [number for number in range(5) if number in source._ahead] == [3, 4]
+        source._prefetched.join(30)
+        assert [number for number in range(5) if number in source._prefetched] == [3, 4]
 
     @pytest.mark.parametrize("record", ["old", "none", "forged"])
     def test_a_shard_is_not_believed_by_its_name(self, folder, server, tmp_path, caplog, record):

@@ -28,6 +28,7 @@ MOST_INDEX_BYTES = 1 << 28  # of archive.json: enough for 10**6 classes with nam
 MOST_SUM_BYTES = 1 << 10
 _MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million; the rest is for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
+_MOST_SHOWN = 200  # characters of a file's own words in a message
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,12 @@ def parse_archive(data: bytes) -> Archive:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"not the description of an archive ({error}).") from error
     if declared != FORMAT:
-        raise DamagedError(f"its format is {declared!r}; this version of mamldata reads {FORMAT!r}.")
+        raise DamagedError(f"its format is {declared!r:.{_MOST_SHOWN}}; this version of mamldata reads {FORMAT!r}.")
     try:
         archive = _from_json(document)
         sound = archive.to_json() == data and _plain(archive) and _consistent(archive)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RequestError) as error:
-        raise DamagedError(f"damaged ({error}).") from error
+        raise DamagedError(f"damaged ({ascii(str(error))[1:-1]:.{_MOST_SHOWN}}).") from error
     if not sound:
         raise DamagedError("damaged: it has changed since the archive was built.")
     return archive

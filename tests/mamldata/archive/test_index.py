@@ -401,6 +401,19 @@ class TestCrafted:
         ):
             read_archive(own)
 
+    @pytest.mark.parametrize("place", ["format", "key"])
+    def test_no_message_is_as_long_as_the_file(self, document, place):
+        """What a description says of itself is shown as a few plain characters."""
+        words, document = "\x1b[2J" + "x" * 100_000, json.loads(canonical_json(document))
+        if place == "format":
+            document["format"] = words
+        else:
+            document["splits"]["train"]["shards"][0][words] = 1
+        with pytest.raises(DamagedError, match=r"its format is|damaged") as caught:
+            parse_archive(canonical_json(document))
+        assert len(str(caught.value)) < 400
+        assert str(caught.value).isprintable()
+
     def test_deeply_nested_json(self):
         """Nesting that exhausts the parser is one more kind of damage."""
         with pytest.raises(DamagedError, match="not the description of an archive"):

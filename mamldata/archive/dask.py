@@ -27,6 +27,7 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         RequestError: the package ``distributed`` is not installed, or the address is invalid.
         MamldataError: no scheduler answers; or, in the ``with`` block, the cluster fails or cannot run our code.
     """
+    shown = shown_place(address)
     try:
         from distributed import Client, KilledWorker
         from distributed.comm import CommClosedError, resolve_address
@@ -39,19 +40,19 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         client = Client(address, timeout=seconds, set_as_default=False)
     except ValueError as error:
         raise RequestError(
-            f"{shown_place(address)!r} is not a Dask scheduler's address ({shown_error(error)}). Give tcp://host:8786."
+            f"{shown!r} is not a Dask scheduler's address ({shown_error(error)}). Give tcp://host:8786."
         ) from error
     except OSError as error:
         raise MamldataError(
-            f"No Dask scheduler answers at {shown_place(address)} ({shown_error(error)}). Check that it runs, and its address."
+            f"No Dask scheduler answers at {shown} ({shown_error(error)}). Check that it runs, and its address."
         ) from error
     with _quiet(), client:
         try:
             yield client.get_executor(), len(client.nthreads())
         except KilledWorker as error:
             raise MamldataError(
-                f"Several workers of the Dask cluster at {shown_place(address)} died on the same shard ({shown_error(error)}). Check their "
-                "logs (out of memory?), and run the same command again: it continues from the finished shards."
+                f"Several workers of the Dask cluster at {shown} died on the same shard ({shown_error(error)}). Check "
+                "their logs (out of memory?), and run the same command again: it continues from the finished shards."
             ) from error
         except CommClosedError as error:
             raise MamldataError(
@@ -60,7 +61,8 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
             ) from error
         except (ImportError, RuntimeError) as error:  # RuntimeError: the scheduler lacks our modules
             raise MamldataError(
-                f"The Dask cluster at {address} cannot run this build ({shown_error(error).partition(chr(10))[0]}). Install "
+                f"The Dask cluster at {address} cannot run this build "
+                f"({shown_error(error).partition(chr(10))[0]}). Install "
                 "mamldata[dask] in the same versions for the scheduler and all workers."
             ) from error
 

@@ -168,20 +168,27 @@ class ShardCache:
         ours = os.getpid()  # a forked process has a copy of its parent's entries
         with locked(self.own / ".room.lock"):
             self._coming[ours, path] = need
-            coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == ours}
-            files = sorted(_evictable(self.own, coming))
-            here = {found for _, _, found in files}
-            total = sum(size for _, size, _ in files)
-            total += sum(size for part, size in coming.items() if part not in here)
-            for _, size, found in files:
-                if total <= self.bytes:
-                    break
-                if _evict(found):
-                    total -= size
+            self._evict_oldest(ours)
         try:
             yield
         finally:
-            del self._coming[ours, path]
+            with locked(self.own / ".room.lock"):  # again: other processes have fetched shards meanwhile
+                del self._coming[ours, path]
+                self._evict_oldest(ours)
+
+    def _evict_oldest(self, process: int) -> None:
+        """Remove the least recently used shards until those here, and those that a process fetches, are within bounds."""
+        assert self.bytes is not None
+        coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == process}
+        files = sorted(_evictable(self.own, coming))
+        here = {found for _, _, found in files}
+        total = sum(size for _, size, _ in files)
+        total += sum(size for part, size in coming.items() if part not in here)
+        for _, size, found in files:
+            if total <= self.bytes:
+                break
+            if _evict(found):
+                total -= size
 
 
 def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, Path]]:

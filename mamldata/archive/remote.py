@@ -177,7 +177,7 @@ class ShardCache:
                 self._evict_oldest(ours)
 
     def _evict_oldest(self, process: int) -> None:
-        """Remove the least recently used shards until those here, and those that a process fetches, are within bounds."""
+        """Remove the least recently used shards until those here, and those that a process fetches, fit."""
         assert self.bytes is not None
         coming = {part: size for (pid, part), size in list(self._coming.items()) if pid == process}
         files = sorted(_evictable(self.own, coming))

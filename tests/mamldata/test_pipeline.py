@@ -16,10 +16,10 @@ def test_fetch_and_build_give_the_archive_of_the_command_line(tmp_path: Path) ->
     """The public functions take names and paths as strings, and give the digest that the commands gave."""
     shutil.copy(FIRST / "tiny.toml", tmp_path)
     dataset, root, out = str(tmp_path / "tiny.toml"), str(tmp_path / "root"), str(tmp_path / "out")
-    [raw] = mamldata.fetching.act(dataset, root=root, sources=[str(FIRST / "root" / "tiny" / "raw")], offline=True)
+    [raw] = mamldata.fetch(dataset, root=root, sources=[str(FIRST / "root" / "tiny" / "raw")], offline=True)
     assert raw.how == "copied"
     episodes = {"train": 12, "val": 4, "test": 6}
-    built = mamldata.archive.build(
+    built = mamldata.build(
         dataset, out, n_way=3, k_query=2, episodes=episodes, episodes_per_shard=8, root=root, workers=1
     )
     assert built.digest == "3bdd0f6bca59eab954c1774e780c5335305d8e339e1e23585a6a7fb4ddd3f1f3"
@@ -30,4 +30,4 @@ def test_fetch_and_build_give_the_archive_of_the_command_line(tmp_path: Path) ->
 def test_what_is_not_there_is_an_error() -> None:
     """Of an unknown name the message lists the known ones."""
     with pytest.raises(mamldata.MamldataError, match="Did you mean 'omniglot'"):
-        mamldata.fetching.act("omniglott")
+        mamldata.fetch("omniglott")

@@ -782,7 +782,7 @@ class TestCache:
         """It is hashed as it comes, and again only where no record of this user says that this file was hashed."""
         hashed = []
         monkeypatch.setattr(
-            "mamldata.sources.remote.sha256_file", lambda path: hashed.append(path) or sha256_file(path)
+            "mamldata.archive.remote.sha256_file", lambda path: hashed.append(path) or sha256_file(path)
         )
 
         def hashes() -> int:

@@ -277,7 +277,7 @@ class TestNormalised:
 
     def test_bytes_cannot_be_normalised(self, folder):
         """There is no such dtype."""
-        with pytest.raises(RequestError, match=r"leave normalise or dtype=torch\.uint8 out"):
+        with pytest.raises(RequestError, match=r"Leave out normalize or dtype=torch\.uint8"):
             EpisodeStream(folder, normalize=True, dtype=torch.uint8)
 
 
@@ -599,6 +599,7 @@ class TestMisuseOfADataLoader:
         list(loader)
         assert capfd.readouterr().err.count("UserWarning: The workers of this DataLoader begin at epoch 0") == 1
 
+    @pytest.mark.slow
     def test_no_false_alarm(self, folder):
         """Workers do not warn if they are told where to go on, stay, keep one order, or are another process's."""
 
@@ -649,6 +650,7 @@ def loader():
 class TestStatefulDataLoader:
     """torchdata's loader goes on at exactly the next meta-batch, which its workers' states tell."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("workers", "options"),
         [

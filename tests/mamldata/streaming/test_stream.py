@@ -599,6 +599,7 @@ class TestMisuseOfADataLoader:
         list(loader)
         assert capfd.readouterr().err.count("UserWarning: The workers of this DataLoader begin at epoch 0") == 1
 
+    @pytest.mark.slow
     def test_no_false_alarm(self, folder):
         """Workers do not warn if they are told where to go on, stay, keep one order, or are another process's."""
 
@@ -649,6 +650,7 @@ def loader():
 class TestStatefulDataLoader:
     """torchdata's loader goes on at exactly the next meta-batch, which its workers' states tell."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("workers", "options"),
         [

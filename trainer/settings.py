@@ -158,9 +158,7 @@ class TrainSettings:
         None, "Epochs until only the last step counts in the multi-step loss.", shown=str(MSL_EPOCHS), at_least=1
     )
     # Antoniou et al. 2019, section 4; their epochs have 500 steps.
-    first_order_epochs: int = setting(
-        0, "Epochs of first order before the second (derivative-order annealing).", at_least=0
-    )
+    first_order_epochs: int = setting(0, "First-order epochs at the start (derivative-order annealing).", at_least=0)
     epoch_steps: int = setting(
         500, "Outer steps in an epoch, for the multi-step loss and derivative-order annealing.", at_least=1
     )

@@ -686,7 +686,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("portion", "text"),
         [
-            ("0/3", "no portion 0/3: they are counted from 1/3 to 3/3"),
+            ("0/3", "no portion 0/3: portions are counted from 1/3 to 3/3"),
             ("4/3", "no portion 4/3"),
             ("3", "'3' is not of the form 3/100"),
             ("-1/3", "'-1/3' is not of the form 3/100"),

@@ -25,6 +25,10 @@ class RequestError(MamldataError):
     exit_code = 2
 
 
+class RunExistsError(RequestError):
+    """The run folder holds a run already, and the request was not to resume it."""
+
+
 class ManifestError(RequestError):
     """A manifest with faults, all reported at once.
 

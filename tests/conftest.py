@@ -9,6 +9,7 @@ import io
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,8 @@ UNEQUAL = {"Ash/one": 4, "Ash/two": 7, "Birch/one": 5, "Birch/two": 12, "Cedar/o
 # Before torch is imported, here and in the processes that tests start: threads only wait for one another where the
 # tensors are small and several processes share the processors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Shells start what runs in the background with Ctrl-C ignored, and the processes that tests start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no folder of past failures beside the sources.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

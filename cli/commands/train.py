@@ -43,7 +43,7 @@ def command(
 
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
-    from mamldata.errors import StoppedError
+    from mamldata.errors import RunExistsError, StoppedError
     from trainer.loop import train
     from trainer.reports.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
@@ -58,6 +58,8 @@ def command(
         result = train(settings, data, out, resume=resume, notify=say, world=world)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
+    except RunExistsError as error:
+        raise RunExistsError(f"{error} The same command with --resume continues it.") from error
     if not world.first:
         return
     if have_matplotlib():

@@ -253,7 +253,7 @@ def test_build_in_portions(archive: Path, glyphs_root: Path, tmp_path: Path):
     build = ("build", "glyphs", "--out", tmp_path / "a", *counts)
     first = run(*build, "--shards", "1/2", root=glyphs_root)
     assert f"{tmp_path / 'a'}: portion 1/2, 2 of 3 shards, 2 of them written by this call" in first.stdout
-    assert "the same command without --shards closes the archive" in first.stderr
+    assert "run the same command without --shards to close the archive" in first.stderr
     second = json.loads(run(*build, "--shards", "2/2", "--json", root=glyphs_root).stdout)
     assert second == {
         "archive": str(tmp_path / "a"),

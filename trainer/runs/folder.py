@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mamldata.archive.index import INDEX
-from mamldata.errors import DamagedError, RequestError
+from mamldata.errors import DamagedError, RequestError, RunExistsError
 from mamldata.io.atomic import MOST_NOTE, locked, make_folder, read_whole, write_atomic
 from mamldata.io.digest import parse_json
 from mamldata.version import __version__
@@ -119,7 +119,7 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
     last = find_last(run_dir)
     config = run_dir / CONFIG
     if not resume and (last or config.exists()):
-        raise RequestError(f"{run_dir} already holds a run. Resume it, or choose another folder.")
+        raise RunExistsError(f"{run_dir} already holds a run. Resume it, or choose another folder.")
     refuse_others(run_dir, CONFIG)
     if config.exists():
         _refuse_another_run(config, settings, data)

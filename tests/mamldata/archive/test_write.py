@@ -70,7 +70,7 @@ def test_a_worker_that_does_not_see_the_bank(task, tmp_path, glyphs_bank):
     short = tmp_path / glyphs_bank.path.name
     short.with_suffix(".json").write_bytes(glyphs_bank.path.with_suffix(".json").read_bytes())
     short.write_bytes(glyphs_bank.path.read_bytes()[:-1])
-    with pytest.raises(DataMissingError, match=rf"{WORKER}.* is another one: .*Every worker needs the bank"):
+    with pytest.raises(DataMissingError, match=rf"{WORKER}.* is another bank: .*Every worker needs the bank"):
         make_shard(dataclasses.replace(task, bank=short))
 
 

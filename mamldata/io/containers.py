@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -442,13 +442,102 @@ _CONTAINER_ERRORS = (
 def open_tar(path: Path, fileobj: IO[bytes] | None = None) -> tarfile.TarFile:
     """Open a tar, compressed or not; refuse headers that could take unlimited memory.
 
+    Args:
+        path: of its file; for messages only, if ``fileobj`` is given.
+        fileobj: where a tar that is not compressed begins.
+
     Raises:
         DamagedError: it is not a tar.
     """
     try:
-        return tarfile.open(path, fileobj=fileobj, tarinfo=_SmallHeader)
+        if fileobj is not None:
+            return tarfile.open(path, "r:", fileobj, tarinfo=_SmallHeader)
+        with open_regular(path) as stream:
+            magic = stream.read(3)
+        for mode, start in _COMPRESSED.items():
+            if magic.startswith(start):
+                return tarfile.open(path, mode, tarinfo=_SmallHeader)  # type: ignore[call-overload,no-any-return]
+        with suppress(tarfile.ReadError):
+            return tarfile.open(path, "r:", tarinfo=_SmallHeader)
+        return _open_xz(path)
     except tarfile.ReadError as error:
         raise DamagedError(f"{path}: neither a zip nor a tar file.") from error
+
+
+_COMPRESSED = {"r:gz": b"\x1f\x8b", "r:bz2": b"BZh"}
+
+
+def _open_xz(path: Path) -> tarfile.TarFile:
+    reader = io.BufferedReader(_XzReader(path))
+    try:
+        tar = tarfile.open(path, "r:", reader, tarinfo=_SmallHeader)  # noqa: SIM115  # returned open
+    except (lzma.LZMAError, EOFError, tarfile.ReadError) as error:
+        reader.close()
+        if "limit" in str(error).lower():
+            raise
+        raise tarfile.ReadError("not a tar") from error
+    tar._extfileobj = False  # type: ignore[attr-defined]  # closes the reader with the tar, as tarfile does with its own
+    return tar
+
+
+class _XzReader(io.RawIOBase):
+    """The bytes of an xz file. tarfile's own reader allocates whatever dictionary the file asks for, up to 4 GiB."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = open_regular(path)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._file.seek(0)
+        self._decompressor, self._position = lzma.LZMADecompressor(memlimit=_MOST_XZ_MEMORY), 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is: forward by reading, back by beginning again."""
+        return True
+
+    def tell(self) -> int:
+        """The position, from the beginning of the decompressed bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position from the beginning, or from here."""
+        target = offset + (self._position if whence == os.SEEK_CUR else 0)
+        if target < self._position:
+            self._begin()
+        while self._position < target and self.read(min(_XZ_CHUNK, target - self._position)):
+            pass
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Decompress at most as much as the buffer holds."""
+        data = b""
+        while not data:
+            more = b""
+            if self._decompressor.eof:  # another stream may follow, after padding
+                more = (self._decompressor.unused_data or self._file.read(_XZ_CHUNK)).lstrip(b"\0")
+                if not more:
+                    return 0
+                self._decompressor = lzma.LZMADecompressor(memlimit=_MOST_XZ_MEMORY)
+            elif self._decompressor.needs_input and not (more := self._file.read(_XZ_CHUNK)):
+                raise EOFError("the compressed file ends too early")
+            data = self._decompressor.decompress(more, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+_MOST_XZ_MEMORY = 256 << 20  # bytes; xz -9 takes 65 MiB
+_XZ_CHUNK = 1 << 16
 
 
 def is_zip(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import lzma
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -453,3 +455,36 @@ def test_inside():
     """What may be joined to a folder."""
     assert all(map(is_inside, ["a", "a/b.png", "a b/é"]))
     assert not any(map(is_inside, ["/a", "..", "a/../b", "a\\b", "a\0b"]))
+
+
+def test_xz_that_asks_for_much_memory_is_refused(tmp_path: Path):
+    """A header that states a dictionary of 1.5 GiB takes none of it: the file is refused."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("class/a.png"))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
+    packed = bytearray(lzma.compress(data.getvalue(), filters=filters))
+    header = packed[12 : 12 + 4 * (packed[12] + 1)]  # of the first block: its length, flags, the filter, and a CRC-32
+    at = header.index(bytes([0x21, 1])) + 2  # LZMA2, one byte of properties: the size of its dictionary
+    header[at] = 37
+    header[-4:] = zlib.crc32(header[:-4]).to_bytes(4, "little")
+    packed[12 : 12 + len(header)] = header
+    path = tmp_path / "images.tar.xz"
+    path.write_bytes(packed)
+    with pytest.raises(DamagedError, match=r"(?i)images\.tar\.xz.*memory usage limit"):
+        list_members(path)
+
+
+def test_xz_of_several_streams(tmp_path: Path):
+    """An xz file may consist of streams with padding between them."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name in ("class/a.png", "class/b.png"):
+            header = tarfile.TarInfo(name)
+            header.size = 700
+            tar.addfile(header, io.BytesIO(name.encode() * 64))
+    path, half = tmp_path / "images.tar.xz", len(data.getvalue()) // 2
+    path.write_bytes(lzma.compress(data.getvalue()[:half]) + bytes(8) + lzma.compress(data.getvalue()[half:]))
+    members = list_members(path)
+    assert [member.name for member in members] == ["class/a.png", "class/b.png"]
+    assert [len(data) for _, data in read_members(path, members[::-1], 1000)] == [700, 700]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +16,11 @@ from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.sampling.order import Indices
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler, gather
-from mamldata.sources.source import EpisodeInfo, Images, at_most, draw, episode_info, require_some
+from mamldata.sources.source import AllHere, EpisodeInfo, Images, at_most, draw, episode_info, require_some
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
-class LiveSource:
+class LiveSource(AllHere):
     """Episodes drawn from a bank on demand; the same ones that an archive would hold.
 
     Attributes:
@@ -57,24 +56,6 @@ class LiveSource:
     def classes(self, index: Indices) -> Indices:
         """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
         return draw(self.sampler, index)[..., 0].astype(np.int64)
-
-    @property
-    def fetched_shards(self) -> tuple[int, ...]:
-        """Empty: nothing is fetched, see ``Source.fetched_shards``."""
-        return ()
-
-    @property
-    def window(self) -> int:
-        """See ``Source.window``."""
-        return 0
-
-    def prefetch(self, upcoming: Sequence[int]) -> None:
-        """There is nothing to fetch."""
-
-    @property
-    def way_source(self) -> None:
-        """None: the episodes are not stored."""
-        return None
 
     def view(self, episodes: int | None = None) -> Self:
         """The same episodes, at most the first ``episodes``; see ``ArchiveSource.view``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import numpy as np
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes, remix
 from mamldata.sampling.sampler import ClassTable
-from mamldata.sources.source import EpisodeInfo, Images, WaySource
+from mamldata.sources.source import AllHere, EpisodeInfo, Images, WaySource
 
 _KEPT = 2  # epochs, because read-ahead and a second pass need neighbouring ones
 
 
-class RemixedSource:
+class RemixedSource(AllHere):
     """Episodes formed again in each epoch from the ways of stored ones; ``index`` counts them through all epochs.
 
     Args:
@@ -66,24 +65,6 @@ class RemixedSource:
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""
         return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
-
-    @property
-    def fetched_shards(self) -> tuple[int, ...]:
-        """Empty: ``way_classes`` has fetched all shards; see ``Source.fetched_shards``."""
-        return ()
-
-    @property
-    def window(self) -> int:
-        """See ``Source.window``."""
-        return 0
-
-    def prefetch(self, upcoming: Sequence[int]) -> None:
-        """There is nothing to fetch."""
-
-    @property
-    def way_source(self) -> None:
-        """None: the episodes are mixed already."""
-        return None
 
     def _stored_classes(self) -> Classes:
         if self._classes is None:

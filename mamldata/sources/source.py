@@ -126,6 +126,28 @@ class WaySource(Source, Protocol):
         ...
 
 
+class AllHere:
+    """The part of a source that fetches nothing, and whose episodes cannot be taken apart."""
+
+    @property
+    def fetched_shards(self) -> tuple[int, ...]:
+        """None, see ``Source.fetched_shards``."""
+        return ()
+
+    @property
+    def window(self) -> int:
+        """See ``Source.window``."""
+        return 0
+
+    def prefetch(self, upcoming: Sequence[int]) -> None:
+        """Do nothing."""
+
+    @property
+    def way_source(self) -> None:
+        """None: its episodes are not stored, or are remixed already."""
+        return None
+
+
 def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:
     """What the episodes of a split are; ``digest`` is the archive's, None for live episodes."""
     return EpisodeInfo(

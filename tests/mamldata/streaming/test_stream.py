@@ -799,7 +799,7 @@ class TestDamage:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
-    """An archive of many shards; not to be written to."""
+    """An archive of many shards. Do not write to it."""
     out = tmp_path_factory.mktemp("many") / "archive"
     build(glyphs_manifest, glyphs_bank, out, BuildRequest(2, 1, 1, {"train": 200}, episodes_per_shard=1))
     return out

@@ -37,7 +37,7 @@ class Dripping:
         first: what comes at once.
         again: what follows over and over, every ``gap`` seconds.
         gap: seconds.
-        last: what comes after ``times`` of them, if it ever ends.
+        last: what comes at the end, if there is one.
         times: how many.
         wrap: makes the connection a TLS one.
         heard: what clients sent.

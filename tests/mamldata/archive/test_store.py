@@ -24,6 +24,8 @@ from mamldata.archive.verify import verify_archive
 from mamldata.errors import DamagedError, MamldataError, RequestError, WriteError
 from mamldata.streaming.stream import EpisodeStream
 
+pytestmark = pytest.mark.slow  # real servers
+
 REQUEST = BuildRequest(
     n_way=3, k_shot=1, k_query=2, episodes={"train": 7, "val": 2, "test": 3}, seed=3, episodes_per_shard=3
 )

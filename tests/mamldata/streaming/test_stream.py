@@ -559,6 +559,7 @@ class TestDataLoader:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.slow
 class TestMisuseOfADataLoader:
     @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_workers": 1, "multiprocessing_context": FORK}])
     def test_batches_of_meta_batches(self, folder, options):
@@ -647,6 +648,7 @@ def loader():
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # by torchdata, in new versions of torch
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.slow
 class TestStatefulDataLoader:
     """torchdata's loader goes on at exactly the next meta-batch, which its workers' states tell."""
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from trainer.loop import train
 from trainer.reports.compare import compare, paired_difference, table
 from trainer.reports.plots import plot_comparison, plot_run
 from trainer.runs import metrics
+from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
 
 BASE = TrainSettings(steps=4, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=4, log_every=1, device="cpu")
@@ -176,9 +178,16 @@ def test_another_comparison_is_not_mixed_in(compared) -> None:
     assert (out / "compare.json").read_bytes() == before
 
 
-def test_divergence_names_the_algorithm(tmp_path: Path) -> None:
+def test_divergence_names_the_algorithm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One of many has failed: the message says which."""
-    plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml", inner_lr=1e30)}
+
+    def diverging(settings: TrainSettings, *rest: Any, **options: Any) -> RunResult:
+        if settings.algorithm == "fomaml":
+            raise DivergedError("The training loss at step 1 is nan")
+        return train(settings, *rest, **options)
+
+    monkeypatch.setattr("trainer.reports.compare.train", diverging)
+    plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml")}
     with pytest.raises(DivergedError, match=r"^wild: The training loss at step 1"):
         compare(plans, Synthetic(), tmp_path, episodes=4)
 

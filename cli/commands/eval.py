@@ -37,22 +37,31 @@ def command(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes."""
+    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
+
+    Every answer is kept in a file in the folder results beside the checkpoint.
+    """
     from trainer.evaluation import evaluate
+    from trainer.results import save_result
     from trainer.system.distributed import joined
+    from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
         data = episode_data(target, root, episodes)
         number = evaluated_episodes(data, split, count)
-    result = evaluate(
-        checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
-    )
+    with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
+        result = evaluate(
+            checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
+        )
     if not world.first:
         return
     if as_json:
         print_json(result.to_json())
-        return
-    click.echo(str(result))
-    steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
-    say(f"Accuracy before adaptation and after each inner step: {steps} %")
+    else:
+        click.echo(str(result))
+        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
+        say(f"Accuracy before adaptation and after each inner step: {steps} %")
+    if result.doubt:
+        say(result.doubt)
+    say(f"Every answer: {save_result(result)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,17 +135,51 @@ def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], chec
         WriteError: the folder cannot be written to.
     """
     write_atomic(run_dir / CONFIG, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
-    metrics.rewind(run_dir, checkpoint.step if checkpoint else 0)
+    if checkpoint is None:
+        metrics.rewind(run_dir, 0, -1)
+    else:
+        window = checkpoint.window.get("losses", ())  # steps that have no line yet
+        validated = checkpoint.step - (checkpoint.accuracy is None)
+        metrics.rewind(run_dir, checkpoint.step - len(window), validated)
 
 
 def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
-    versions = {
+    return {"settings": settings.resolved(), "data": data, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    return {
         "mamldata": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    return {"settings": settings.resolved(), "data": data, "versions": versions}
+
+
+def environment(device: torch.device, world: World) -> dict[str, Any]:
+    """What a result was computed with, as values for JSON: versions, hardware, threads and processes.
+
+    Args:
+        device: that computed it.
+        world: the processes that computed it together.
+    """
+    return {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "processes": world.world_size,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; its architecture if the system does not tell the name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
+            return names[0]
+    return platform.processor() or platform.machine()
 
 
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:

@@ -22,11 +22,11 @@ from PIL import Image
 from synthetic import Synthetic
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
-from trainer.evaluation import Evaluation
 from trainer.intervals import student_quantile
 from trainer.loop import train
-from trainer.reports.compare import compare, paired_difference, table
+from trainer.reports.compare import compare, table
 from trainer.reports.plots import plot_comparison, plot_run
+from trainer.results import paired_difference, read_result
 from trainer.runs import metrics
 from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
@@ -104,18 +104,18 @@ def test_the_document(compared) -> None:
         assert Path(entry["run"]["best"]).is_file()
 
 
-def test_pairs_tell_more_than_two_intervals() -> None:
-    """Where hard episodes are hard for both, the interval of the difference is the narrower one."""
-    one, other = (0.9, 0.5, 0.7, 0.3), (0.8, 0.4, 0.6, 0.3)
-    ahead, interval = paired_difference(evaluation(one), evaluation(other))
-    assert ahead == pytest.approx(0.075)
-    assert interval == pytest.approx(3.182 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2, rel=2e-4)
-
-
-def evaluation(accuracies: tuple[float, ...]) -> Evaluation:
-    names = ("accuracy", "interval", "loss", "accuracy_by_step", "episodes", "bn", "inner_steps", "inner_lr", "rates")
-    rest = ("precision", "dataset", "split_scheme", "split", "n_way", "k_shot", "k_query")
-    return Evaluation(**dict.fromkeys((*names, *rest)), accuracy_by_episode=accuracies)  # type: ignore[arg-type]
+def test_differences_are_those_of_the_kept_results(compared) -> None:
+    """The file in each run's folder gives what the table says, and the accuracy of every episode."""
+    result, out = compared
+    kept = {}
+    for entry in result.entries:
+        [path] = (out / entry.name / "results").iterdir()
+        kept[entry.name] = read_result(path)
+        shares = [episode.right / 25 for episode in kept[entry.name].episodes]
+        assert shares == list(entry.evaluation.accuracy_by_episode)
+    for entry in result.entries:
+        assert paired_difference(kept[entry.name], kept["maml"]) == (entry.ahead, entry.ahead_interval)
+    assert result.entries[1].ahead == 0
 
 
 def test_pictures(compared) -> None:

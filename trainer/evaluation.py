@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,7 +34,8 @@ from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import BrokenOffError, Stop, stop_at_signals
 from trainer.system.threads import each_task, limited_threads
 
-LARGEST_LOGIT = 1e4  # trained networks stay below a hundred; an inner loop that diverges reaches millions
+# Of an inner loop that does not diverge. Trained networks have logits below a hundred and losses below guessing.
+LARGEST_LOGIT, LARGEST_LOSS = 1e4, 10.0  # the loss is in times that of guessing, ln(n_way)
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,17 @@ class Evaluation:
 
     @property
     def doubt(self) -> str | None:
-        """Why the accuracy says little: logits that are not finite, or too large to come from learning."""
-        if self.answers is None or (wild := ~(self.answers.largest <= LARGEST_LOGIT)).sum() == 0:
+        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning."""
+        if self.answers is None:
             return None
-        finite = self.answers.largest[np.isfinite(self.answers.largest)]
-        size = f"up to {finite.max():.2g}" if len(finite) == self.episodes else "infinite or not numbers"
+        logits, losses = self.answers.largest, self.answers.losses[:, -1]
+        wild = ~((logits <= LARGEST_LOGIT) & (losses <= LARGEST_LOSS * math.log(self.n_way)))
+        if not wild.any():
+            return None
         return (
-            f"In {wild.sum()} of {self.episodes} {self.split} episodes the logits after adaptation are beyond reason "
-            f"({size}): the inner loop diverges. A lower inner_lr, fewer inner steps or another bn than {self.bn} may "
-            "help."
+            f"In {wild.sum()} of {self.episodes} {self.split} episodes the inner loop diverges: logits after "
+            f"adaptation of up to {logits.max():.2g}, and losses of up to {losses.max():.2g} nats, where guessing has "
+            f"{math.log(self.n_way):.2g}. A lower inner_lr, fewer inner steps or another bn than {self.bn} may help."
         )
 
     def to_json(self) -> dict[str, Any]:

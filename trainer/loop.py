@@ -18,7 +18,7 @@ from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
 from trainer.recorder import Recorder, progress
 from trainer.runs.checkpoint import Checkpoint
-from trainer.runs.folder import RunResult, alone_in, open_run, require_agreement, run_result
+from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
 from trainer.runs.tensorboard import require_tensorboard
 from trainer.settings import TrainSettings, pick_device
@@ -63,6 +63,8 @@ def train(
     """
     run_dir = Path(run_dir)
     notify = notify if world.first else silence
+    if resume:
+        settings = world.from_first(lambda: as_begun(run_dir, settings))
     with world.together():
         about = data.describe()
         learner = _fit_to_train(settings, data, about, world)  # before anything is written

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mamldata.progress import Notify
-from trainer.evaluation import Evaluation
+from trainer.evaluation import LARGEST_LOSS, Evaluation
 from trainer.learner import Learner
 from trainer.protocol import TrainStream
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, save_checkpoint
 from trainer.runs.folder import begin_run
 from trainer.runs.tensorboard import Board
-
-LARGEST_LOSS = 100.0  # nats; chance is at ln(n_way), and an inner loop that diverges reaches thousands
 
 
 def progress(step: int, steps: int) -> str:
@@ -89,10 +88,10 @@ class Recorder:
             f"accuracy {start}{100 * row['accuracy']:.1f} %  {row['ms_per_step']:.0f} ms/step  "
             f"{row['images_per_second']:,.0f} images/s  data wait {row['data_wait_percent']:.1f} %"
         )
-        if row["loss"] > LARGEST_LOSS:
+        if row["loss"] > LARGEST_LOSS * (guessing := math.log(self._data["n_way"])):
             self._report(
-                f"A training loss of {row['loss']:.2g} nats is beyond reason: training diverges. A lower inner_lr or "
-                "meta_lr, fewer inner steps or another bn may help."
+                f"Training diverges: a loss of {row['loss']:.2g} nats, where guessing has {guessing:.2g}. A lower "
+                "inner_lr or meta_lr, fewer inner steps or another bn may help."
             )
 
     def validated(self, step: int, evaluation: Evaluation, stream: TrainStream) -> Checkpoint:

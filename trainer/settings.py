@@ -343,7 +343,10 @@ def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
             f"{place} has unknown settings: {', '.join(unknown)}. Another version of this trainer wrote it; use that "
             "version."
         )
-    return TrainSettings(**values)
+    try:
+        return TrainSettings(**values)
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -63,7 +63,7 @@ def test_filters_are_for_networks_that_have_the_choice() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, one in SETTINGS.items() if one.kind == "float"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39, 10**400, 1e300])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 1e300, 10**39])
 def test_numbers_that_no_computation_bears(name: str, value: float) -> None:
     """Every setting that is a number with a fraction is finite, and small enough for float32."""
     with pytest.raises(RequestError, match=f"{name} must be (a positive number|at most [0-9e+]+), not "):

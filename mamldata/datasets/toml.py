@@ -245,21 +245,29 @@ def _scheme(name: str, table: Table, folder: Traversable) -> SplitScheme:
     if "by" in table.values:
         table.choice("by", ("files",))
         return SplitScheme(name, description, lists={}, counts={}, by_files=True)
-    if "seed" in table.values:
-        seed = table.whole("seed", 0)
-        counts = {split: table.whole(split, 1) for split in SPLITS}
-        return SplitScheme(name, description, lists={}, counts=counts, seed=seed)
-    lists = {}
-    for split in SPLITS:
-        table.known.add(split)
-        value = table.values.get(split)
-        if isinstance(value, str):
-            lists[split] = _list_file(split, value, table, folder)
-        elif isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
-            lists[split] = tuple(value)
-        else:
-            table.fault(split, "must be a list of classes or the name of a text file with one class per line")
-    return SplitScheme(name, description, lists=lists, counts={})
+    before = len(table.faults)
+    seeded = "seed" in table.values
+    scheme = SplitScheme(
+        name,
+        description,
+        lists={} if seeded else {split: _classes(split, table, folder) for split in SPLITS},
+        counts={split: table.whole(split, 0) for split in SPLITS} if seeded else {},
+        seed=table.whole("seed", 0) if seeded else 0,
+    )
+    if len(table.faults) == before and not any((scheme.counts or scheme.lists).values()):
+        table.faults.append(f"{table.place}: train, val and test are all empty; at least one of them must have classes")
+    return scheme
+
+
+def _classes(split: str, table: Table, folder: Traversable) -> tuple[str, ...]:
+    table.known.add(split)
+    value = table.values.get(split)
+    if isinstance(value, str):
+        return _list_file(split, value, table, folder)
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return tuple(value)
+    table.fault(split, "must be a list of classes or the name of a text file with one class per line")
+    return ()
 
 
 def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
@@ -273,7 +281,4 @@ def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tupl
     except (OSError, ValueError) as error:
         table.fault(split, f"cannot read the class list {name!r} ({error})")
         return ()
-    entries = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    if not entries:
-        table.fault(split, f"the class list {name!r} is empty")
-    return entries
+    return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))

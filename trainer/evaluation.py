@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -65,14 +65,16 @@ class Answers:
 
     Attributes:
         index: the episodes' indices in their split, int64 ``[E]``, ascending.
-        given: the class that each query image was taken for after the last step, as a label, int16 ``[E, Q]``.
+        true: the label of each query image, int64 ``[E, Q]``.
+        given: the label that it was given after the last step, int64 ``[E, Q]``.
         right: the number of right answers before adaptation and after each step, int64 ``[E, S + 1]``.
         losses: the mean query loss before adaptation and after each step, in nats, float64 ``[E, S + 1]``.
         largest: the largest size of each episode's logits after the last step, float64 ``[E]``.
     """
 
     index: npt.NDArray[np.int64]
-    given: npt.NDArray[np.int16]
+    true: npt.NDArray[np.int64]
+    given: npt.NDArray[np.int64]
     right: npt.NDArray[np.int64]
     losses: npt.NDArray[np.float64]
     largest: npt.NDArray[np.float64]
@@ -275,13 +277,13 @@ def _measure_classes(
         right.append((given == episode.query_y).sum())
         losses.append(loss_of(logits, episode.query_y, "cross-entropy"))
         largest = logits.abs().amax()
-    return _Measured(given.short(), torch.stack(right), torch.stack(losses), largest)
+    return _Measured(given, torch.stack(right), torch.stack(losses), largest)
 
 
 def _answers(batch: EpisodeBatch, measured: Sequence[_Measured]) -> list[Answers]:
     given, right, losses, largest = (torch.stack(column).cpu() for column in zip(*measured, strict=True))
     # Copies: NumPy's view of a tensor would keep the tensor.
-    columns = (batch.index.cpu(), given, right, losses.double(), largest.double())
+    columns = (batch.index.cpu(), batch.query_y.cpu(), given, right, losses.double(), largest.double())
     return [Answers(*(column.numpy().copy() for column in columns))]
 
 
@@ -348,10 +350,7 @@ def evaluate(
     path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
-        for key in ("n_way", "image_shape"):
-            here, there = about[key], checkpoint.data.get(key)
-            if here != there:
-                raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
+        require_fit(path, checkpoint, about)
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
@@ -377,6 +376,23 @@ def evaluate(
             names = data.class_names(split, evaluation.answers.index)
     origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
     return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), origin=origin)
+
+
+def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's network takes episodes.
+
+    Args:
+        path: of the checkpoint, for the message.
+        checkpoint: with the network.
+        about: describes the episodes: at least their ``n_way`` and ``image_shape``.
+
+    Raises:
+        RequestError: it was trained with another number of ways or shape of images.
+    """
+    for key in ("n_way", "image_shape"):
+        here, there = about[key], checkpoint.data.get(key)
+        if here != there:
+            raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
 
 
 def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:

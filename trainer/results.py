@@ -1,7 +1,6 @@
 """The file of an evaluation, with every answer, and what can be asked of it later.
 
-``results/<split>-<target>-<checkpoint>-<episodes>episodes-<inner steps>steps-<device>-<precision>.json`` beside the
-checkpoint; docs/training.md describes its content.
+It is in the folder ``results`` beside the checkpoint; docs/training.md describes its name and its content.
 """
 
 from __future__ import annotations
@@ -37,14 +36,21 @@ class EpisodeResult(NamedTuple):
         right: number of right answers after the last inner step.
         loss: mean query loss after the last inner step, in nats; None if it is not finite.
         classes: of each label, as positions in ``Result.class_names``; None if the data do not name them.
-        given: the label given to each query image. The true label of image i is ``i // k_query``.
+        queries: number of query images of each label.
+        given: the label given to each query image: first to those of label 0, then to those of label 1, and so on.
     """
 
     index: int  # type: ignore[assignment]  # tuple.index is not needed here
     right: int
     loss: float | None
     classes: tuple[int, ...] | None
+    queries: tuple[int, ...]
     given: tuple[int, ...]
+
+    @property
+    def true(self) -> npt.NDArray[np.int64]:
+        """The true label of each query image, int64 ``[queries]``."""
+        return np.arange(len(self.queries)).repeat(self.queries)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Result:
     episodes: tuple[EpisodeResult, ...]
 
     @property
-    def queries(self) -> int:
+    def images(self) -> int:
         """Query images of an episode."""
         return int(self.evaluation["n_way"] * self.evaluation["k_query"])
 
@@ -83,7 +89,8 @@ class Result:
         """The name of its file: equal for another evaluation of the same kind, which replaces it."""
         measured = self.evaluation
         about = (
-            f"{measured['split']}-{_digest(self.target)[:12]}-{Path(self.checkpoint['file']).stem}",
+            f"{measured['split']}-{_digest(self.target)[:12]}",
+            f"{measured['n_way']}w{measured['k_shot']}s{measured['k_query']}q-{Path(self.checkpoint['file']).stem}",
             f"{measured['episodes']}episodes-{measured['inner_steps']}steps",
             f"{self.environment['device']}-{measured['precision']}",
         )
@@ -105,7 +112,11 @@ def result_of(evaluation: Evaluation) -> Result:
         answers.right[:, -1].tolist(),
         map(_finite, answers.losses[:, -1].tolist()),
         classes,
-        map(tuple, answers.given.tolist()),
+        (tuple(np.bincount(true, minlength=evaluation.n_way).tolist()) for true in answers.true),
+        (
+            tuple(given[true.argsort(kind="stable")].tolist())
+            for true, given in zip(answers.true, answers.given, strict=True)
+        ),
         strict=True,
     )
     return Result(
@@ -176,30 +187,29 @@ def read_result(path: Path | str) -> Result:
     return result
 
 
-def _episode(index: int, right: int, loss: float | None, classes: list[int] | None, given: list[int]) -> EpisodeResult:
-    return EpisodeResult(index, right, loss, None if classes is None else tuple(classes), tuple(given))
+def _episode(
+    index: int, right: int, loss: float | None, classes: list[int] | None, queries: list[int], given: list[int]
+) -> EpisodeResult:
+    places = None if classes is None else tuple(classes)
+    return EpisodeResult(index, right, loss, places, tuple(queries), tuple(given))
 
 
 def _require_consistent(result: Result) -> None:
     """Check that the answers are labels, and that they add up to the numbers of right ones and to the accuracy."""
     n_way, names = result.evaluation["n_way"], result.class_names
-    truth = _truth(result)
     for episode in result.episodes:
-        given = np.array(episode.given)
-        if given.shape != truth.shape or given.min() < 0 or given.max() >= n_way:
+        if len(episode.queries) != n_way or sum(episode.queries) != result.images:
+            raise ValueError(f"episode {episode.index} has other numbers of query images")
+        given, true = np.array(episode.given), episode.true
+        if given.shape != true.shape or given.min() < 0 or given.max() >= n_way:
             raise ValueError(f"episode {episode.index} has other labels than its query images")
-        if (given == truth).sum() != episode.right:
+        if (given == true).sum() != episode.right:
             raise ValueError(f"episode {episode.index} has other answers than {episode.right} right ones")
         if names is not None and [0 <= one < len(names) for one in episode.classes or ()] != [True] * n_way:
             raise ValueError(f"episode {episode.index} has other classes than {n_way} of those named")
     right = sum(episode.right for episode in result.episodes)
-    if result.evaluation["accuracy"] != right / (len(result.episodes) * result.queries):
+    if result.evaluation["accuracy"] != right / (len(result.episodes) * result.images):
         raise ValueError("the accuracy is not that of the episodes")
-
-
-def _truth(result: Result) -> npt.NDArray[np.int64]:
-    """The labels of an episode's query images, int64 ``[n_way * k_query]``."""
-    return np.arange(result.queries) // int(result.evaluation["k_query"])
 
 
 def worst_episodes(result: Result, count: int = 10) -> list[EpisodeResult]:
@@ -233,10 +243,9 @@ def confusion(result: Result) -> Confusion:
     if names is None:
         raise RequestError("This result does not name the classes of its episodes: the data did not tell them.")
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
-    truth = _truth(result)
     for episode in result.episodes:
         classes = np.array(episode.classes)
-        np.add.at(counts, (classes[truth], classes[np.array(episode.given)]), 1)
+        np.add.at(counts, (classes[episode.true], classes[np.array(episode.given)]), 1)
     return Confusion(names, counts)
 
 
@@ -268,7 +277,7 @@ def paired_difference(one: Result, other: Result) -> Difference:
         raise RequestError("The two results are not of the same episodes:\n" + "\n".join(f"  {line}" for line in wrong))
     if [episode.index for episode in one.episodes] != [episode.index for episode in other.episodes]:
         raise RequestError("The two results are not of the same episodes of the split: their indices differ.")
-    gaps = [(a.right - b.right) / one.queries for a, b in zip(one.episodes, other.episodes, strict=True)]
+    gaps = [(a.right - b.right) / one.images for a, b in zip(one.episodes, other.episodes, strict=True)]
     return Difference(statistics.fmean(gaps), half_width(statistics.stdev(gaps), len(gaps)))
 
 

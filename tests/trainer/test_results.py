@@ -55,7 +55,8 @@ def made(given: list[list[int]], names: list[list[str]] | None = None, losses: l
     origin = Origin(Path("maml_step1.pt"), 1, {}, {"digest": "d"}, {"device": "cpu"}, names)
     per_step = np.stack([right * 0, right], 1)
     final = np.ones(len(answers)) if losses is None else np.array(losses)
-    kept = Answers(np.arange(len(answers)), answers, per_step, np.stack([final, final], 1), final)
+    true = np.tile([0, 0, 1, 1], (len(answers), 1))
+    kept = Answers(np.arange(len(answers)), true, answers, per_step, np.stack([final, final], 1), final)
     values = {"interval": 0.0, "loss": final.mean().item(), "accuracy_by_step": (0.0, shares.mean().item())}
     values |= {"bn": "support", "inner_steps": 1, "inner_lr": 0.1, "rates": "fixed", "precision": "fp32"}
     values |= {"dataset": "d", "split_scheme": "s", "split": "test", "n_way": 2, "k_shot": 1, "k_query": 2}
@@ -122,7 +123,7 @@ def test_each_kind_of_evaluation_has_its_file(run: RunResult) -> None:
     assert len({save_result(one) for one in others} | {first}) == 6
     archive = {**others[0].origin.target, "archive_sha256": "0123456789abcdef"}
     assert result_of(replace(others[0], origin=replace(others[0].origin, target=archive))).name == (
-        f"test-0123456789ab-{run.best.stem}-2episodes-3steps-cpu-fp32.json"
+        f"test-0123456789ab-5w1s5q-{run.best.stem}-2episodes-3steps-cpu-fp32.json"
     )
 
 
@@ -131,8 +132,9 @@ def test_a_usual_evaluation_takes_little_room(tmp_path: Path) -> None:
     given = np.random.default_rng(0).integers(0, 5, (600, 75))
     right = (given == np.arange(75) // 15).sum(1)
     one = made([[0, 0, 1, 1]])
+    true = np.tile(np.arange(75) // 15, (600, 1))
     answers = Answers(
-        np.arange(600), given, np.stack([right] * 4, 1), np.full((600, 4), 1.2345678901234567), right + 0.0
+        np.arange(600), true, given, np.stack([right] * 4, 1), np.full((600, 4), 1.2345678901234567), right + 0.0
     )
     names = [[f"alphabet/character {way}" for way in range(start, start + 5)] for start in range(600)]
     origin = replace(one.origin, checkpoint=tmp_path / "a.pt", class_names=names)
@@ -143,6 +145,17 @@ def test_a_usual_evaluation_takes_little_room(tmp_path: Path) -> None:
     assert path.stat().st_size < 250_000
     assert sum(line.startswith('{"index":') for line in path.read_text().splitlines()) == 600
     assert len(read_result(path).episodes) == 600
+
+
+def test_classes_may_have_unequal_numbers_of_queries() -> None:
+    """Then each episode says its own, and answers are in the order of the labels, whatever the images' order was."""
+    one = made([[1, 0, 1, 0], [0, 0, 1, 0]], [["b", "a"], ["a", "c"]])
+    true = np.array([[1, 0, 1, 1], [0, 0, 0, 1]])
+    unequal = replace(one.answers, true=true, right=np.array([[0, 3], [0, 2]]))
+    result = result_of(replace(one, answers=unequal, accuracy=5 / 8))
+    assert [episode.queries for episode in result.episodes] == [(1, 3), (3, 1)]
+    assert [episode.given for episode in result.episodes] == [(0, 1, 1, 0), (0, 0, 1, 0)]
+    assert confusion(result).counts.tolist() == [[4, 1, 1], [0, 1, 0], [1, 0, 0]]
 
 
 def test_worst_episodes_come_first() -> None:
@@ -207,6 +220,9 @@ def changed(path: tuple[str | int, ...], value: object) -> Callable[[Any], None]
         (changed(("episodes", 1, "given"), [0, 0, 1, 2]), "episode 1 has other labels"),
         (changed(("episodes", 0, "given"), [0, 0, 1]), "episode 0 has other labels"),
         (changed(("episodes", 0, "given"), {}), "is damaged"),
+        (changed(("episodes", 0, "queries"), [1, 3, 0]), "episode 0 has other numbers of query images"),
+        (changed(("episodes", 0, "queries"), [4, -1]), "episode 0 has other numbers of query images"),
+        (changed(("episodes", 0, "queries"), [5, -1]), "is damaged"),
         (changed(("episodes", 0, "classes"), [0, 9]), "other classes than 2"),
         (changed(("evaluation", "accuracy"), 0.5), "accuracy is not that of the episodes"),
         (changed(("evaluation",), {}), "is damaged"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
     from mamldata.streaming.stream import EpisodeStream
+    from mamldata.streaming.transforms import batched
 
 _HOME = {
     "Archive": "archive.index",
@@ -33,6 +34,7 @@ _HOME = {
     "EpisodeStream": "streaming.stream",
     "Manifest": "datasets.manifest",
     "MamldataError": "errors",
+    "batched": "streaming.transforms",
     "build": "pipeline",
     "build_benchmark": "pipeline",
     "fetch": "pipeline",
@@ -49,6 +51,7 @@ __all__ = [
     "MamldataError",
     "Manifest",
     "__version__",
+    "batched",
     "build",
     "build_benchmark",
     "fetch",

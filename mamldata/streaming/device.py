@@ -17,6 +17,7 @@ import torch
 from mamldata.errors import RequestError
 from mamldata.sources.source import EpisodeInfo
 from mamldata.streaming.batch import BatchReader, EpisodeBatch, Stored
+from mamldata.streaming.transforms import Transforms
 
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
 
@@ -42,6 +43,10 @@ class Passes(Protocol):
 
     def reader(self, device: torch.device) -> BatchReader:
         """The reader of the meta-batches."""
+        ...
+
+    def transforms(self, device: torch.device) -> Transforms | None:
+        """What the consumer's thread does with the meta-batches of the reader."""
         ...
 
     def start_pass(self) -> range:
@@ -114,6 +119,7 @@ class DeviceStream:
         if self._left is not None:
             self._left.join()  # sources are for one thread at a time
         ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
+        transforms = self.stream.transforms(self.device)
         stop = threading.Event()
         work = threading.Thread(
             target=self._read_ahead,
@@ -129,6 +135,8 @@ class DeviceStream:
                 t, batch, copied = item
                 if copied is not None:
                     _hand_over(batch, copied, self.device)
+                if transforms is not None:
+                    batch = transforms(t, batch)
                 self.stream.next_batch = t + 1
                 # Keep no reference to a meta-batch that the consumer has dropped: its memory is reused.
                 del item

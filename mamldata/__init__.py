@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mamldata.datasets.load import load_manifest
     from mamldata.datasets.manifest import Manifest
     from mamldata.errors import MamldataError
-    from mamldata.pipeline import build, build_benchmark, fetch, read_archive
+    from mamldata.pipeline import build, build_benchmark, fetch, images, read_archive
     from mamldata.sources.live import live
     from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
@@ -38,6 +38,7 @@ _HOME = {
     "build": "pipeline",
     "build_benchmark": "pipeline",
     "fetch": "pipeline",
+    "images": "pipeline",
     "live": "sources.live",
     "load_manifest": "datasets.load",
     "read_archive": "pipeline",
@@ -55,6 +56,7 @@ __all__ = [
     "build",
     "build_benchmark",
     "fetch",
+    "images",
     "live",
     "load_manifest",
     "read_archive",

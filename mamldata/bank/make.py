@@ -343,7 +343,7 @@ def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[st
     """The inputs of a bank; while they stay the same, the bank need not be made again."""
     image = {key: value for key, value in asdict(manifest.image).items() if key != "bank_sha256"}
     return {
-        "reader": asdict(manifest.reader),
+        "reader": manifest.reader.to_values(),
         "image": {**image, "size": size},
         "sources": [{"name": name, "sha256": digest} for name, digest in sources.items()],
     }

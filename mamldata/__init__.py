@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mamldata.streaming.batch import EpisodeBatch
     from mamldata.streaming.stream import EpisodeStream
     from mamldata.streaming.transforms import batched
+    from mamldata.streaming.webdataset import decode_episodes
 
 _HOME = {
     "Archive": "archive.index",
@@ -37,6 +38,7 @@ _HOME = {
     "batched": "streaming.transforms",
     "build": "pipeline",
     "build_benchmark": "pipeline",
+    "decode_episodes": "streaming.webdataset",
     "fetch": "pipeline",
     "images": "pipeline",
     "live": "sources.live",
@@ -55,6 +57,7 @@ __all__ = [
     "batched",
     "build",
     "build_benchmark",
+    "decode_episodes",
     "fetch",
     "images",
     "live",

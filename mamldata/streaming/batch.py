@@ -177,6 +177,27 @@ class BatchReader:
         return EpisodeBatch(support, support_y, query, query_y, index)
 
 
+def require_dtype(dtype: torch.dtype, *, normalized: bool) -> None:
+    """Check the dtype of images.
+
+    Raises:
+        RequestError: images cannot have it, or not if they are normalized.
+    """
+    if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
+        raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+    if normalized and dtype == torch.uint8:
+        raise RequestError("Normalized images cannot be uint8. Leave out normalize or dtype=torch.uint8.")
+
+
+def scaled(images: torch.Tensor, dtype: torch.dtype, normalize: Normalization | None) -> torch.Tensor:
+    """Stored images, uint8 ``[B, images, C, H, W]``, channels-last in memory, as ``BatchReader.read`` gives them."""
+    if dtype == torch.uint8:
+        return images
+    out = torch.empty_like(images, dtype=dtype)
+    _scale(images, out, _affine(normalize) if normalize else None)
+    return out
+
+
 def _affine(normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and then the shift of stored images: float32 ``[C]`` each."""
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)

@@ -19,7 +19,7 @@ from mamldata.sampling.order import Order
 from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
 from mamldata.sources.source import EpisodeInfo, Source
-from mamldata.streaming.batch import BatchReader, EpisodeBatch
+from mamldata.streaming.batch import BatchReader, EpisodeBatch, require_dtype
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.transforms import Transform, Transforms
 
@@ -91,15 +91,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
-            raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+        normalize = normalize or normalise
+        require_dtype(dtype, normalized=bool(normalize))
         try:
             batch_size = operator.index(batch_size)  # NumPy's integers are accepted too
         except TypeError as error:
             raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
-        normalize = normalize or normalise
-        if normalize and dtype == torch.uint8:
-            raise RequestError("Normalized images cannot be uint8. Leave out normalize or dtype=torch.uint8.")
         if not 0 <= rank < world_size <= max(batch_size, 1):
             raise RequestError(
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "

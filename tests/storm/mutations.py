@@ -1,0 +1,284 @@
+"""Damaged archives, banks, raw files and caches: refused with a clear error, or exactly the original bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from mamldata.archive.index import INDEX, INDEX_SUM, index_sum, parse_archive
+from mamldata.archive.verify import verify_archive
+from mamldata.bank.make import make_bank
+from mamldata.bank.verify import verify_dataset
+from mamldata.errors import DamagedError, MamldataError
+from mamldata.fetching.act import fetch
+from mamldata.fetching.http import Network
+from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.sources.remote import RemoteSource
+from mamldata.sources.stored import ArchiveSource
+from tests.storm import material
+from tests.storm.damage import damaged, edited, in_the_way
+from tests.storm.harness import Broken, Campaign, Outcome
+from tests.storm.material import Files
+
+QUICK = Network(connect_timeout=2, read_timeout=0.5, rounds=2, backoff=0, longest_pause=0)
+
+
+def alter(files: Files, others: Files, chance: random.Random) -> Files:
+    """Damage a file of a folder: its bytes, or which file has which bytes, or its JSON.
+
+    Args:
+        files: the folder.
+        others: one with the same names and other bytes.
+        chance: the source of chance.
+    """
+    files = dict(files)
+    name = chance.choice(sorted(files))
+    match chance.randrange(10):
+        case 0 | 1 | 2 | 3 | 4:
+            files[name] = damaged(files[name], chance)
+        case 5:
+            files[name] = others[name]
+        case 6:
+            other = chance.choice(sorted(files))
+            files[name], files[other] = files[other], files[name]
+        case 7:
+            del files[name]
+        case 8:
+            files[chance.choice(("train-00099.tar", "other.json", f"{name}.part", f"{name}~"))] = files[name]
+        case _:
+            name = next(
+                name for name in chance.sample(sorted(files), len(files)) if not name.endswith((".tar", ".npy"))
+            )
+            files[name] = _edit(files[name], chance)
+    return files
+
+
+def _edit(data: bytes, chance: random.Random) -> bytes:
+    try:
+        document = edited(json.loads(data), chance)
+        return canonical_json(document) if chance.random() < 0.7 else json.dumps(document, indent=1).encode()
+    except (ValueError, UnicodeError):
+        return damaged(data, chance)
+
+
+def refused(act: Callable[[], object]) -> bool:
+    """Whether a call is refused with an error that a user can understand."""
+    try:
+        act()
+    except MamldataError as error:
+        if not str(error).strip():
+            raise Broken(f"an error without a message: {error!r}") from error
+        return True
+    return False
+
+
+def damaged_archive(chance: random.Random, place: Path) -> Outcome:
+    """``verify`` finds every damage; a stream that hashes shards refuses it or gives the true episodes."""
+    files = material.archive_files()
+    for _ in range(chance.choice((1, 1, 1, 2))):
+        files = alter(files, material.archive_files("other"), chance)
+    material.put(files, place)
+    if chance.random() < 0.05:
+        in_the_way(place / chance.choice(sorted(files)), chance)
+    truth = material.archive_files()
+    here = material.contents(place)
+    intact = all(here.get(name) == data for name, data in truth.items())
+    problems: list[str] = []
+    if not refused(lambda: problems.extend(verify_archive(place))) and bool(problems) == intact:
+        strangers = [name for name in here if name.endswith(".tar") and name not in truth]
+        if not (intact and strangers):
+            raise Broken(f"verify says {problems}, although the archive is {'intact' if intact else 'damaged'}")
+    # Whoever replaces archive.json and removes or replaces its digest makes another archive, which the digest of the
+    # archive tells.
+    forged = here.get(INDEX) != truth[INDEX] and here.get(INDEX_SUM) != truth[INDEX_SUM]
+    for split in material.EPISODES:
+        # Without verify, changed pixels of a whole shard are not looked for, so there only errors count.
+        refused(lambda split=split: material.episodes_of(ArchiveSource(place, split)))
+        found: list[bytes] = []
+        refused(
+            lambda split=split, found=found: found.append(
+                material.episodes_of(ArchiveSource(place, split, verify=True))
+            )
+        )
+        if found and found[0] != material.true_episodes(split) and not forged:
+            raise Broken(f"verify=True gave other episodes of {split}")
+    return "same" if intact else "refused"
+
+
+def forged_index(chance: random.Random, place: Path) -> Outcome:
+    """An ``archive.json`` with other values and the right digest beside it is refused, or read without a crash."""
+    files = dict(material.archive_files())
+    document = json.loads(files[INDEX])
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        document = edited(document, chance) if isinstance(document, dict) else document
+    try:
+        data = canonical_json(document)
+    except (ValueError, UnicodeError):
+        data = json.dumps(document).encode(errors="replace")
+    files[INDEX], files[INDEX_SUM] = data, index_sum(sha256_bytes(data))
+    material.put(files, place)
+    taken = not refused(lambda: parse_archive(data))
+    for split in material.EPISODES:
+        refused(lambda split=split: material.episodes_of(ArchiveSource(place, split)))
+    refused(lambda: verify_archive(place))
+    return "same" if taken else "refused"
+
+
+@cache
+def _bank_files(which: str = "one") -> Files:
+    """The bank's files, or those of a bank of the same size from other images."""
+    folder = material.tiny().folder
+    material.bank()
+    files = {name: (folder.path / name).read_bytes() for name in ("tiny-8.npy", "tiny-8.json")}
+    if which == "other":
+        manifest = replace(material.tiny().manifest, image=replace(material.tiny().manifest.image, invert=False))
+        root = material.workplace() / "material" / "other-root"
+        material.clone(material.tiny().root / "tiny" / "raw", root / "tiny" / "raw")
+        make_bank(manifest, root)
+        files = {name: (root / "tiny" / name).read_bytes() for name in files}
+    return files
+
+
+@cache
+def _raw_files() -> Files:
+    return material.contents(material.tiny().root / "tiny" / "raw")
+
+
+def damaged_bank(chance: random.Random, place: Path) -> Outcome:
+    """A damaged bank is refused, or made again from the raw files, or was not changed in effect."""
+    files = alter(_bank_files(), _bank_files("other"), chance)
+    folder = place / "tiny"
+    material.put(files, folder)
+    material.put(_raw_files(), folder / "raw")
+    if chance.random() < 0.05:
+        in_the_way(folder / chance.choice(sorted(_bank_files())), chance)
+    found: list[bytes] = []
+    manifest = material.tiny().manifest
+    if refused(lambda: found.append(np.array(make_bank(manifest, place).open_images()).tobytes())):
+        return "refused"
+    if found[0] != np.array(material.bank().open_images()).tobytes():
+        raise Broken("the bank has other images")
+    return "same"
+
+
+def unfinished_bank(chance: random.Random, place: Path) -> Outcome:
+    """Whatever an unfinished bank's journal says, the build ends with the true bank or a clear error."""
+    folder = place / "tiny"
+    files = _bank_files()
+    material.put(_raw_files(), folder / "raw")
+    part = files["tiny-8.npy"]
+    match chance.randrange(4):
+        case 0:
+            part = damaged(part, chance, ("truncate", "extend"))
+        case 1:
+            part = part[:128] + bytes(len(part) - 128)
+        case _:
+            pass
+    garbage = chance.choice((b"", b"\0", b"[]\n", b"{}\n", b"[0, {}]\n", b"\xff\xfe\n", b"0" * 64 + b"\n[0, {}]\n"))
+    material.put(
+        {"tiny-8.npy.part": part, "tiny-8.npy.journal": damaged(garbage * chance.randint(1, 3), chance)}, folder
+    )
+    if chance.random() < 0.2:
+        in_the_way(
+            folder / chance.choice(("tiny-8.npy.part", "tiny-8.npy.journal", "tiny-8.npy", "tiny-8.json")), chance
+        )
+    found: list[bytes] = []
+    if refused(lambda: found.append(np.array(make_bank(material.tiny().manifest, place).open_images()).tobytes())):
+        return "refused"
+    if found[0] != np.array(material.bank().open_images()).tobytes():
+        raise Broken("the bank has other images")
+    return "same"
+
+
+def damaged_raw(chance: random.Random, place: Path) -> Outcome:
+    """A damaged raw file is found by ``verify``; fetching mends or refuses it; no bank has other images."""
+    files = alter(_raw_files(), {name: data[::-1] for name, data in _raw_files().items()}, chance)
+    raw = place / "tiny" / "raw"
+    raw.mkdir(parents=True)
+    material.put(files, raw)
+    if chance.random() < 0.05:
+        in_the_way(raw / chance.choice(sorted(_raw_files())), chance)
+    manifest, mirror = material.tiny().manifest, material.tiny().archive
+    problems: list[str] = []
+    here = material.contents(raw)
+    intact = here.get(mirror.name) == _raw_files()[mirror.name]
+    if not refused(lambda: problems.extend(verify_dataset(manifest, place))) and not problems and not intact:
+        raise Broken("verify finds nothing, although the raw file is damaged")
+    found: list[bytes] = []
+    made = not refused(lambda: found.append(np.array(make_bank(manifest, place).open_images()).tobytes()))
+    if made and found[0] != np.array(material.bank().open_images()).tobytes():
+        raise Broken("a bank with other images was made of the damaged file")
+    refused(lambda: fetch(manifest, place, [str(mirror.parent)], offline=True))
+    return "same" if made else "refused"
+
+
+@cache
+def _memory() -> str:
+    """The address of the archive in this process's memory, where every file system of fsspec finds it."""
+    system = fsspec.filesystem("memory")
+    for name, data in material.archive_files().items():
+        system.pipe_file(f"/archive/{name}", data)
+    return "memory://archive"
+
+
+@cache
+def _cached_files() -> Files:
+    place = material.workplace() / "material" / "shards"
+    for split in material.EPISODES:
+        material.episodes_of(RemoteSource(_memory(), split, cache_dir=place))
+    return material.contents(place / "mamldata-shards")
+
+
+def damaged_cache(chance: random.Random, place: Path) -> Outcome:
+    """Whatever became of cached shards, their records and parts, a stream gives the true episodes or a clear error."""
+    files = _cached_files()
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        files = alter(files, {name: data[::-1] for name, data in files.items()}, chance)
+    if chance.random() < 0.3:  # a part of a download under way
+        name = chance.choice(sorted(name for name in _cached_files() if name.endswith(".tar")))
+        data = files.pop(name, _cached_files()[name])
+        files[f"{name}.part"] = damaged(data, chance)
+    own = place / "mamldata-shards"
+    material.put(files, own)
+    if chance.random() < 0.05:
+        in_the_way(own / chance.choice(sorted(_cached_files())), chance)
+    split = chance.choice(sorted(material.EPISODES))
+    largest = max(shard.bytes for shard in material.archive_of().shards())
+    bound = chance.choice((None, None, 2 * largest, 4 * largest))
+    found: list[bytes] = []
+
+    def read() -> None:
+        source = RemoteSource(_memory(), split, cache_dir=place, cache_bytes=bound, network=QUICK)
+        found.append(material.episodes_of(source))
+
+    if refused(read):
+        return "refused"
+    if found[0] != material.true_episodes(split):
+        # archive.json at the address is intact, so its digest must be, too
+        raise Broken("the stream gave other episodes")
+    return "same"
+
+
+_NOT_SOUND = DamagedError  # what open_shard raises
+CAMPAIGNS = (
+    Campaign(
+        "archive",
+        "archives: bits flipped, cut, extended, shards swapped or exchanged, JSON edited",
+        10_000,
+        damaged_archive,
+    ),
+    Campaign("forged-index", "`archive.json` with odd values and a digest that fits", 10_000, forged_index),
+    Campaign("bank", "banks and their descriptions: the same damage", 10_000, damaged_bank),
+    Campaign(
+        "unfinished-bank", "what an unfinished bank left: cut, extended, with any journal", 10_000, unfinished_bank
+    ),
+    Campaign("raw", "raw files and their receipts: the same damage", 10_000, damaged_raw),
+    Campaign("cache", "cached shards, their records and partial downloads: the same damage", 10_000, damaged_cache),
+)

@@ -710,6 +710,19 @@ class TestCache:
         assert not made, "everything of the cache lies in its own folder"
         assert (tmp_path / OWN / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
 
+    def test_what_is_not_a_file_is_passed_over(self, folder, server, tmp_path):
+        """A link in a circle under a shard's name has no length, and a pipe in place of a record is not waited for."""
+        first, second, *_ = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 2 * first.bytes, QUICK)
+        circle = cache.own / f"{0:064d}.tar"
+        circle.symlink_to(circle.name)
+        path = cache.get(f"{server.url}/{first.file}", first)
+        path.with_suffix(".json").unlink()
+        os.mkfifo(path.with_suffix(".json"))
+        assert cache.get(f"{server.url}/{first.file}", first) == path
+        assert cache.get(f"{server.url}/{second.file}", second).is_file()
+        assert len(server.asked) == 2
+
     def test_what_is_being_opened_stays(self, folder, server, tmp_path):
         """Another process that needs room removes no shard before it is open, nor waits until it is."""
         shards = read_archive(folder).split("train").shards

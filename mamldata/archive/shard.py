@@ -35,6 +35,10 @@ def check_size(path: Path, shard: Shard) -> None:
         raise DamagedError(
             f"The shard {path} is missing (episodes {_range(shard)}). Copy it again, or build the archive again."
         ) from None
+    except OSError as error:
+        raise DamagedError(
+            f"The shard {path} (episodes {_range(shard)}) cannot be read ({error.strerror}). {REMEDY}"
+        ) from error
     if got != shard.bytes:
         raise DamagedError(
             f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}"

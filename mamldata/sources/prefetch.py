@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Container, Hashable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -39,12 +40,13 @@ class Prefetch(Generic[Key, Result]):
         return sum(thread.is_alive() for thread in self._threads)
 
     def start(self, key: Key, job: Callable[[], Result]) -> None:
-        """Start a job under a key that is not in use."""
+        """Start a job under a key that is not in use; do nothing if this process may not have another thread."""
         future: Future[Result] = Future()
-        self._jobs[key] = future
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
-        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
-        thread.start()
+        with suppress(RuntimeError):
+            thread.start()
+            self._jobs[key] = future
+            self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
 
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.

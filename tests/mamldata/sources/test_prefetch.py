@@ -72,6 +72,23 @@ def test_what_nobody_waits_for_is_dropped():
     assert (ahead.take(1), ahead.take(2)) == ("new", "old")
 
 
+def test_without_a_thread_there_is_no_job(monkeypatch: pytest.MonkeyPatch):
+    """Where this process may have no more threads, a job is not begun; whoever needs its result does it themselves."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ahead: Prefetch[int, str] = Prefetch()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ahead.start(1, lambda: "one")
+    assert 1 not in ahead
+    assert ahead.running == 0
+    ahead.join(1)
+    ahead.start(1, lambda: "one")
+    assert ahead.take(1) == "one"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_other_processes_begin_with_none():

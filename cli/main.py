@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -40,6 +41,10 @@ Example, without a network:
 """
 
 
+_NO_MEMORY = (
+    "There is not enough memory. Free some, or ask for less (fewer workers, smaller images or batches), and run the same "
+    "command again: finished work is kept."
+)
 _PATIENCE = 10  # seconds that a silent process waits for the one that shows the error
 
 
@@ -107,7 +112,9 @@ class Verbs(click.Group):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+                raise click.ClickException(_NO_MEMORY) from error
             if error.filename is None:
                 raise
             raise click.ClickException(f"{error.filename}: {error.strerror}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -844,6 +845,19 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("cli.commands.datasets.list_datasets", interrupt)
     refused(run("datasets"), 1, "Interrupted", "to continue")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))], ids=["own", "mmap"]
+)
+def test_too_little_memory(error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    """It is told in a sentence, whether Python or the system ran out of it."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cli.commands.datasets.list_datasets", fail)
+    refused(run("datasets"), 1, "not enough memory", "finished work is kept")
 
 
 def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):

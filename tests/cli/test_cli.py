@@ -860,6 +860,18 @@ def test_too_little_memory(error: BaseException, monkeypatch: pytest.MonkeyPatch
     refused(run("datasets"), 1, "not enough memory", "finished work is kept")
 
 
+@pytest.mark.slow
+def test_letters_that_a_terminal_lacks(tmp_path: Path, glyphs_root: Path):
+    """A name that the terminal's encoding does not have is printed with escapes, and is not a traceback."""
+    out = tmp_path / "中文"
+    words = ["build", "glyphs", f"--root={glyphs_root}", f"--out={out}", *["--train", "1", "--val", "0", "--test", "0"]]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "mamldata", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e2d\\u6587: glyphs" in done.stdout
+
+
 def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):
     """Any error of the library becomes its message and its exit code."""
 

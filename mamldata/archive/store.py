@@ -109,7 +109,7 @@ class FolderStore:
 
     def entries(self) -> dict[str, int]:
         try:
-            with os.scandir(self.path) as entries:
+            with _looking(), os.scandir(self.path) as entries:
                 return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in entries}
         except NotADirectoryError:
             if self.path.exists():
@@ -120,18 +120,21 @@ class FolderStore:
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.path / name).stat().st_size
+            with _looking():
+                return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes | None:
         try:
-            return read_whole(self.path / name, MOST_INDEX_BYTES)
+            with _looking():
+                return read_whole(self.path / name, MOST_INDEX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def sha256(self, name: str) -> str:
-        return sha256_file(self.path / name)
+        with _looking():
+            return sha256_file(self.path / name)
 
     def prepare(self) -> None:
         make_folder(self.path / BUILD)
@@ -179,6 +182,23 @@ class FolderStore:
 
     def alone(self) -> AbstractContextManager[None]:
         return locked(self.path / _LOCK)
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """Name what is in the way of reading a folder: no permission, a folder or a pipe for a file, a link in a circle.
+
+    Raises:
+        WriteError: with that, and what to do.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{error.filename} cannot be read ({error.strerror}). Move it elsewhere, or choose another folder."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mamldata.errors import DivergedError
 from mamldata.io.atomic import write_atomic, writing
+from mamldata.io.digest import parse_json
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome
 
@@ -36,14 +37,14 @@ def append(run_dir: Path, row: dict[str, Any]) -> None:
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Drop the lines after ``step``, and incomplete lines of a killed process.
+    """Drop the lines after ``step``, and those that are incomplete, as a killed process leaves them, or damaged.
 
     Raises:
         WriteError: the file cannot be written to.
     """
     path = run_dir / NAME
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_atomic(path, "".join(line for line in lines if _step(line) <= step).encode())
 
 
@@ -55,8 +56,8 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 def _step(line: str) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:
+        return int(parse_json(line.encode())["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
         return float("inf")
 
 

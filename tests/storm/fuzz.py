@@ -33,9 +33,8 @@ from tests.mamldata.readers.test_arrays import python_2, write_tar
 from tests.storm import material
 from tests.storm.commands import mamldata, require_done
 from tests.storm.damage import ODD_VALUES, damaged, edited
-from tests.storm.harness import PROJECT, Broken, Campaign, Outcome
+from tests.storm.harness import PROJECT, Broken, Campaign, Outcome, refused
 from tests.storm.kills import train_words
-from tests.storm.mutations import refused
 
 # --- pickles
 

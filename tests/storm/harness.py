@@ -26,6 +26,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
 
+from mamldata.errors import MamldataError
+
 PROJECT = Path(__file__).parents[2]
 Outcome = Literal["same", "refused"]
 
@@ -36,6 +38,17 @@ class Broken(Exception):  # noqa: N818  # a promise that was not kept, rather th
 
 class Skipped(Exception):  # noqa: N818
     """A try that this machine cannot make; the text says why."""
+
+
+def refused(act: Callable[[], object]) -> bool:
+    """Whether a call is refused with an error that a user can understand."""
+    try:
+        act()
+    except MamldataError as error:
+        if not str(error).strip():
+            raise Broken(f"an error without a message: {error!r}") from error
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from mamldata.sources.remote import RemoteSource
 from tests.mamldata.fetching.test_fetch import FaultServer, Reply
 from tests.storm import material
 from tests.storm.commands import Ended, Trouble, forked, mamldata, require_clear, require_done, some_moment
+from tests.storm.damage import in_the_way
 from tests.storm.harness import PROJECT, Broken, Campaign, Outcome, workplace
+from tests.storm.mutations import alter
 
 
 def killed_and_again(run: Callable[[Trouble, bool], Ended], chance: random.Random, whole: Ended) -> Ended:
@@ -144,6 +146,38 @@ def run_of(run: Path) -> Any:
     return names, checkpoints, strip_times(run)
 
 
+@cache
+def _half_a_run() -> material.Files:
+    """What an undisturbed run has after its first validation."""
+    _undisturbed("train")
+    files = material.contents(workplace() / "material" / "undisturbed-train" / "run")
+    return {name: data for name, data in files.items() if "_step4_" not in name}
+
+
+def damaged_run(chance: random.Random, place: Path) -> Outcome:
+    """A damaged run, resumed, is refused or ends with the weights of an undisturbed one."""
+    run = place / "run"
+    files = _half_a_run()
+    material.put(alter(files, {name: data[::-1] for name, data in files.items()}, chance), run)
+    if chance.random() < 0.05:
+        in_the_way(run / chance.choice(sorted(files)), chance)
+    ended = mamldata(*train_words(material.archive(), run))
+    require_clear(ended)
+    if not ended.done:
+        return "refused"
+    last = max(run.glob("*_step4_*.pt"))
+    if _weights(last) != _weights(workplace() / "material" / "undisturbed-train" / "run" / last.name):
+        raise Broken("the weights are others")
+    return "same"
+
+
+def _weights(path: Path) -> Any:
+    """The weights of a checkpoint, to the bit."""
+    from trainer.runs.checkpoint import load_checkpoint
+
+    return {name: value.numpy().tobytes() for name, value in load_checkpoint(path).weights.items()}
+
+
 def _make_bank(root: Path) -> None:
     bank_maker._TASK_IMAGES = 4
     make_bank(material.tiny().manifest, root)
@@ -217,4 +251,10 @@ CAMPAIGNS = (
     ),
     Campaign("kill-cache", "SIGKILL while a stream fills its cache", 1000, killed_cache),
     Campaign("kill-train", "SIGKILL at any moment of `train`", 300, killed_train),
+    Campaign(
+        "run",
+        "checkpoints, settings and metrics of half a run: the same damage; then `train --resume`",
+        300,
+        damaged_run,
+    ),
 )

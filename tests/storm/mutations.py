@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,11 +12,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
+from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.index import INDEX, INDEX_SUM, index_sum, parse_archive
 from mamldata.archive.verify import verify_archive
 from mamldata.bank.make import make_bank
 from mamldata.bank.verify import verify_dataset
-from mamldata.errors import DamagedError, MamldataError
+from mamldata.datasets.load import load_manifest
 from mamldata.fetching.act import fetch
 from mamldata.fetching.http import Network
 from mamldata.io.digest import canonical_json, sha256_bytes
@@ -24,8 +25,9 @@ from mamldata.sources.remote import RemoteSource
 from mamldata.sources.stored import ArchiveSource
 from tests.storm import material
 from tests.storm.damage import damaged, edited, in_the_way
-from tests.storm.harness import Broken, Campaign, Outcome
+from tests.storm.harness import Broken, Campaign, Outcome, refused
 from tests.storm.material import Files
+from tests.storm.servers import Stormy
 
 QUICK = Network(connect_timeout=2, read_timeout=0.5, rounds=2, backoff=0, longest_pause=0)
 
@@ -66,17 +68,6 @@ def _edit(data: bytes, chance: random.Random) -> bytes:
         return canonical_json(document) if chance.random() < 0.7 else json.dumps(document, indent=1).encode()
     except (ValueError, UnicodeError):
         return damaged(data, chance)
-
-
-def refused(act: Callable[[], object]) -> bool:
-    """Whether a call is refused with an error that a user can understand."""
-    try:
-        act()
-    except MamldataError as error:
-        if not str(error).strip():
-            raise Broken(f"an error without a message: {error!r}") from error
-        return True
-    return False
 
 
 def damaged_archive(chance: random.Random, place: Path) -> Outcome:
@@ -266,7 +257,52 @@ def damaged_cache(chance: random.Random, place: Path) -> Outcome:
     return "same"
 
 
-_NOT_SOUND = DamagedError  # what open_shard raises
+@cache
+def _unfinished_files() -> Files:
+    """What a build leaves that is killed before it closes the archive."""
+    place = material.workplace() / "material" / "unfinished"
+    build_portion(material.tiny().manifest, material.bank(), place, Portion(1, 2), material.REQUEST)
+    return material.contents(place)
+
+
+def unfinished_build(chance: random.Random, place: Path) -> Outcome:
+    """Whatever became of an unfinished build, the same build ends with the true archive or a clear error."""
+    files = _unfinished_files()
+    for _ in range(chance.choice((1, 1, 2))):
+        files = alter(files, {name: data[::-1] for name, data in files.items()}, chance)
+    material.put(files, place)
+    if chance.random() < 0.05:
+        in_the_way(place / chance.choice(sorted(files)), chance)
+    if refused(lambda: build(material.tiny().manifest, material.bank(), place, material.REQUEST)):
+        return "refused"
+    here = material.contents(place)
+    if any(here.get(name) != data for name, data in material.archive_files().items()):
+        raise Broken("the archive is another one")
+    return "same"
+
+
+def unfinished_fetch(chance: random.Random, place: Path) -> Outcome:
+    """Whatever an earlier fetch left, the same fetch gets the right file or says what is in its way."""
+    name, data = material.tiny().archive.name, material.tiny().archive.read_bytes()
+    cut = chance.randrange(len(data))
+    with closing(Stormy({f"/{name}": data}, None)) as server:
+        note = {"url": f"{server.address}/{name}", "validator": chance.choice((None, f'"{len(data)}"', '"old"'))}
+        files = {
+            f"{name}.part": data[:cut] if chance.random() < 0.5 else damaged(data[: cut + 1], chance),
+            f".{name}.origin.json": _edit(json.dumps(note).encode(), chance),
+            f"{name}.sha256.part": chance.randbytes(9),
+        }
+        raw = place / "root" / "tiny" / "raw"
+        material.put(files, raw)
+        path = place / "tiny.toml"
+        path.write_text(material.tiny().manifest_path.read_text().replace("https://example.org", server.address))
+        manifest = load_manifest(str(path))
+        fetch(manifest, place / "root", network=QUICK)
+    if (raw / name).read_bytes() != data:
+        raise Broken("another file has the name")
+    return "same"
+
+
 CAMPAIGNS = (
     Campaign(
         "archive",
@@ -279,6 +315,8 @@ CAMPAIGNS = (
     Campaign(
         "unfinished-bank", "what an unfinished bank left: cut, extended, with any journal", 10_000, unfinished_bank
     ),
+    Campaign("unfinished-build", "what an unfinished build left: the same damage", 5000, unfinished_build),
+    Campaign("unfinished-fetch", "partial downloads and their notes: damaged", 5000, unfinished_fetch),
     Campaign("raw", "raw files and their receipts: the same damage", 10_000, damaged_raw),
     Campaign("cache", "cached shards, their records and partial downloads: the same damage", 10_000, damaged_cache),
 )

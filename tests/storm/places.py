@@ -21,8 +21,7 @@ from mamldata.sources.stored import ArchiveSource
 from tests.conftest import OBEDIENT
 from tests.storm import material
 from tests.storm.commands import Ended, require_clear, require_done
-from tests.storm.harness import PROJECT, Broken, Campaign, Outcome
-from tests.storm.mutations import refused
+from tests.storm.harness import PROJECT, Broken, Campaign, Outcome, refused
 
 _NAMES = (
     "plain", "with space", " lead", "trail ", "-rf", "--help", "a\nb", "\x1b[31mred", "tab\t", "quote'\"", "$HOME",

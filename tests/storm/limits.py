@@ -148,9 +148,9 @@ def _descriptors(chance: random.Random) -> int:
 
 
 def _memory(chance: random.Random) -> int:
-    """What this process has, and a few megabytes more."""
+    """What this process has, and some megabytes more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize() + chance.randint(0, 48 << 20)
+    return pages * resource.getpagesize() + chance.randint(0, 8 << 20)
 
 
 CAMPAIGNS = (
@@ -169,7 +169,7 @@ CAMPAIGNS = (
     ),
     Campaign(
         "memory",
-        "up to 48 MB more than the program itself takes (`ulimit -v`)",
+        "up to 8 MB more than the program itself takes (`ulimit -v`)",
         300,
         partial(limited, resource.RLIMIT_AS, _memory, "fetch build cache"),
     ),

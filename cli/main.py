@@ -21,6 +21,7 @@ from mamldata.version import __version__
 # Each verb and its line in the overview. The module of the same name in ``cli.commands`` defines it as ``command``.
 VERBS = {
     "datasets": "List the datasets, and which files of them are here.",
+    "benchmarks": "List the benchmarks, test archives with pinned digests.",
     "fetch": "Get a dataset's raw files and verify them.",
     "verify": "Hash all files of a dataset or an archive again.",
     "build": "Build an archive of episodes.",

@@ -21,6 +21,7 @@ root_option = click.option(
     help="The folder of all datasets.  [default: the user's cache folder]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+benchmark_option = click.option("--benchmark", metavar="NAME", help="A benchmark; mamldata benchmarks lists them.")
 # The settings of episodes; None: the user did not set it.
 _EPISODE_OPTIONS = {
     "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),

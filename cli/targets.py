@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamldata.archive.index import is_archive
+from mamldata.archive.index import Archive, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
@@ -42,6 +42,11 @@ def archive_folder(target: str) -> Path | str | None:
     )
 
 
+def trains(archive: Archive | None) -> bool:
+    """Whether there are episodes to train and to validate on; of a dataset, None, this is assumed."""
+    return archive is None or {"train", "val"} <= archive.splits.keys()
+
+
 def archive_cache(folder: Path | str, root: str | None) -> Path | None:
     """The cache folder for shards of an archive at an address; None for a folder."""
     return data_root(root) / "archive-cache" if is_remote(folder) else None
@@ -58,6 +63,19 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
         raise click.UsageError(
             f"{names}: the episodes of the archive {shown_place(folder)} are fixed. Leave out these options."
         )
+
+
+def refuse_with_benchmark(name: str, target: str | None, options: dict[str, Any]) -> None:
+    """Refuse a dataset or an archive, and options that would change episodes, because a benchmark defines both.
+
+    Raises:
+        click.UsageError: such were given.
+    """
+    if target is not None:
+        raise click.UsageError(f"Give either {target!r} or --benchmark {name}, not both.")
+    if options:
+        names = ", ".join(option_name(option) for option in options)
+        raise click.UsageError(f"{names}: the benchmark {name} defines its episodes. Leave out these options.")
 
 
 def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:

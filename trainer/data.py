@@ -14,6 +14,7 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalization
+from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import LiveSource, live
 from mamldata.sources.open import open_archive
 from mamldata.sources.source import Source
@@ -100,8 +101,14 @@ class EpisodeData:
         return stream.to(device)
 
     def describe(self) -> dict[str, Any]:
-        """A description of the episodes, the same for all splits."""
-        return self._describe(next(iter(self._sources.values()), None) or self._source("train"))
+        """A description of the episodes, the same for all splits.
+
+        Raises:
+            RequestError: no split has episodes.
+        """
+        if not self._sources:
+            self._open_one()
+        return self._describe(next(iter(self._sources.values())))
 
     def available(self, split: str) -> int | None:
         """How many episodes a split has; None if it never ends.
@@ -127,6 +134,17 @@ class EpisodeData:
                 self._require_same(source)
             self._sources[split] = source
         return self._sources[split]
+
+    def _open_one(self) -> None:
+        """Open any split: some have episodes only to test on."""
+        faults = []
+        for split in SPLITS:
+            try:
+                self._source(split)
+                return
+            except RequestError as error:
+                faults.append(error)
+        raise faults[0]
 
     def _require_same(self, source: Source) -> None:
         before, now = self.describe(), self._describe(source)

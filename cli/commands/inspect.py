@@ -10,6 +10,7 @@ import click
 
 from cli.options import json_option, root_option
 from cli.output import next_command, print_json, say, size_text
+from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.index import Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
 from mamldata.datasets.paths import data_root
@@ -50,6 +51,7 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
     return {
         "archive": str(folder),
         "digest": archive.digest,
+        "benchmark": known.name if (known := benchmark_of(archive.digest)) else None,
         "dataset": archive.dataset,
         "dataset_version": archive.dataset_version,
         "bank_sha256": archive.bank_sha256,
@@ -105,3 +107,5 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
         click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
     click.echo(f"  bank   sha256:{archive.bank_sha256}")
     click.echo(f"  digest sha256:{archive.digest}")
+    if known := benchmark_of(archive.digest):
+        click.echo(f"  benchmark {known.name}")

@@ -9,9 +9,10 @@ import click
 
 from cli.options import episode_options, json_option, root_option
 from cli.output import next_command, print_json, train_command
-from cli.targets import archive_cache, archive_folder, refuse_with_archive
+from cli.targets import archive_cache, archive_folder, refuse_with_archive, trains
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
+from mamldata.pipeline import read_archive
 from mamldata.preview import contact_sheet, episode, save, title
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
@@ -52,4 +53,5 @@ def command(
         print_json({"out": str(out), "classes": names})
         return
     click.echo(f"{out}: {title(source, index)}")
-    next_command(train_command(target, episodes))
+    if trains(read_archive(folder) if folder else None):
+        next_command(train_command(target, episodes))

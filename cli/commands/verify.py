@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cli.options import json_option, root_option
 from cli.output import bars, build_command, next_command, print_json, train_command
-from cli.targets import archive_folder
-from mamldata.archive.index import read_archive
-from mamldata.archive.remote import read_remote_archive
+from cli.targets import archive_folder, trains
+from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.verify import verify_archive
 from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
+from mamldata.pipeline import read_archive
 
 
 @click.command(
@@ -40,12 +38,13 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         for problem in problems:
             click.echo(problem)
         if not problems:
-            found = "" if folder is None else f", digest {_digest(folder)}"
-            click.echo(f"{shown_place(target)} is whole{found}")
-            next_command(build_command(target) if folder is None else train_command(target))
+            archive = None if folder is None else read_archive(folder)
+            known = benchmark_of(archive.digest) if archive else None
+            digest_shown = f", digest {archive.digest}" if archive else ""
+            click.echo(f"{shown_place(target)} is whole{digest_shown}{f', benchmark {known.name}' if known else ''}")
+            if archive is None:
+                next_command(build_command(target))
+            elif trains(archive):
+                next_command(train_command(target))
     if problems:
         raise click.exceptions.Exit(1)
-
-
-def _digest(folder: Path | str) -> str:
-    return (read_remote_archive(folder) if isinstance(folder, str) else read_archive(folder)).digest

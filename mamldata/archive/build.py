@@ -82,7 +82,7 @@ def build(
     plan = plan_archive(manifest, bank, request or BuildRequest())
     store = store_at(out)
     _refuse_other_content(store, plan)
-    if (archive := _finished(store)) is not None:
+    if (archive := finished(store)) is not None:
         return archive
     store.prepare()
     with store.alone():
@@ -120,7 +120,7 @@ def build_portion(
     _refuse_other_content(store, plan)
     names = [shard.file for shard in plan.shards()]
     chosen = names[portion.number - 1 :: portion.of]
-    if _finished(store) is not None:
+    if finished(store) is not None:
         return PortionBuilt(len(chosen), 0, len(names))
     _undisturbed(store, lambda: _begin(store, plan))
     made = _make(plan, bank, store, chosen, workers if executor is None else executor, progress)
@@ -187,8 +187,12 @@ def _read_archive(store: Store) -> Archive | None:
     return None if data is None else check_archive(data, store.read(INDEX_SUM), f"{store}/{INDEX}")
 
 
-def _finished(store: Store) -> Archive | None:
-    """The archive at a place, if it is finished: no shard is missing, and nothing is left to clear."""
+def finished(store: Store) -> Archive | None:
+    """The archive at a place, if it is finished: no shard is missing, and nothing is left to clear.
+
+    Raises:
+        DamagedError: its ``archive.json`` is damaged.
+    """
     archive = _read_archive(store)
     return archive if archive and BUILD not in store.entries() and not _missing(store, archive) else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mamldata.archive.index import Archive, ArchiveSplit, Shard, shard_file, shard_sizes
@@ -11,7 +11,7 @@ from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError
 from mamldata.sampling.sampler import ROTATIONS, EpisodeSampler, class_table, quarter_turns
-from mamldata.sampling.splits import SPLITS, divide
+from mamldata.sampling.splits import SPLITS, Division, SplitScheme, divide
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}
 _SHARD_BYTES = 64 << 20  # a shard's default size: small enough to share out, large enough to stream
@@ -57,10 +57,11 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
     """The archive to build, its shards still without digests. Writes nothing.
 
     Raises:
-        RequestError: more ways than classes, more shots than images, an unknown split scheme.
+        RequestError: a split without classes, more ways than classes, more shots than images, an unknown split scheme.
     """
     scheme = manifest.scheme(request.split_scheme)
     division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
+    _require_classes(division, [split for split in SPLITS if request.episodes.get(split)], scheme, manifest)
     rotations = request.rotations or manifest.rotations
     image_shape = bank.shape[1:]
     layout = EpisodeLayout(request.n_way, request.k_shot, request.k_query, image_shape)
@@ -91,3 +92,12 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
     for name, split_plan in archive.splits.items():
         EpisodeSampler(archive.spec(name), split_plan.classes)  # raises for impossible episodes, before any write
     return archive
+
+
+def _require_classes(division: Division, splits: Sequence[str], scheme: SplitScheme, manifest: Manifest) -> None:
+    if empty := [split for split in splits if not division[split]]:
+        those, full = " and ".join(empty), [split for split in SPLITS if division[split]]
+        raise RequestError(
+            f"{manifest.name}, split scheme {scheme.name!r}, has no classes in {those}; it has classes in "
+            f"{', '.join(full) or 'no split'}. Request no episodes of {those}, or put classes there."
+        )

@@ -99,7 +99,8 @@ def test_help_names_every_verb_and_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "verb", ["datasets", "fetch", "verify", "build", "inspect", "preview", "recipes", "train", "eval", "compare"]
+    "verb",
+    ["datasets", "benchmarks", "fetch", "verify", "build", "inspect", "preview", "recipes", "train", "eval", "compare"],
 )
 def test_a_verbs_help_imports_no_torch(verb: str):
     """Help and the data verbs start without torch."""
@@ -144,7 +145,7 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 arguments += ["--out", "live-run"]
             if verb == "compare":
                 arguments += ["--steps", "2", "--meta-batch-size", "2", "--eval-episodes", "4"]
-            if verb in {"eval", "compare"}:
+            if verb in {"eval", "compare"} and "--benchmark" not in arguments:
                 arguments += ["--episodes", "4"]
             result = run(*arguments, root=tmp_path / "root")
             assert result.exit_code == 0, f"{example}: {result.output}"

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Container, Hashable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -43,10 +42,13 @@ class Prefetch(Generic[Key, Result]):
         """Start a job under a key that is not in use; do nothing if this process may not have another thread."""
         future: Future[Result] = Future()
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
-        with suppress(RuntimeError):
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        try:
             thread.start()
-            self._jobs[key] = future
-            self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        except RuntimeError:
+            self._threads.remove(thread)
+            return
+        self._jobs[key] = future
 
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.
@@ -71,10 +73,16 @@ class Prefetch(Generic[Key, Result]):
         for key in [key for key in self._jobs if key not in keys]:
             del self._jobs[key]
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the current thread runs one of the jobs: garbage collection may call anything in it."""
+        return threading.current_thread() in self._threads
+
     def join(self, seconds: float) -> None:
-        """Wait for each thread, up to ``seconds``."""
+        """Wait for each thread, up to ``seconds``; not for the current one."""
         for thread in self._threads:
-            thread.join(seconds)
+            if thread is not threading.current_thread():
+                thread.join(seconds)
 
     def __getstate__(self) -> dict[str, Any]:
         # Threads cannot be pickled: another process starts without jobs.

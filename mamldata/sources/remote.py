@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -125,6 +126,9 @@ class RemoteSource(StoredSource):
 
 def _remove(folder: str, owner: int, ahead: Prefetch[int, Bytes]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
+        if ahead.is_here:  # collected in the middle of a job, which goes on
+            threading.Thread(target=_remove, args=(folder, owner, ahead)).start()
+            return
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
         with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it
             shutil.rmtree(Path(folder).rename(f"{folder}.gone"))

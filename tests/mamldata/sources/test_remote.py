@@ -547,6 +547,17 @@ def occupied(folder, *patterns):
 
 
 class TestAhead:
+    def test_a_source_that_ends_in_its_own_thread(self, server):
+        """Garbage collection may find a source in the middle of one of its jobs; its folder is removed all the same."""
+        sources = [remote(server)]
+        place, ahead = sources[0].cache.folder, sources[0]._prefetched
+        ahead.start(0, sources.clear)
+        ahead.join(30)
+        deadline = time.monotonic() + 30
+        while place.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not place.exists()
+
     def test_shards_come_several_at_a_time(self, server):
         """The first and the next two are under way together; none is asked for twice."""
         meeting = threading.Barrier(3, timeout=30)

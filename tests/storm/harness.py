@@ -40,13 +40,19 @@ class Skipped(Exception):  # noqa: N818
     """A try that this machine cannot make; the text says why."""
 
 
-def refused(act: Callable[[], object]) -> bool:
-    """Whether a call is refused with an error that a user can understand."""
+def refused(act: Callable[[], object], said: list[str] | None = None) -> bool:
+    """Whether a call is refused with an error that a user can understand; its message is added to ``said``.
+
+    Raises:
+        Broken: the error says nothing.
+    """
     try:
         act()
     except MamldataError as error:
         if not str(error).strip():
             raise Broken(f"an error without a message: {error!r}") from error
+        if said is not None:
+            said.append(str(error))
         return True
     return False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from email.message import Message
@@ -28,7 +30,8 @@ NETWORK = Network(
 _STATUS = (
     "204 No Content", "206 Partial Content", "301 Moved", "304 Not Modified", "400 Bad", "401 Who", "403 Forbidden",
     "404 Not Found", "408 Timeout", "410 Gone", "416 Range", "418 Teapot", "425 Early", "429 Slow down", "451 No",
-    "500 Oh", "502 Bad gateway", "503 Busy", "504 Late", "599 ?", "999 ?", "000", "-1", "abc", "200", "100 Continue",
+    "500 Oh", "502 Bad gateway", "503 Busy", "504 Late", "599 \x1b[2J", "999 ?", "000", "-1", "abc", "200",
+    "100 Continue",
 )  # fmt: skip
 _RETRY_AFTER = (
     "0",
@@ -37,13 +40,16 @@ _RETRY_AFTER = (
     "1e9",
     "soon",
     "9" * 9,
+    "9" * 20,
+    "9" * 400,
     "Fri, 31 Dec 9999 23:59:59 GMT",
     "Fri, 01 May 2026 10:00:30",
     "\u0661",
 )
 _LOCATIONS = (
     "/nowhere", "//", "", "?", "#", "http://", "http://[::1", "http://127.0.0.1:1/x", "file:///etc/passwd", "ftp://x/y",
-    "javascript:1", "http://a..b/", "\\\\x", "http://127.0.0.1:99999999/", "http://\u2028/", "data:,x",
+    "javascript:1", "http://a..b/", "\\\\x", "http://127.0.0.1:99999999/", "http://127.0.0.1:99999/", "http://:80",
+    "http://\u2028/", "data:,x",
 )  # fmt: skip
 _HEADERS = (
     ("Content_Encoding", "gzip"), ("Content_Encoding", "br"), ("Transfer_Encoding", "chunked"),
@@ -170,6 +176,22 @@ def some_faults(chance: random.Random) -> Callable[[bytes, int, Message], Answer
     return misbehave
 
 
+_PASSWORD, _KEY = "opensesame", "0123456789abcdef"
+
+
+def _require_decent(said: list[str]) -> None:
+    """Check that messages have no secrets of an address, and nothing that steers a terminal.
+
+    Raises:
+        Broken: one has.
+    """
+    for line in "\n".join(said).split("\n"):
+        if _PASSWORD in line or _KEY in line:
+            raise Broken(f"a message has a secret: {line!r}")
+        if not line.isprintable():
+            raise Broken(f"a message steers the terminal: {line!r}")
+
+
 @cache
 def _manifest_text() -> str:
     return material.tiny().manifest_path.read_text()
@@ -178,11 +200,15 @@ def _manifest_text() -> str:
 def stormy_fetch(chance: random.Random, place: Path) -> Outcome:
     """A fetch gets the right file or nothing; from a good server, the same call then always gets it."""
     name, data = material.tiny().archive.name, material.tiny().archive.read_bytes()
+    said: list[str] = []
     with closing(Stormy({f"/{name}": data, "/again": data}, some_faults(chance))) as server:
         path = place / "tiny.toml"
         path.write_text(_manifest_text().replace("https://example.org", server.address))
         manifest, raw = load_manifest(str(path)), place / "root" / "tiny" / "raw"
-        failed = refused(lambda: fetch(manifest, place / "root", network=NETWORK))
+        secret = server.address.replace("http://", f"http://me:{_PASSWORD}@")
+        places = [f"{secret}/?key={_KEY}"] if chance.random() < 0.3 else []
+        failed = refused(lambda: fetch(manifest, place / "root", places, network=NETWORK, notify=said.append), said)
+        _require_decent(said)
         if failed and (raw / name).exists():
             raise Broken("the fetch failed, and the file has its name")
         server.misbehave = None
@@ -205,14 +231,17 @@ def stormy_archive(chance: random.Random, place: Path) -> Outcome:
         return good(data, start, request) if spared or chance.random() < 0.3 else misbehave(data, start, request)
 
     split = chance.choice(sorted(material.EPISODES))
+    cache_dir = chance.choice((place, place, None))
+    said: list[str] = []
     with closing(Stormy(files, sometimes)) as server:
         url = f"{server.address}/archive"
         found: list[bytes] = []
 
         def read() -> None:
-            found.append(material.episodes_of(RemoteSource(url, split, cache_dir=place, network=NETWORK)))
+            found.append(material.episodes_of(RemoteSource(url, split, cache_dir=cache_dir, network=NETWORK)))
 
-        failed = refused(read)
+        failed = refused(read, said)
+        _require_decent(said)
         server.misbehave = None
         read()
         if chance.random() < 0.02 and (problems := verify_archive(url)):
@@ -221,6 +250,9 @@ def stormy_archive(chance: random.Random, place: Path) -> Outcome:
             raise Broken("another archive")
     if any(data != material.true_episodes(split) for data in found):
         raise Broken("other episodes")
+    gc.collect()
+    if left := list(Path(tempfile.gettempdir()).glob("mamldata-*")):
+        raise Broken(f"left over among the temporary files: {left}")
     return "refused" if failed else "same"
 
 

@@ -160,6 +160,8 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
     Returns:
         int64 ``[rows, draws]``, distinct in each row.
     """
+    if len(raw) * int(sizes.max()) > _MOST_POOL:
+        return _draw_from_many(raw, sizes)
     rows = np.arange(len(raw))
     pool = np.tile(np.arange(int(sizes.max()), dtype=np.int32), (len(raw), 1))
     drawn = np.empty(raw.shape, dtype=np.int64)
@@ -167,6 +169,27 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
         pick = j + (raw[:, j] % (sizes - j).astype(np.uint64)).astype(np.int64)
         drawn[:, j] = pool[rows, pick]
         pool[rows, pick] = pool[:, j]
+    return drawn
+
+
+def _draw_from_many(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As ``_draw``, in memory that does not grow with the sizes, which a forged archive may claim as it likes.
+
+    Only the places of the shuffled ranges that have changed are kept: step i put ``moved[:, i]`` into ``picks[:, i]``.
+    """
+    picks, moved, drawn = (np.empty(raw.shape, dtype=np.int64) for _ in range(3))
+
+    def content(places: npt.NDArray[np.int64], steps: int) -> npt.NDArray[np.int64]:
+        """What stands in a place of each row after some steps."""
+        found = places.copy()
+        for i in range(steps):
+            np.copyto(found, moved[:, i], where=picks[:, i] == places)
+        return found
+
+    for j in range(raw.shape[1]):
+        picks[:, j] = j + (raw[:, j] % (sizes - j).astype(np.uint64)).astype(np.int64)
+        drawn[:, j] = content(picks[:, j], j)
+        moved[:, j] = content(np.full(len(raw), j), j)
     return drawn
 
 

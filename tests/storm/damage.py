@@ -155,7 +155,7 @@ def near(value: Any, chance: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return chance.choice((value + 1, value - 1, -value, value * 2, value * 10**6, float(value), *ODD_NUMBERS))
+        return chance.choice((value + 1, value - 1, -value, value * 2, value * 10**6, *ODD_NUMBERS, 1.0))
     if isinstance(value, float):
         return chance.choice((value / 2, -value, 0.0, 1.0, 1e300, int(value)))
     if isinstance(value, str) and value:

@@ -150,7 +150,7 @@ def _descriptors(chance: random.Random) -> int:
 def _memory(chance: random.Random) -> int:
     """What this process has, and some megabytes more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize() + chance.randint(0, 8 << 20)
+    return pages * resource.getpagesize() + chance.choice((0, chance.randint(0, 1 << 20), chance.randint(0, 8 << 20)))
 
 
 CAMPAIGNS = (

@@ -250,7 +250,8 @@ def stormy_archive(chance: random.Random, place: Path) -> Outcome:
             raise Broken("another archive")
     if any(data != material.true_episodes(split) for data in found):
         raise Broken("other episodes")
-    gc.collect()
+    if cache_dir is None:
+        gc.collect()  # what an error refers to
     if left := list(Path(tempfile.gettempdir()).glob("mamldata-*")):
         raise Broken(f"left over among the temporary files: {left}")
     return "refused" if failed else "same"

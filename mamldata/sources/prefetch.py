@@ -39,16 +39,16 @@ class Prefetch(Generic[Key, Result]):
         return sum(thread.is_alive() for thread in self._threads)
 
     def start(self, key: Key, job: Callable[[], Result]) -> None:
-        """Start a job under a key that is not in use; do nothing if this process may not have another thread."""
+        """Start a job under a key that is not in use; do it at once if this process may not have another thread."""
         future: Future[Result] = Future()
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
         self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        self._jobs[key] = future
         try:
             thread.start()
         except RuntimeError:
             self._threads.remove(thread)
-            return
-        self._jobs[key] = future
+            _run(future, job)
 
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from mamldata.archive.index import Archive, read_archive
 from mamldata.archive.plan import BuildRequest
 from mamldata.bank.format import Bank
 from mamldata.bank.make import make_bank
-from mamldata.sources.stored import ArchiveSource, StoredSource
+from mamldata.sources.drawn import ThinSource
+from mamldata.sources.open import open_archive
+from mamldata.sources.stored import StoredSource
 from tests.conftest import TinyDataset, make_tiny
 from tests.storm.harness import workplace
 
 EPISODES = {"train": 23, "val": 7}
 REQUEST = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes=EPISODES, seed=9, episodes_per_shard=5)
-OTHER_REQUEST = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes=EPISODES, seed=10, episodes_per_shard=5)
+THIN_REQUEST = BuildRequest(n_way=3, k_shot=1, k_query=2, episodes=EPISODES, seed=9, thin=True)
+OTHER = {"one": "other", "thin": "other-thin"}  # for each archive one of the same shape with other content
 Files = dict[str, bytes]
 
 
@@ -38,10 +42,23 @@ def bank() -> Bank:
 
 
 @cache
+def other_bank() -> Bank:
+    """A bank of the same size with other images."""
+    manifest = replace(tiny().manifest, image=replace(tiny().manifest.image, invert=False))
+    root = workplace() / "material" / "other-root"
+    clone(tiny().root / "tiny" / "raw", root / "tiny" / "raw")
+    return make_bank(manifest, root)
+
+
+@cache
 def archive(which: str = "one") -> Path:
-    """An archive of it: ``one``, or the ``other``, of the same shape and another seed."""
+    """An archive of it: ``one``, the ``thin`` one, or one of the others, which have another seed and other images."""
     place = workplace() / "material" / f"archive-{which}"
-    build(tiny().manifest, bank(), place, REQUEST if which == "one" else OTHER_REQUEST)
+    request = THIN_REQUEST if "thin" in which else REQUEST
+    if which in OTHER:
+        build(tiny().manifest, bank(), place, request)
+    else:
+        build(tiny().manifest, other_bank(), place, replace(request, seed=10))
     return place
 
 
@@ -79,22 +96,23 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def episodes_of(source: StoredSource) -> bytes:
+def episodes_of(source: StoredSource | ThinSource) -> bytes:
     """The bytes of all episodes of a source, and what it says of them."""
     info = source.info
     image = math.prod(info.image_shape)
     support = np.empty(source.episodes * info.n_way * info.k_shot * image, dtype=np.uint8)
     query = np.empty(source.episodes * info.n_way * info.k_query * image, dtype=np.uint8)
-    source.prefetch(range(len(source.shard_episodes)))
+    if isinstance(source, StoredSource):
+        source.prefetch(range(len(source.shard_episodes)))
     source.read(np.arange(source.episodes), support, query)
     classes = source.classes(np.arange(source.episodes))
     return b"".join([support.tobytes(), query.tobytes(), classes.tobytes(), repr(info).encode()])
 
 
 @cache
-def true_episodes(split: str = "train") -> bytes:
-    """The episodes of the archive, as they should be."""
-    return episodes_of(ArchiveSource(archive(), split, verify=True))
+def true_episodes(split: str = "train", which: str = "one") -> bytes:
+    """The episodes of an archive, as they should be."""
+    return episodes_of(open_archive(archive(which), split, verify=True))
 
 
 def clone(files: Path, folder: Path) -> Path:

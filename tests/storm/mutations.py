@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from contextlib import closing
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from mamldata.datasets.load import load_manifest
 from mamldata.fetching.act import fetch
 from mamldata.fetching.http import Network
 from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.sources.drawn import ThinSource
+from mamldata.sources.open import open_archive
 from mamldata.sources.remote import RemoteSource
-from mamldata.sources.stored import ArchiveSource
+from mamldata.sources.thin import thin_from_address
 from tests.storm import material
 from tests.storm.damage import damaged, edited, in_the_way
 from tests.storm.harness import Broken, Campaign, Outcome, refused
@@ -72,13 +73,13 @@ def _edit(data: bytes, chance: random.Random) -> bytes:
 
 def damaged_archive(chance: random.Random, place: Path) -> Outcome:
     """``verify`` finds every damage; a stream that hashes shards refuses it or gives the true episodes."""
-    files = material.archive_files()
+    which = chance.choice(("one", "one", "thin"))
+    truth = files = material.archive_files(which)
     for _ in range(chance.choice((1, 1, 1, 2))):
-        files = alter(files, material.archive_files("other"), chance)
+        files = alter(files, material.archive_files(material.OTHER[which]), chance)
     material.put(files, place)
     if chance.random() < 0.05:
         in_the_way(place / chance.choice(sorted(files)), chance)
-    truth = material.archive_files()
     here = material.contents(place)
     intact = all(here.get(name) == data for name, data in truth.items())
     problems: list[str] = []
@@ -91,21 +92,19 @@ def damaged_archive(chance: random.Random, place: Path) -> Outcome:
     forged = here.get(INDEX) != truth[INDEX] and here.get(INDEX_SUM) != truth[INDEX_SUM]
     for split in material.EPISODES:
         # Without verify, changed pixels of a whole shard are not looked for, so there only errors count.
-        refused(lambda split=split: material.episodes_of(ArchiveSource(place, split)))
+        refused(lambda split=split: material.episodes_of(open_archive(place, split)))
         found: list[bytes] = []
         refused(
-            lambda split=split, found=found: found.append(
-                material.episodes_of(ArchiveSource(place, split, verify=True))
-            )
+            lambda split=split, found=found: found.append(material.episodes_of(open_archive(place, split, verify=True)))
         )
-        if found and found[0] != material.true_episodes(split) and not forged:
+        if found and found[0] != material.true_episodes(split, which) and not forged:
             raise Broken(f"verify=True gave other episodes of {split}")
     return "same" if intact else "refused"
 
 
 def forged_index(chance: random.Random, place: Path) -> Outcome:
     """An ``archive.json`` with other values and the right digest beside it is refused, or read without a crash."""
-    files = dict(material.archive_files())
+    files = dict(material.archive_files(chance.choice(("one", "thin"))))
     document = json.loads(files[INDEX])
     for _ in range(chance.choice((1, 1, 2, 3))):
         document = edited(document, chance) if isinstance(document, dict) else document
@@ -117,7 +116,7 @@ def forged_index(chance: random.Random, place: Path) -> Outcome:
     material.put(files, place)
     taken = not refused(lambda: parse_archive(data))
     for split in material.EPISODES:
-        refused(lambda split=split: material.episodes_of(ArchiveSource(place, split)))
+        refused(lambda split=split: material.episodes_of(open_archive(place, split)))
     refused(lambda: verify_archive(place))
     return "same" if taken else "refused"
 
@@ -129,11 +128,7 @@ def _bank_files(which: str = "one") -> Files:
     material.bank()
     files = {name: (folder.path / name).read_bytes() for name in ("tiny-8.npy", "tiny-8.json")}
     if which == "other":
-        manifest = replace(material.tiny().manifest, image=replace(material.tiny().manifest.image, invert=False))
-        root = material.workplace() / "material" / "other-root"
-        material.clone(material.tiny().root / "tiny" / "raw", root / "tiny" / "raw")
-        make_bank(manifest, root)
-        files = {name: (root / "tiny" / name).read_bytes() for name in files}
+        files = {name: material.other_bank().path.with_name(name).read_bytes() for name in files}
     return files
 
 
@@ -211,47 +206,50 @@ def damaged_raw(chance: random.Random, place: Path) -> Outcome:
 
 
 @cache
-def _memory() -> str:
-    """The address of the archive in this process's memory, where every file system of fsspec finds it."""
+def _memory(which: str) -> str:
+    """The address of an archive in this process's memory, where every file system of fsspec finds it."""
     system = fsspec.filesystem("memory")
-    for name, data in material.archive_files().items():
-        system.pipe_file(f"/archive/{name}", data)
-    return "memory://archive"
+    for name, data in material.archive_files(which).items():
+        system.pipe_file(f"/{which}/{name}", data)
+    return f"memory://{which}"
+
+
+def _remote(which: str, split: str, cache_dir: Path, bound: int | None = None) -> RemoteSource | ThinSource:
+    url, options = _memory(which), {"cache_dir": cache_dir, "cache_bytes": bound, "network": QUICK}
+    if which == "thin":
+        return thin_from_address(url, material.archive_of(which), split, **options)
+    return RemoteSource(url, split, **options)
 
 
 @cache
-def _cached_files() -> Files:
-    place = material.workplace() / "material" / "shards"
+def _cached_files(which: str) -> Files:
+    place = material.workplace() / "material" / f"shards-{which}"
     for split in material.EPISODES:
-        material.episodes_of(RemoteSource(_memory(), split, cache_dir=place))
+        material.episodes_of(_remote(which, split, place))
     return material.contents(place / "mamldata-shards")
 
 
 def damaged_cache(chance: random.Random, place: Path) -> Outcome:
     """Whatever became of cached shards, their records and parts, a stream gives the true episodes or a clear error."""
-    files = _cached_files()
+    which = chance.choice(("one", "one", "thin"))
+    truth = files = _cached_files(which)
     for _ in range(chance.choice((1, 1, 2, 5))):
         files = alter(files, {name: data[::-1] for name, data in files.items()}, chance)
     if chance.random() < 0.3:  # a part of a download under way
-        name = chance.choice(sorted(name for name in _cached_files() if name.endswith(".tar")))
-        data = files.pop(name, _cached_files()[name])
+        name = chance.choice(sorted(name for name in truth if len(truth[name]) > 1000))
+        data = files.pop(name, truth[name])
         files[f"{name}.part"] = damaged(data, chance)
     own = place / "mamldata-shards"
     material.put(files, own)
     if chance.random() < 0.05:
-        in_the_way(own / chance.choice(sorted(_cached_files())), chance)
+        in_the_way(own / chance.choice(sorted(truth)), chance)
     split = chance.choice(sorted(material.EPISODES))
-    largest = max(shard.bytes for shard in material.archive_of().shards())
+    largest = max(len(data) for data in truth.values())
     bound = chance.choice((None, None, 2 * largest, 4 * largest))
     found: list[bytes] = []
-
-    def read() -> None:
-        source = RemoteSource(_memory(), split, cache_dir=place, cache_bytes=bound, network=QUICK)
-        found.append(material.episodes_of(source))
-
-    if refused(read):
+    if refused(lambda: found.append(material.episodes_of(_remote(which, split, place, bound)))):
         return "refused"
-    if found[0] != material.true_episodes(split):
+    if found[0] != material.true_episodes(split, which):
         # archive.json at the address is intact, so its digest must be, too
         raise Broken("the stream gave other episodes")
     return "same"

@@ -47,7 +47,7 @@ def alter(files: Files, others: Files, chance: random.Random) -> Files:
         case 0 | 1 | 2 | 3 | 4:
             files[name] = damaged(files[name], chance)
         case 5:
-            files[name] = others[name]
+            files[name] = others.get(name, b"")
         case 6:
             other = chance.choice(sorted(files))
             files[name], files[other] = files[other], files[name]
@@ -84,7 +84,7 @@ def damaged_archive(chance: random.Random, place: Path) -> Outcome:
     intact = all(here.get(name) == data for name, data in truth.items())
     problems: list[str] = []
     if not refused(lambda: problems.extend(verify_archive(place))) and bool(problems) == intact:
-        strangers = [name for name in here if name.endswith(".tar") and name not in truth]
+        strangers = {path.name for path in place.glob("*.*") if path.suffix in {".tar", ".npy"}} - truth.keys()
         if not (intact and strangers):
             raise Broken(f"verify says {problems}, although the archive is {'intact' if intact else 'damaged'}")
     # Whoever replaces archive.json and removes or replaces its digest makes another archive, which the digest of the

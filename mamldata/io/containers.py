@@ -107,8 +107,11 @@ def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -
     """An entry of an open zip; None for a folder. A link's target is its content.
 
     Raises:
-        DamagedError: it is neither stored nor deflated: Python unpacks the other methods without a limit.
+        DamagedError: it has no name, or is neither stored nor deflated: Python unpacks the other methods without a
+            limit.
     """
+    if not info.filename:
+        raise DamagedError(f"{container}: a damaged container (a member has no name).")
     if info.is_dir():
         return None
     if info.compress_type not in _METHODS:

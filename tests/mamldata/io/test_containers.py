@@ -121,6 +121,16 @@ def test_names_that_point_outside(kind: str, name: str, tmp_path: Path):
         list_members(make(kind, tmp_path, {"good.png": b"x", name: b"x"}))
 
 
+@pytest.mark.parametrize("read", [list_members, lambda path: content_sha256(path, 100)], ids=["list", "digest"])
+def test_a_member_without_a_name(read: Callable[[Path], object], tmp_path: Path):
+    """A zip whose directory has lost a name is damaged, however Python's zipfile sees it."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as box:
+        box.writestr("", b"x")
+    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(a member has no name\)"):
+        read(path)
+
+
 def linked(path: Path, entries: Sequence[tuple[str, bytes | str]], mode: str = "w") -> Path:
     """A container with these entries: a file's bytes, or a link's target; that of a hard link begins with ``=``."""
     if mode in {"stored", "deflated"}:

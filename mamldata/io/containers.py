@@ -324,6 +324,8 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
                     # One byte more, to reach the end, where the CRC is checked; but never the whole stream: the length
                     # in the directory may be false.
                     data: bytes | str = stream.read(member.size + 1)
+                if len(data) != member.size:
+                    data = f"it has {len(data):,} bytes, and the directory says {member.size:,}"
             except DamagedError as error:
                 data = str(error.__cause__ or error)
             yield member, data

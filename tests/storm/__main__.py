@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ _MOST_SHOWN = 3  # failures that look alike; the journals have all
 
 # Before anything loads NumPy or torch, here and in the workers.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-# Killed processes leave semaphores of tqdm's, of which Python then warns.
+# Killed processes leave semaphores, of which Python then warns.
 os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 
@@ -28,6 +29,7 @@ def main() -> int:
     from tests.storm.report import Row, markdown, write_table
 
     options = _options(sorted(CAMPAIGNS))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     os.environ["STORM_PLACE"] = place = tempfile.mkdtemp(prefix="storm-", dir=_memory())
     try:
         chosen = [CAMPAIGNS[name] for name in options.campaign or CAMPAIGNS]

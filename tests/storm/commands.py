@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+from tqdm import tqdm
 
 from tests.storm.harness import Broken
 
@@ -78,6 +81,7 @@ def _load_commands(verbs: tuple[str, ...]) -> None:
     """Import what commands need, before the forks."""
     import cli.main
 
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves there
     for verb in verbs:
         import_module(f"cli.commands.{verb}")
     if "train" in verbs:

@@ -174,11 +174,12 @@ class _Worker:
         return Try(self.number, "failed", round(time.monotonic() - self.start, 3), reason)
 
     def end(self) -> None:
-        """End the process and everything that its tries started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
-        self.process.kill()
-        self.process.join()
+        """End the process and everything that its tries started, unless it has ended well."""
+        if self.process.exitcode != 0:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid or 0, signal.SIGKILL)
+            self.process.kill()
+            self.process.join()
         self.pipe.close()
         remove(Path(os.environ["STORM_PLACE"]) / f"worker-{self.process.pid}")
 

@@ -36,16 +36,22 @@ def append(run_dir: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def rewind(run_dir: Path, step: int) -> None:
+def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
     """Drop the lines after ``step``, and those that are incomplete, as a killed process leaves them, or damaged.
+
+    Args:
+        run_dir: the run's folder.
+        step: the last one whose training line is kept.
+        validated: the last one whose validation is kept; None: the same.
 
     Raises:
         WriteError: the file cannot be written to.
     """
+    last = {"val": step if validated is None else validated}
     path = run_dir / NAME
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        write_atomic(path, "".join(line for line in lines if _step(line) <= step).encode())
+        write_atomic(path, "".join(line for line in lines if _kept(line, step, last)).encode())
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -54,11 +60,12 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _step(line: str) -> float:
+def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
     try:
-        return int(parse_json(line.encode())["step"])
+        row = parse_json(line.encode())
+        return int(row["step"]) <= last.get(row.get("event"), step)
     except (ValueError, TypeError, KeyError, OverflowError):
-        return float("inf")
+        return False
 
 
 class Window:

@@ -250,11 +250,11 @@ CAMPAIGNS = (
         partial(killed_command, "build"),
     ),
     Campaign("kill-cache", "SIGKILL while a stream fills its cache", 1000, killed_cache),
-    Campaign("kill-train", "SIGKILL at any moment of `train`", 300, killed_train),
+    Campaign("kill-train", "SIGKILL at any moment of `train`", 200, killed_train),
     Campaign(
         "run",
         "checkpoints, settings and metrics of half a run: the same damage; then `train --resume`",
-        300,
+        200,
         damaged_run,
     ),
 )

@@ -173,7 +173,7 @@ def odd_folder(chance: random.Random, place: Path) -> Outcome:
 
 CAMPAIGNS = (
     Campaign(
-        "places", "`build`, `inspect` and `verify` with odd names, umasks, homes and locales", 300, odd_place, 120
+        "places", "`build`, `inspect` and `verify` with odd names, umasks, homes and locales", 200, odd_place, 120
     ),
     Campaign("folders", "folders of images with odd names", 3000, odd_folder, 30),
 )

@@ -46,7 +46,7 @@ from mamldata.fetching.http import (
 )
 from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
-from mamldata.io.urls import is_http, join, require_address, shown_error, shown_place
+from mamldata.io.urls import is_http, join, require_address, shown_cause, shown_error, shown_place
 
 _log = logging.getLogger(__name__)  # by default Python shows its warnings on stderr
 Opened = TypeVar("Opened")
@@ -225,7 +225,7 @@ def _record(path: Path) -> Path:
 
 
 def _version(path: Path) -> bytes:
-    return canonical_json(dict(zip(("bytes", "inode", "mtime", "ctime"), file_version(path.stat()), strict=True)))
+    return canonical_json(file_version(path.stat())._asdict())
 
 
 def _is_sound(path: Path, shard: Shard) -> bool:
@@ -358,21 +358,21 @@ def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
         stream = fsspec.open(url, "rb").open()
     except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = isinstance(error, FileNotFoundError | PermissionError)
-        raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error
+        raise SourceError(f"it cannot be read ({shown_error(error, url)})", final=final) from shown_cause(error, url)
     with stream, part.writer(had) as target:
-        for chunk in _remaining(stream, had):
+        for chunk in _remaining(stream, url, had):
             had += len(chunk)
             if had > bound:
                 raise SourceError(f"it is longer than the allowed {bound:,} bytes", final=True)
             target.write(chunk)
 
 
-def _remaining(stream: Any, start: int) -> Any:
+def _remaining(stream: Any, url: str, start: int) -> Any:
     try:
         stream.seek(start)
         yield from chunks(stream)
     except Exception as error:  # as above
-        raise SourceError(f"reading it failed ({shown_error(error)})") from error
+        raise SourceError(f"reading it failed ({shown_error(error, url)})") from shown_cause(error, url)
 
 
 def _require_digest(part: _HashedPart, shard: Shard) -> None:

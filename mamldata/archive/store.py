@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from mamldata.archive.index import MOST_INDEX_BYTES
 from mamldata.errors import MamldataError, RequestError, WriteError
 from mamldata.io.atomic import locked, make_folder, publish, read_whole, writing
 from mamldata.io.digest import chunks, sha256_file
-from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_error, shown_place
+from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_cause, shown_error, shown_place
 
 BUILD = ".build"  # what only an unfinished build needs
 _LOCK = ".lock"
@@ -185,7 +185,7 @@ class FolderStore:
 class AddressStore:
     """An address that fsspec can write to. A file is written on this machine first, and then uploaded."""
 
-    url: str
+    url: str = field(repr=False)  # it may have a password, and workers log their tasks
 
     def __str__(self) -> str:
         return shown_place(self.url)
@@ -303,9 +303,9 @@ class AddressStore:
             raise
         except Exception as error:
             raise WriteError(
-                f"{self} cannot be used ({shown_error(error)}). Check the address, your credentials "
+                f"{self} cannot be used ({shown_error(error, self.url)}). Check the address, your credentials "
                 "and the network, and run the same command again: it continues from the finished shards."
-            ) from error
+            ) from shown_cause(error, self.url)
 
 
 def _shows_whole_objects(system: Any) -> bool:

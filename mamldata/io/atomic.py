@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from mamldata.errors import WriteError
 
-FileVersion = tuple[int, int, int, int]
+# Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
+_TICK_NS = 2_000_000_000
+
+
+class FileVersion(NamedTuple):
+    """What changes with a file's content, even if its mtime is set back: notes about a file hold while this is equal.
+
+    Without the device, whose number changes with every mount of a network file system.
+    """
+
+    bytes: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    def settled(self, now: int) -> bool:
+        """Whether it was older than a tick at ``now`` (ns): a later change cannot have the same time (Git's racy rule)."""
+        return max(self.mtime_ns, self.ctime_ns) + _TICK_NS < now
 
 
 def file_version(status: os.stat_result) -> FileVersion:
-    """(bytes, inode, mtime, ctime) of a file, times in ns. It changes with the content even if mtime is set back."""
-    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    """The version of a file."""
+    return FileVersion(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -129,7 +147,19 @@ def writing(place: Path) -> Iterator[None]:
             raise WriteError(
                 f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
             ) from error
+        if error.errno not in {None, errno.ENOENT}:  # callers notice themselves that a folder is gone
+            raise WriteError(f"Cannot write {place}: {system_problem(error)}") from error
         raise
+
+
+def system_problem(error: OSError) -> str:
+    """What the operating system refused, and how to mend it where that is known."""
+    said = (os.strerror(error.errno) if error.errno else str(error)) or type(error).__name__
+    place = f" ({error.filename})" if error.filename is not None else ""
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{said}{place}. This process may open {limit}; raise that, such as with: ulimit -n 4096"
+    return f"{said}{place}."
 
 
 def require_space(path: Path, need: int) -> None:

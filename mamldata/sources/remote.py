@@ -16,7 +16,7 @@ from mamldata.archive.layout import Bytes
 from mamldata.archive.remote import WRONG_COPY, ShardCache, read_remote_archive
 from mamldata.errors import RequestError
 from mamldata.fetching.http import Network
-from mamldata.io.urls import join, shown_place
+from mamldata.io.urls import join, local_folder, shown_place
 from mamldata.sources.prefetch import Prefetch
 from mamldata.sources.stored import StoredSource
 
@@ -75,7 +75,7 @@ class RemoteSource(StoredSource):
             weakref.finalize(self, _remove, folder, os.getpid(), self._prefetched)
             self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
         else:
-            self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
+            self.cache = ShardCache(local_folder(cache_dir), cache_bytes, network)
         self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
 
     @property

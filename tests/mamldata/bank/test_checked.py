@@ -13,11 +13,11 @@ import pytest
 
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
-from mamldata.bank import checked
 from mamldata.bank.checked import hash_and_note, is_noted
 from mamldata.bank.format import Bank, check_bank
 from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError
+from mamldata.io import atomic
 from mamldata.io.digest import sha256_file
 from mamldata.sources.live import LiveSource, live
 
@@ -30,7 +30,7 @@ REQUEST = BuildRequest(3, 1, 2, {"train": 6, "val": 0, "test": 0}, episodes_per_
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, not made yet. Files count as old enough to be noted at once."""
     monkeypatch.setenv("MAMLDATA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(checked, "_TICK_NS", 0)
+    monkeypatch.setattr(atomic, "_TICK_NS", 0)
     return tmp_path / "cache"
 
 
@@ -126,7 +126,7 @@ def test_a_file_that_has_just_changed_is_not_noted(
     tiny: Any, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later change could leave the same time: it is hashed by each who opens it, until it has been still a while."""
-    monkeypatch.setattr(checked, "_TICK_NS", 3600 * 10**9)
+    monkeypatch.setattr(atomic, "_TICK_NS", 3600 * 10**9)
     for _ in range(2):
         opened(tiny)
     assert len(hashed) == 2

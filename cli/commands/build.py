@@ -13,7 +13,7 @@ import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
 from cli.options import episode_options, json_option, root_option
-from cli.output import bars, next_command, print_json, say, train_command
+from cli.output import bars, next_command, print_json, say, show, train_command
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.bank.make import files_left_out, make_bank
@@ -21,6 +21,7 @@ from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
+from mamldata.words import counted
 
 
 def _portion(_context: click.Context, _option: click.Parameter, value: str | None) -> Portion | None:
@@ -94,7 +95,7 @@ def command(
                 print_json({**portion, "left_out": left_out_values(left_out)})
                 return
             share = f"{built.shards} of {built.of_shards} shards"
-            click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
+            show(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
             say(f"Done in {time.monotonic() - start:.1f} s.")
             say("When all portions are done, run the same command without --shards to close the archive.")
             return
@@ -115,5 +116,5 @@ def _executor(dask: str | None) -> Iterator[Executor | None]:
     from mamldata.archive.dask import dask_executor
 
     with dask_executor(dask) as (executor, workers):
-        say(f"The Dask cluster at {dask} has {'1 worker' if workers == 1 else f'{workers} workers'}.")
+        say(f"The Dask cluster at {shown_place(dask)} has {counted(workers, 'worker')}.")
         yield executor

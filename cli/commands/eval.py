@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from cli.options import episode_options, json_option, root_option
-from cli.output import print_json, say
+from cli.options import LocalPath, episode_options, json_option, root_option
+from cli.output import print_json, say, show
 from cli.targets import episode_data, evaluated_episodes
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
@@ -17,7 +17,7 @@ from trainer.settings import SETTINGS
 @click.command(
     epilog="\b\nExample:\n  mamldata eval run glyphs-5w1s --split test",
 )
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
@@ -53,6 +53,6 @@ def command(
     if as_json:
         print_json(result.to_json())
         return
-    click.echo(str(result))
+    show(str(result))
     steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
     say(f"Accuracy before adaptation and after each inner step: {steps} %")

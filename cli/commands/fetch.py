@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cli.options import json_option, root_option
-from cli.output import bars, build_command, next_command, print_json, say, size_text
+from cli.output import bars, build_command, next_command, print_json, say, show, size_text
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root
@@ -48,8 +48,8 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
         print_json([asdict(result) for result in results])
         return
     for result in results:
-        click.echo(_line(result))
-    click.echo(f"{manifest.name} is in {manifest.home(home).raw}")
+        show(_line(result))
+    show(f"{manifest.name} is in {manifest.home(home).raw}")
     next_command(build_command(name))
 
 
@@ -85,9 +85,9 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
     else:
         for action in actions:
             size = f", {size_text(action.file.bytes)}" if action.file.bytes else ""
-            click.echo(f"{action.file.name}: {action.kind}{size}")
+            show(f"{action.file.name}: {action.kind}{size}")
             for source in action.sources:
-                click.echo(f"    {shown_place(source)}")
-        click.echo(f"into {manifest.home(root).raw}")
+                show(f"    {shown_place(source)}")
+        show(f"into {manifest.home(root).raw}")
     if missing := [action.file.name for action in actions if action.kind == "missing"]:
         raise FetchError(f"Without the network there is no source for: {', '.join(missing)}. Give one with --from.")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cli.options import json_option, root_option
-from cli.output import next_command, print_json, say, size_text
+from cli.output import next_command, print_json, say, show, size_text
 from mamldata.archive.index import Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
 from mamldata.datasets.paths import data_root
@@ -93,8 +93,8 @@ def _images(split: ArchiveSplit) -> int:
 def print_archive(archive: Archive, folder: Path | str) -> None:
     """Print an archive for people."""
     height, width, channels = archive.image_shape
-    click.echo(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")
-    click.echo(
+    show(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")
+    show(
         f"  {archive.n_way}-way {archive.k_shot}-shot, {archive.k_query} queries per class, images "
         f"{height}x{width}x{channels}, rotations {archive.rotations}, seed {archive.seed}"
     )
@@ -102,6 +102,6 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
         size = size_text(sum(shard.bytes for shard in split.shards))
         shards = "1 shard" if len(split.shards) == 1 else f"{len(split.shards)} shards"
         classes = f"{len(split.classes):5,} classes ({_images(split):,} images)"
-        click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
-    click.echo(f"  bank   sha256:{archive.bank_sha256}")
-    click.echo(f"  digest sha256:{archive.digest}")
+        show(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
+    show(f"  bank   sha256:{archive.bank_sha256}")
+    show(f"  digest sha256:{archive.digest}")

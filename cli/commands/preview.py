@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from cli.options import episode_options, json_option, root_option
-from cli.output import next_command, print_json, train_command
+from cli.options import LocalPath, episode_options, json_option, root_option
+from cli.output import next_command, print_json, show, train_command
 from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
@@ -23,7 +23,7 @@ from mamldata.sources.source import Source
     epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
+@click.option("--out", type=LocalPath(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The episode's split.")
 @click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="The episode's index.")
 @episode_options()
@@ -51,5 +51,5 @@ def command(
     if as_json:
         print_json({"out": str(out), "classes": names})
         return
-    click.echo(f"{out}: {title(source, index)}")
+    show(f"{out}: {title(source, index)}")
     next_command(train_command(target, episodes))

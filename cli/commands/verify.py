@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cli.options import json_option, root_option
-from cli.output import bars, build_command, next_command, print_json, train_command
+from cli.output import bars, build_command, next_command, print_json, show, train_command
 from cli.targets import archive_folder
 from mamldata.archive.index import read_archive
 from mamldata.archive.remote import read_remote_archive
@@ -38,10 +38,10 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         print_json({"target": shown_place(target), "whole": not problems, "problems": problems})
     else:
         for problem in problems:
-            click.echo(problem)
+            show(problem)
         if not problems:
             found = "" if folder is None else f", digest {_digest(folder)}"
-            click.echo(f"{shown_place(target)} is whole{found}")
+            show(f"{shown_place(target)} is whole{found}")
             next_command(build_command(target) if folder is None else train_command(target))
     if problems:
         raise click.exceptions.Exit(1)

@@ -33,9 +33,7 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         from distributed import Client, KilledWorker
         from distributed.comm import CommClosedError, resolve_address
     except ImportError as error:
-        raise RequestError(
-            f"A Dask cluster needs another package ({error}). Run: {install_command('dask')}"
-        ) from error
+        raise RequestError(f"A Dask cluster needs another package ({error}). Run: {install_command('dask')}") from error
     try:
         resolve_address(address)  # for an unknown host, a client fails only after half a minute
         client = Client(address, timeout=seconds, set_as_default=False)
@@ -45,15 +43,17 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         ) from shown_cause(error, address)
     except OSError as error:
         raise MamldataError(
-            f"No Dask scheduler answers at {shown} ({shown_error(error, address)}). Check that it runs, and its address."
+            f"No Dask scheduler answers at {shown} ({shown_error(error, address)}). Check that it runs, and its "
+            "address."
         ) from shown_cause(error, address)
     with _quiet(), client:
         try:
             yield client.get_executor(), len(client.nthreads())
         except KilledWorker as error:
             raise MamldataError(
-                f"Several workers of the Dask cluster at {shown} died on the same shard ({shown_error(error, address)}). Check "
-                "their logs (out of memory?), and run the same command again: it continues from the finished shards."
+                f"Several workers of the Dask cluster at {shown} died on the same shard "
+                f"({shown_error(error, address)}). Check their logs (out of memory?), and run the same command again: "
+                "it continues from the finished shards."
             ) from shown_cause(error, address)
         except CommClosedError as error:
             raise MamldataError(

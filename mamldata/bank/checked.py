@@ -32,7 +32,8 @@ def is_noted(path: Path, sha256: str) -> bool:
 def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> str:
     """Hash a file regardless of its note. If the digest is the expected one, note it; if not, remove the note.
 
-    A file that changed within the last two seconds is not noted, see ``FileVersion.settled``. Without a note, or if it cannot be written, the file is hashed again the next time.
+    A file that changed within the last two seconds is not noted, see ``FileVersion.settled``. Without a note, or if it
+    cannot be written, the file is hashed again the next time.
 
     Args:
         path: the file.

@@ -29,9 +29,7 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
     arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
     if not banks and not folder.raw.is_dir():
-        raise DataMissingError(
-            f"There is nothing of {manifest.name} in {root}. Run: {fetch_command(manifest, root)}"
-        )
+        raise DataMissingError(f"There is nothing of {manifest.name} in {root}. Run: {fetch_command(manifest, root)}")
     problems = check_raw(manifest, root, progress)
     for description in banks:
         problems += check_bank(description, progress)
@@ -47,7 +45,8 @@ def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress
     banks = sorted(folder.path.glob(f"{folder.name}-*.json"))
     if not banks:
         raise DataMissingError(
-            f"There is no bank of {manifest.folder} yet. Run: {dataset_command('build', manifest, folder.root)} --out ARCHIVE"
+            f"There is no bank of {manifest.folder} yet. "
+            f"Run: {dataset_command('build', manifest, folder.root)} --out ARCHIVE"
         )
     digest = folder_sha256(manifest.folder, None, progress)
     problems = []

@@ -37,8 +37,8 @@ def load_manifest(name_or_path: str) -> Manifest:
         if Path(name_or_path).is_dir():
             return folder_manifest(Path(name_or_path))
         raise RequestError(
-            f"There is no dataset {shown_place(name_or_path)!r}.{did_you_mean(name_or_path, names)} The built-in datasets "
-            f"are {', '.join(names)}; for your own, give the path of its .toml file or its folder of images."
+            f"There is no dataset {shown_place(name_or_path)!r}.{did_you_mean(name_or_path, names)} The built-in "
+            f"datasets are {', '.join(names)}; for your own, give the path of its .toml file or its folder of images."
         )
     folder = resources.files("manifests")
     file = f"{name_or_path}.toml"

@@ -120,7 +120,9 @@ def _file(table: Table) -> SourceFile:
     urls = table.take("urls", list, [], required=False)
     for url in urls:
         if not isinstance(url, str) or not is_http(url) or web_problem(url):
-            table.fault("urls", f"{quoted(shown_place(url) if isinstance(url, str) else url)} is not an http(s) address")
+            table.fault(
+                "urls", f"{quoted(shown_place(url) if isinstance(url, str) else url)} is not an http(s) address"
+            )
     content = table.text("content_sha256", _sha256, required=False) or None
     if "md5" in table.values and "sha256" in table.values:
         table.fault("md5", "is not needed if there is a sha256; leave it out")

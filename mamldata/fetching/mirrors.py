@@ -189,4 +189,6 @@ def _source_chunks(source: str) -> Iterator[bytes]:
             yield from chunks(stream)
     except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = is_local(source) or isinstance(error, FileNotFoundError)
-        raise SourceError(f"it cannot be read ({shown_error(error, source)})", final=final) from shown_cause(error, source)
+        raise SourceError(f"it cannot be read ({shown_error(error, source)})", final=final) from shown_cause(
+            error, source
+        )

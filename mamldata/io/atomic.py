@@ -32,7 +32,7 @@ class FileVersion(NamedTuple):
     ctime_ns: int
 
     def settled(self, now: int) -> bool:
-        """Whether it was older than a tick at ``now`` (ns): a later change cannot have the same time (Git's racy rule)."""
+        """Whether any change after ``now`` (ns) gives it another time (Git's "racy" rule)."""
         return max(self.mtime_ns, self.ctime_ns) + _TICK_NS < now
 
 

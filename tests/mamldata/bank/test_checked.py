@@ -13,6 +13,7 @@ import pytest
 
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
+from mamldata.bank import checked
 from mamldata.bank.checked import hash_and_note, is_noted
 from mamldata.bank.format import Bank, check_bank
 from mamldata.bank.make import make_bank
@@ -87,7 +88,7 @@ def test_a_damaged_bank_is_not_opened(old_time: bool, noted: bool, tiny: Any) ->
             act()
         assert str(caught.value) == (
             f"{path} is damaged: sha256 {sha256_file(path)}, expected {whole}. Delete it: the next build makes it "
-            f"again. To check the raw files too, run: mamldata verify {tiny.manifest_path}"
+            f"again. To check the raw files too, run: mamldata verify {tiny.manifest_path} --root {tiny.root}"
         )
     path.unlink()
     assert make_bank(tiny.manifest, tiny.root).sha256 == whole == sha256_file(path)
@@ -225,7 +226,7 @@ def test_verify_believes_no_note(tiny: Any) -> None:
     whole = make_bank(tiny.manifest, tiny.root)
     damage(path, old_time=True)
     note = checked._place(path)
-    note.write_bytes(checked._note(path, path.stat(), whole.sha256))  # as if no time had changed
+    note.write_bytes(checked._note(path, atomic.file_version(path.stat()), whole.sha256))  # as if no time had changed
     assert make_bank(tiny.manifest, tiny.root) == whole
     (problem,) = check_bank(tiny.folder.bank_json(8))
     assert f"{path} is damaged: sha256 {sha256_file(path)}, expected {whole.sha256}" in problem

@@ -138,7 +138,10 @@ class TestRounds:
         assert f"  {seen}: it cannot be read ({seen})" in str(raised.value)
         assert "secret" not in f"{raised.value} {told}"
 
-    @pytest.mark.parametrize("place", ["http://me:secret@", "nosuch://me:secret@host/a", "http://me:secret@/a?secret", "http://me:secret@h:port"])
+    @pytest.mark.parametrize(
+        "place",
+        ["http://me:secret@", "nosuch://me:secret@host/a", "http://me:secret@/a?secret", "http://me:secret@h:port"],
+    )
     def test_a_place_that_is_refused_keeps_its_password(self, place: str, tmp_path: Path):
         """Nor is it in the message that says what is wrong with a place, or where a file is not."""
         with pytest.raises(RequestError, match=r"Source (http|nosuch)://") as raised:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamldata.archive.index import is_archive
+from mamldata.archive.index import PLAN, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
@@ -35,7 +35,7 @@ def archive_folder(target: str) -> Path | str | None:
         return None
     if path.is_dir():
         # A damaged or unfinished archive counts as one: reading it reports what is wrong.
-        return path if (path / ".build").is_dir() or any(path.glob("*-00000.tar")) else None
+        return path if (path / PLAN).is_file() or any(path.glob("*-00000.tar")) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
         f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."

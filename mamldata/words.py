@@ -13,7 +13,8 @@ _EXTRAS = {
     "s3": "s3fs",
     "tensorboard": "tensorboard",
 }
-_MOST = 1000  # characters of a text that is shown
+_MOST = 1000  # characters of a line that is shown
+_MOST_QUOTED = 200  # characters of a value that is quoted
 
 
 def counted(number: int, one: str, several: str = "") -> str:
@@ -39,7 +40,7 @@ def shortened(text: str, most: int = _MOST) -> str:
 def quoted(value: object) -> str:
     """A value of a file in Python's notation; of a long or nested one only its beginning, or its type."""
     if isinstance(value, str | bytes):
-        return shortened(repr(value[:_MOST]))
+        return repr(value) if len(value) <= _MOST_QUOTED else f"{value[:_MOST_QUOTED]!r}…"
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length():,} bits"
     return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)

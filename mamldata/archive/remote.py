@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from mamldata.fetching.http import (
 )
 from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
+from mamldata.io.scratch import scratch
 from mamldata.io.urls import is_http, join, require_address, shown_cause, shown_error, shown_place
 
 _log = logging.getLogger(__name__)  # by default Python shows its warnings on stderr
@@ -71,10 +71,10 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
     """
     require_address(url)
     shown = shown_place(join(url, INDEX))
-    with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
+    with scratch() as place:
         found = []
         for name, bound in ((INDEX, MOST_INDEX_BYTES), (INDEX_SUM, MOST_SUM_BYTES)):
-            path = Path(place) / name
+            path = place / name
             _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
             found.append(path.read_bytes())
     data, digest = found
@@ -198,6 +198,8 @@ def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, P
             continue
         final = own / found.name.removesuffix(".part")
         with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            if not found.is_file():
+                continue  # such as a folder of that name
             if found == final:
                 known = _record(final) if _record(final).exists() else final
                 yield known.stat().st_mtime_ns, final.stat().st_size, final
@@ -213,8 +215,9 @@ def _evict(found: Path) -> bool:
     final = found.with_name(found.name.removesuffix(".part"))
     with locked_if_free(final.with_suffix(".lock")) as free:
         if free:
-            for path in (final, _record(final)):
-                path.unlink(missing_ok=True)
+            with writing(final):
+                for path in (final, _record(final)):
+                    path.unlink(missing_ok=True)
             Part(final).drop()
         return free
 

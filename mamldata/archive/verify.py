@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mamldata.archive.index import INDEX, INDEX_SUM, Archive, Shard, index_sum, 
 from mamldata.archive.remote import ShardCache, read_remote_archive
 from mamldata.archive.shard import open_shard
 from mamldata.errors import DamagedError, FetchError, RequestError
+from mamldata.io.scratch import scratch
 from mamldata.io.urls import is_remote, join, shown_place
 from mamldata.progress import Progress, silent
 from mamldata.sampling.sampler import EpisodeSampler
@@ -52,8 +52,8 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
     except DamagedError as error:
         return [str(error)]
     largest = max(shard.bytes for split in archive.splits.values() for shard in split.shards)
-    with TemporaryDirectory(prefix="mamldata-") as place:
-        cache = ShardCache(Path(place), largest, lasting=False)
+    with scratch() as place:
+        cache = ShardCache(place, largest, lasting=False)
         problems = _check_digest(shown_place(url), archive, digest)
         return problems + _check_shards(
             shown_place(join(url, INDEX)), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)

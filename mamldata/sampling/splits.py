@@ -33,6 +33,18 @@ class SplitScheme:
     by_files: bool = False
 
 
+def require_split(name: str) -> str:
+    """``name``, if it is that of a split.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if name not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise RequestError(f"There is no split {name!r}; the splits are {known}.{did_you_mean(str(name), SPLITS)}")
+    return name
+
+
 def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_splits: Sequence[str] = ()) -> Division:
     """The classes of each split, as positions in ``class_names``, in canonical order.
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 from mamldata.archive.layout import Bytes
 from mamldata.archive.remote import WRONG_COPY, ShardCache, read_remote_archive
 from mamldata.errors import RequestError
 from mamldata.fetching.http import Network
+from mamldata.io.scratch import Scratch
 from mamldata.io.urls import join, local_folder, shown_place
 from mamldata.sources.prefetch import Prefetch
 from mamldata.sources.stored import StoredSource
@@ -71,9 +68,9 @@ class RemoteSource(StoredSource):
                 f"({2 * largest:,} bytes)."
             )
         if cache_dir is None:
-            folder = tempfile.mkdtemp(prefix="mamldata-")
-            weakref.finalize(self, _remove, folder, os.getpid(), self._prefetched)
-            self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
+            scratch = Scratch()
+            weakref.finalize(self, _remove, scratch, os.getpid(), self._prefetched)
+            self.cache = ShardCache(scratch.path, _WINDOW * largest, network, lasting=False)
         else:
             self.cache = ShardCache(local_folder(cache_dir), cache_bytes, network)
         self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
@@ -123,8 +120,7 @@ class RemoteSource(StoredSource):
         return sum(self._split.shards[number].bytes for number in self._open)
 
 
-def _remove(folder: str, owner: int, ahead: Prefetch[int, Bytes]) -> None:
+def _remove(scratch: Scratch, owner: int, ahead: Prefetch[int, Bytes]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
-        with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it
-            shutil.rmtree(Path(folder).rename(f"{folder}.gone"))
+        scratch.remove()

@@ -124,6 +124,10 @@ class ShardCache:
         """The subfolder that only the cache uses."""
         return self.folder / "mamldata-shards"
 
+    def path(self, shard: Shard) -> Path:
+        """Where a shard is, once it has been fetched."""
+        return self.own / f"{shard.sha256}.tar"
+
     def get(self, url: str, shard: Shard) -> Path:
         """A shard's file, if no other process uses the cache; see ``open``."""
         return self.open(url, shard, Path)
@@ -141,7 +145,7 @@ class ShardCache:
             WriteError: the folder cannot be written to.
             DamagedError: ``opener`` refused the shard, even after it was fetched again.
         """
-        path = self.own / f"{shard.sha256}.tar"
+        path = self.path(shard)
         with locked(path.with_suffix(".lock")):
             if path.is_file():
                 if _is_sound(path, shard):

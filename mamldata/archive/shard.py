@@ -95,6 +95,15 @@ def open_shard(
     return mapped
 
 
+def changed_in_place(path: Path, version: FileVersion) -> bool:
+    """Whether a mapped shard's own file has changed since it was checked. A file renamed to its path is another one."""
+    try:
+        now = file_version(os.stat(path))  # noqa: PTH116  # half the time of Path.stat
+    except OSError:  # removed, which leaves the map as it is
+        return False
+    return now.inode == version.inode and now[:3] != version[:3]
+
+
 def open_maps() -> int:
     """How many shards this process has mapped; each map keeps one file descriptor."""
     return len(_maps)

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 from mamldata.archive.layout import Bytes
@@ -115,6 +116,9 @@ class RemoteSource(StoredSource):
         while self.cache.bytes is not None and self._mapped_bytes() + len(mapped) > self.cache.bytes:
             del self._open[next(iter(self._open))]
         return self._keep(number, mapped)
+
+    def _path(self, number: int) -> Path:
+        return self.cache.path(self._split.shards[number])
 
     def _mapped_bytes(self) -> int:
         return sum(self._split.shards[number].bytes for number in self._open)

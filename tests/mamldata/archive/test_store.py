@@ -121,7 +121,7 @@ class TestPromises:
         start = str(time.time() + 2)
         writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path, start, word]) for word in "abc"]
         assert [writer.wait() for writer in writers] == [0, 0, 0]
-        plan = (tmp_path / BUILD / "plan").read_bytes()
+        plan = (tmp_path / BUILD / "plan.json").read_bytes()
         assert plan in {word.encode() * 100_000 for word in "abc"}
         assert [path.name for path in (tmp_path / BUILD).iterdir()] == ["plan"]
 

@@ -16,8 +16,7 @@ from typing import Any
 import click
 
 from cli.output import drop_output, say
-from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError, did_you_mean
-from mamldata.io.atomic import system_problem
+from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError, did_you_mean, system_problem
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.version import __version__
 from mamldata.words import printable

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -18,8 +18,7 @@ import click
 from tqdm import tqdm
 
 from cli.options import as_words
-from mamldata.errors import WriteError
-from mamldata.io.atomic import system_problem
+from mamldata.errors import WriteError, system_problem
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.words import printable
 
@@ -72,6 +71,18 @@ def next_command(*commands: Sequence[object]) -> None:
     root = ["--root", context.params["root"]] if given_root else []
     lines = [shlex.join(["mamldata", *(shown_place(str(word)) for word in words), *root]) for words in commands]
     say(f"Next: {' && '.join(lines)}")
+
+
+def trainable(splits: Collection[str]) -> bool:
+    """Whether an archive with these splits has all that training needs."""
+    return {"train", "val"} <= set(splits)
+
+
+def use_command(target: Path | str, splits: Collection[str]) -> list[object]:
+    """For ``next_command``: train on an archive, or show an episode of one that has no train or no val episodes."""
+    if trainable(splits):
+        return train_command(target)
+    return ["preview", target, "--split", next(iter(splits)), "--out", f"{_name(target)}.png"]
 
 
 def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:

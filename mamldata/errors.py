@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mamldata.words import counted, printable, shortened
@@ -93,6 +96,30 @@ class PeerError(MamldataError):
 
 class LostPeerError(MamldataError):
     """Another process of the same job ended without reporting an error."""
+
+
+def system_problem(error: OSError) -> str:
+    """What the operating system refused, and how to mend it where that is known."""
+    said = error.strerror or str(error) or type(error).__name__
+    place = f" ({error.filename})" if error.filename is not None else ""
+    if error.errno in _TOO_MANY:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{said}{place}. This process may open {limit}; raise that, such as with: ulimit -n 4096"
+    return f"{said}{place}."
+
+
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
+
+
+@contextmanager
+def enough_descriptors() -> Iterator[None]:
+    """Raise a ``MamldataError`` if the process may not open another file; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _TOO_MANY:
+            raise MamldataError(system_problem(error)) from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
 from cli.options import episode_options, json_option, root_option
-from cli.output import bars, next_command, print_json, say, show, train_command
+from cli.output import bars, next_command, print_json, say, show, use_command
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.bank.make import files_left_out, make_bank
@@ -85,7 +85,8 @@ def command(
         bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
         left_out = files_left_out(manifest, bank, data_root(root))
         if not as_json:
-            say(f"{manifest.reference}: {bank.shape[0]:,} images of {len(bank.class_names):,} classes")
+            classes = counted(len(bank.class_names), "class", "classes")
+            say(f"{manifest.reference}: {counted(bank.shape[0], 'image')} of {classes}")
             say_left_out(left_out)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
         if shards is not None:
@@ -94,7 +95,7 @@ def command(
                 portion = {"archive": shown, "portion": str(shards), **vars(built)}
                 print_json({**portion, "left_out": left_out_values(left_out)})
                 return
-            share = f"{built.shards} of {built.of_shards} shards"
+            share = f"{built.shards} of {counted(built.of_shards, 'shard')}"
             show(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
             say(f"Done in {time.monotonic() - start:.1f} s.")
             say("When all portions are done, run the same command without --shards to close the archive.")
@@ -105,7 +106,7 @@ def command(
         return
     print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
-    next_command(train_command(shown))
+    next_command(use_command(shown, archive.splits))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from cli.targets import evaluated_episodes
 from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
+from mamldata.words import install_command
 from trainer.maml.algorithms import ALGORITHMS
 from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
 
@@ -96,7 +97,7 @@ def command(
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")
     else:
-        say("For pictures, install matplotlib (pip install 'mamldata[plots]') and run the same command again.")
+        say(f"For pictures, install matplotlib ({install_command('plots')}) and run the same command again.")
     if as_json:
         print_json(result.to_json())
         return

@@ -16,6 +16,7 @@ from mamldata.errors import FetchError
 from mamldata.fetching.act import Fetched, fetch
 from mamldata.fetching.plan import Action, plan
 from mamldata.io.urls import shown_place
+from mamldata.words import counted
 
 
 @click.command(
@@ -57,7 +58,7 @@ def _line(result: Fetched) -> str:
     if result.images is not None:
         how = f"collected from {result.source}" if result.source else "here already"
         digest = f"content digest {result.content_sha256}, pinned"
-        return f"{result.name}: {how}, {result.images:,} images, {size_text(result.bytes)}, {digest}"
+        return f"{result.name}: {how}, {counted(result.images, 'image')}, {size_text(result.bytes)}, {digest}"
     if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
     if result.how == "checked":

@@ -16,6 +16,7 @@ from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
 from mamldata.pipeline import read_archive
 from mamldata.readers.left_out import LeftOut
+from mamldata.words import counted
 
 
 @click.command(
@@ -100,8 +101,8 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
     )
     for name, split in archive.splits.items():
         size = size_text(sum(shard.bytes for shard in split.shards))
-        shards = "1 shard" if len(split.shards) == 1 else f"{len(split.shards)} shards"
-        classes = f"{len(split.classes):5,} classes ({_images(split):,} images)"
-        show(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
+        episodes = counted(split.episodes, "episode")
+        classes = f"{counted(len(split.classes), 'class', 'classes'):>13} ({counted(_images(split), 'image')})"
+        show(f"  {name:5} {episodes:>16} of {classes}, {counted(len(split.shards), 'shard')}, {size}")
     show(f"  bank   sha256:{archive.bank_sha256}")
     show(f"  digest sha256:{archive.digest}")

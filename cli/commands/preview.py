@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cli.options import LocalPath, episode_options, json_option, root_option
-from cli.output import next_command, print_json, show, train_command
+from cli.output import next_command, print_json, show, train_command, trainable
 from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
@@ -43,13 +43,17 @@ def command(
     source: Source
     if folder is None:
         source = live(target, split, root=root, workers=default_workers(), **episodes)
+        following = train_command(target, episodes)
     else:
         refuse_with_archive(folder, episodes)
-        source = open_archive(folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root))
+        source = stored = open_archive(
+            folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root)
+        )
+        following = train_command(target) if trainable(stored.archive.splits) else ["inspect", target]
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)
     if as_json:
         print_json({"out": str(out), "classes": names})
         return
     show(f"{out}: {title(source, index)}")
-    next_command(train_command(target, episodes))
+    next_command(following)

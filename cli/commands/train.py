@@ -12,6 +12,7 @@ import click
 from cli.options import LocalPath, as_words, episode_options, json_option, root_option
 from cli.output import next_command, print_json, say, show
 from cli.train_options import begin, setting_options
+from mamldata.words import install_command
 
 
 @click.command(
@@ -65,7 +66,7 @@ def command(
     if have_matplotlib():
         plot_run(result.run_dir)
     else:
-        say("For curves.png, install matplotlib: pip install 'mamldata[plots]'")
+        say(f"For curves.png, install matplotlib: {install_command('plots')}")
     if as_json:
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cli.options import json_option, root_option
-from cli.output import bars, build_command, next_command, print_json, show, train_command
+from cli.output import bars, build_command, next_command, print_json, show, use_command
 from cli.targets import archive_folder
-from mamldata.archive.index import read_archive
-from mamldata.archive.remote import read_remote_archive
 from mamldata.archive.verify import verify_archive
 from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
+from mamldata.pipeline import read_archive
 
 
 @click.command(
@@ -40,12 +37,8 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         for problem in problems:
             show(problem)
         if not problems:
-            found = "" if folder is None else f", digest {_digest(folder)}"
-            show(f"{shown_place(target)} is whole{found}")
-            next_command(build_command(target) if folder is None else train_command(target))
+            archive = None if folder is None else read_archive(folder)
+            show(f"{shown_place(target)} is whole{f', digest {archive.digest}' if archive else ''}")
+            next_command(use_command(target, archive.splits) if archive else build_command(target))
     if problems:
         raise click.exceptions.Exit(1)
-
-
-def _digest(folder: Path | str) -> str:
-    return (read_remote_archive(folder) if isinstance(folder, str) else read_archive(folder)).digest

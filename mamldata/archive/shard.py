@@ -12,7 +12,7 @@ import numpy as np
 
 from mamldata.archive.index import INDEX, Shard, shard_sizes
 from mamldata.archive.layout import END, Bytes, EpisodeLayout
-from mamldata.errors import DamagedError
+from mamldata.errors import DamagedError, enough_descriptors
 from mamldata.io.atomic import FileVersion, file_version
 from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
@@ -72,7 +72,7 @@ def open_shard(
         DamagedError: the message names the shard, and the episode where possible.
     """
     check_size(path, shard)
-    with path.open("rb") as stream:
+    with enough_descriptors(), path.open("rb") as stream:
         version = file_version(os.fstat(stream.fileno()))
         map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
     _maps.add(map_)

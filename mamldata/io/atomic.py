@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import IO, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from mamldata.errors import WriteError
+from mamldata.errors import WriteError, enough_descriptors, system_problem
 
 # Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
 _TICK_NS = 2_000_000_000
@@ -46,8 +45,10 @@ def open_regular(path: Path) -> IO[bytes]:
 
     Raises:
         OSError: ``open`` raised it, or the file is not a regular file.
+        MamldataError: this process has too many files open.
     """
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    with enough_descriptors():
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
@@ -150,16 +151,6 @@ def writing(place: Path) -> Iterator[None]:
         if error.errno not in {None, errno.ENOENT}:  # callers notice themselves that a folder is gone
             raise WriteError(f"Cannot write {place}: {system_problem(error)}") from error
         raise
-
-
-def system_problem(error: OSError) -> str:
-    """What the operating system refused, and how to mend it where that is known."""
-    said = (os.strerror(error.errno) if error.errno else str(error)) or type(error).__name__
-    place = f" ({error.filename})" if error.filename is not None else ""
-    if error.errno in {errno.EMFILE, errno.ENFILE}:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"{said}{place}. This process may open {limit}; raise that, such as with: ulimit -n 4096"
-    return f"{said}{place}."
 
 
 def require_space(path: Path, need: int) -> None:

@@ -64,16 +64,19 @@ def shown_place(place: str | os.PathLike[str]) -> str:
     place = str(place)
     scheme, mark, rest = place.partition("://")
     scheme = scheme.lower()
-    if not mark or (scheme in _LOCAL and rest.startswith("/")):
+    if not mark:
         return place
     if not re.fullmatch(rf"{_SCHEME}(::{_SCHEME})*", scheme):
         return "…://…"
     end = _end_of_path(rest)
+    hidden = f"{rest[end]}…" if rest[end:] else ""
+    if scheme in _LOCAL and rest.startswith("/"):  # a path, which may have an @
+        return f"{scheme}://{rest[:end]}{hidden}"
     if "@" in rest[end:]:  # a password with a mark that should have been written %3F, or a key with an @
         return f"{scheme}://…"
     user, _, address = rest[:end].rpartition("@")
     unclear = "…@" if "/" in user else ""  # a password, or a path with an @
-    return f"{scheme}://{unclear}{address}{rest[end : end + 1]}{'…' if rest[end:] else ''}"
+    return f"{scheme}://{unclear}{address}{hidden}"
 
 
 def _end_of_path(url: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mamldata.errors import RequestError, did_you_mean
+from mamldata.words import counted
 
 SPLITS = ("train", "val", "test")
 
@@ -75,8 +76,8 @@ def _seeded(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Di
     wanted = sum(scheme.counts.values())
     if wanted > len(class_names):
         raise RequestError(
-            f"{dataset}, split scheme {scheme.name!r} needs {wanted} classes; the bank has {len(class_names)}. "
-            "Lower the counts in the manifest."
+            f"{dataset}, split scheme {scheme.name!r} needs {counted(wanted, 'class', 'classes')}; the bank has "
+            f"{len(class_names)}. Lower the counts in the manifest."
         )
     shuffled = sorted(range(len(class_names)), key=lambda c: division_key(scheme.seed, class_names[c]))
     division, start = {}, 0

@@ -24,6 +24,7 @@ from mamldata.words import printable
 # Each verb and its line in the overview. The module of the same name in ``cli.commands`` defines it as ``command``.
 VERBS = {
     "datasets": "List the datasets, and which files of them are here.",
+    "benchmarks": "List the benchmarks, test archives with pinned digests.",
     "fetch": "Get a dataset's raw files and verify them.",
     "verify": "Hash all files of a dataset or an archive again.",
     "build": "Build an archive of episodes.",
@@ -124,7 +125,8 @@ class Verbs(click.Group):
                 raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
         except click.UsageError as error:
-            error.message = printable(_hide_keys(error.message, ctx.meta["words"]), keep="\n")
+            hidden = _hide_keys(error.message, ctx.meta["words"])
+            error.message = printable(hidden, keep="\n")  # type: ignore[misc]  # it is shown from there
             _tell_torchrun(error)
             if not _shows(error):
                 _let_others_speak(error)

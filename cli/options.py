@@ -30,6 +30,7 @@ root_option = click.option(
     help="The folder of all datasets.  [default: the user's cache folder]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+benchmark_option = click.option("--benchmark", metavar="NAME", help="A benchmark; mamldata benchmarks lists them.")
 # The settings of episodes; None: the user did not set it.
 _EPISODE_OPTIONS = {
     "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
@@ -41,6 +42,9 @@ _EPISODE_OPTIONS = {
     ),
     "image_size": click.option(
         "--image-size", type=click.IntRange(1, 4096), help="Side of the images in pixels.  [default: the dataset's own]"
+    ),
+    "query_alpha": click.option(
+        "--query-alpha", type=click.IntRange(1), help="Unequal queries: Dirichlet's parameter.  [default: all equal]"
     ),
     "seed": click.option("--seed", type=click.IntRange(0), help="Seed of the episodes.  [default: 0]"),
 }

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamldata.archive.index import PLAN, is_archive
+from mamldata.archive.index import PLAN, image_shard_file, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.io.urls import is_remote, shown_place
+from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
@@ -35,7 +36,8 @@ def archive_folder(target: str) -> Path | str | None:
         return None
     if path.is_dir():
         # A damaged or unfinished archive counts as one: reading it reports what is wrong.
-        return path if (path / PLAN).is_file() or any(path.glob("*-00000.tar")) else None
+        traces = ((path / PLAN).is_file(), any(path.glob("*-00000.tar")), (path / image_shard_file(0)).exists())
+        return path if any(traces) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
         f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."
@@ -60,13 +62,26 @@ def refuse_with_archive(folder: Path | str, options: dict[str, Any]) -> None:
         )
 
 
+def refuse_with_benchmark(name: str, target: str | None, options: dict[str, Any]) -> None:
+    """Refuse a dataset or an archive, and options that would change episodes, because a benchmark defines both.
+
+    Raises:
+        click.UsageError: such were given.
+    """
+    if target is not None:
+        raise click.UsageError(f"Give either {target!r} or --benchmark {name}, not both.")
+    if options:
+        names = ", ".join(option_name(option) for option in options)
+        raise click.UsageError(f"{names}: the benchmark {name} defines its episodes. Leave out these options.")
+
+
 def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
     """The episodes that a command trains or evaluates on. Imports torch.
 
     Args:
         target: an archive, or a dataset's name or manifest.
         root: the data root.
-        episodes: the options that the user gave for live episodes.
+        episodes: the options that the user gave for episodes. Those of an archive can only be made narrower.
         remix: whether to train on remixed episodes; None: the user did not set it.
 
     Raises:
@@ -80,8 +95,9 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
         return live_data(target, root, episodes)
-    refuse_with_archive(folder, episodes)
-    return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
+    narrow = {name: number for name, number in episodes.items() if name in LEAST}
+    refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
+    return archive_data(folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root))
 
 
 def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:

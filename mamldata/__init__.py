@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mamldata.datasets.load import load_manifest
     from mamldata.datasets.manifest import Manifest
     from mamldata.errors import MamldataError
-    from mamldata.pipeline import build, fetch, read_archive
+    from mamldata.pipeline import build, build_benchmark, fetch, read_archive
     from mamldata.sources.live import live
     from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
@@ -34,6 +34,7 @@ _HOME = {
     "Manifest": "datasets.manifest",
     "MamldataError": "errors",
     "build": "pipeline",
+    "build_benchmark": "pipeline",
     "fetch": "pipeline",
     "live": "sources.live",
     "load_manifest": "datasets.load",
@@ -49,6 +50,7 @@ __all__ = [
     "Manifest",
     "__version__",
     "build",
+    "build_benchmark",
     "fetch",
     "live",
     "load_manifest",

@@ -6,16 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mamldata.archive import build as building
 from mamldata.archive import index, remote
+from mamldata.archive.benchmarks import benchmark
 from mamldata.archive.index import Archive
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
+from mamldata.archive.store import store_at
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
-from mamldata.io.urls import is_remote
+from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.progress import Notify, Progress, silence, silent
 
@@ -71,6 +73,8 @@ def build(
     rotations: str | None = None,
     image_size: int | None = None,
     episodes_per_shard: int | None = None,
+    thin: bool = False,
+    query_alpha: int | None = None,
     root: Place | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -89,6 +93,8 @@ def build(
         seed: of the episodes.
         split_scheme, rotations, image_size: the manifest's own if None.
         episodes_per_shard: as many as fit into 64 MiB if None.
+        thin: store each image once, and draw the same episodes when they are read.
+        query_alpha: of a thin archive: share out the queries unequally, see ``mamldata.sampling.sampler.EpisodeSpec``.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         workers: number of processes; one for each processor if None.
         executor: writes the shards instead of processes on this machine; see ``mamldata.archive.build.build``.
@@ -100,12 +106,58 @@ def build(
         DamagedError: a raw file or the bank is damaged.
         WriteError: the place cannot be written to.
     """
-    request = BuildRequest(n_way, k_shot, k_query, episodes, seed, split_scheme, rotations, episodes_per_shard)
+    request = BuildRequest(
+        n_way=n_way,
+        k_shot=k_shot,
+        k_query=k_query,
+        episodes=episodes,
+        seed=seed,
+        split_scheme=split_scheme,
+        rotations=rotations,
+        episodes_per_shard=episodes_per_shard,
+        thin=thin,
+        query_alpha=query_alpha,
+    )
     manifest = load_manifest(os.fspath(dataset))
     processes = workers or default_workers()
     bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=progress)
     place = str(out) if is_remote(out) else Path(out)
     return building.build(manifest, bank, place, request, workers=processes, executor=executor, progress=progress)
+
+
+def build_benchmark(
+    name: str,
+    out: Place,
+    *,
+    root: Place | None = None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> Archive:
+    """Build the archive of a benchmark and check its digest; an archive that is there already is used.
+
+    Args:
+        name: of the benchmark, such as ``omniglot-5w1s``; ``mamldata benchmarks`` lists all.
+        out, root, workers, executor, progress: as for ``build``.
+
+    Raises:
+        RequestError: there is no such benchmark, or the place holds something else.
+        DataMissingError, WriteError: as for ``build``.
+        DamagedError: the images or the archive are not the benchmark's, or are damaged.
+    """
+    wanted = benchmark(name)
+    place = str(out) if is_remote(out) else Path(out)
+    there = building.finished(store_at(place))
+    if there is not None and there.digest == wanted.sha256:
+        return there
+    manifest = load_manifest(wanted.dataset)
+    processes = workers or default_workers()
+    bank = make_bank(manifest, data_root(root), wanted.image_size, workers=processes, progress=progress)
+    wanted.require_bank(bank)
+    how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": progress}
+    archive = building.build(manifest, bank, place, wanted.request, **how)
+    wanted.require_digest(archive, shown_place(place))
+    return archive
 
 
 def read_archive(place: Place) -> Archive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -222,10 +222,7 @@ def evaluate(
     path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
-        for key in ("n_way", "image_shape"):
-            here, there = about[key], checkpoint.data.get(key)
-            if here != there:
-                raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
+        require_fit(path, checkpoint, about)
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
@@ -245,6 +242,23 @@ def evaluate(
     with limited_threads():
         evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
     return replace(evaluation, trained_on=_origin(checkpoint.data, about))
+
+
+def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's network takes episodes.
+
+    Args:
+        path: of the checkpoint, for the message.
+        checkpoint: with the network.
+        about: describes the episodes: at least their ``n_way`` and ``image_shape``.
+
+    Raises:
+        RequestError: it was trained with another number of ways or shape of images.
+    """
+    for key in ("n_way", "image_shape"):
+        here, there = about[key], checkpoint.data.get(key)
+        if here != there:
+            raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
 
 
 def _origin(there: dict[str, Any], here: dict[str, Any]) -> str | None:

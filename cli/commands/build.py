@@ -12,8 +12,10 @@ from typing import Any
 import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
-from cli.options import episode_options, json_option, root_option
+from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option
 from cli.output import bars, next_command, print_json, say, show, use_command
+from cli.targets import refuse_with_benchmark
+from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.bank.make import files_left_out, make_bank
@@ -21,6 +23,7 @@ from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
+from mamldata.pipeline import build_benchmark
 from mamldata.words import counted
 
 
@@ -33,29 +36,36 @@ def _portion(_context: click.Context, _option: click.Parameter, value: str | Non
     return Portion(int(number), int(of))
 
 
+_COUNTS = {
+    split: click.option(f"--{split}", type=int, help=f"{split.capitalize()} episodes.  [default: {count}]")
+    for split, count in DEFAULT_EPISODES.items()
+}
+
+
 @click.command(
-    epilog="\b\nExample:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600",
+    epilog="\b\nExamples:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600\n"
+    "  mamldata build --benchmark glyphs-5w1s",
 )
-@click.argument("name", metavar="NAME|FILE.toml|FOLDER")
-@click.option("--out", metavar="FOLDER|ADDRESS", required=True, help="The new archive: a folder, or s3://… .")
+@click.argument("name", metavar="[NAME|FILE.toml|FOLDER]", required=False)
+@click.option("--out", metavar="FOLDER|ADDRESS", help="The new archive: a folder, or s3://… .")
+@benchmark_option
 @episode_options()
-@click.option("--train", type=int, default=DEFAULT_EPISODES["train"], show_default=True, help="Train episodes.")
-@click.option("--val", type=int, default=DEFAULT_EPISODES["val"], show_default=True, help="Val episodes.")
-@click.option("--test", type=int, default=DEFAULT_EPISODES["test"], show_default=True, help="Test episodes.")
+@options_as("counts", _COUNTS)
 @click.option("--episodes-per-shard", type=click.IntRange(1), help="[default: as many as fit in 64 MiB]")
+@click.option("--thin", is_flag=True, help="Store each image once, and draw the same episodes when they are read.")
 @click.option("--workers", type=click.IntRange(1), help="Processes on this machine.  [default: one for each processor]")
 @click.option("--dask", metavar="ADDRESS", help="Write the shards on the Dask cluster with this scheduler.")
 @click.option("--shards", metavar="I/N", callback=_portion, help="Write only the I-th of N portions, from 1/N to N/N.")
 @root_option
 @json_option
 def command(
-    name: str,
-    out: str,
+    name: str | None,
+    out: str | None,
+    benchmark: str | None,
     episodes: dict[str, Any],
-    train: int,
-    val: int,
-    test: int,
+    counts: dict[str, int],
     episodes_per_shard: int | None,
+    thin: bool,
     workers: int | None,
     dask: str | None,
     shards: Portion | None,
@@ -70,13 +80,29 @@ def command(
     A FOLDER of your own images is a dataset: class/image, or train/class/image and so on. Without such splits, 64 % of
     the classes are train, 16 % val and 20 % test, drawn with seed 0.
 
+    With --thin, the archive takes no more space than the images, however many episodes it has: use it for training.
+    Without, it holds each episode as tar files that any tool reads: use it for test episodes that others shall have.
+
     With --shards, several calls share the work, at the same time or not, on one machine or many. A last call without
     it writes the missing shards and closes the archive.
+
+    With --benchmark, the dataset and the episodes are the benchmark's, --out is a folder under the root, and the digest
+    is checked.
     """
+    if benchmark is not None:
+        given_here = given(episodes_per_shard=episodes_per_shard, shards=shards, thin=thin or None)
+        refuse_with_benchmark(benchmark, name, {**episodes, **counts, **given_here})
+        _build_benchmark(benchmark, out, workers, dask, root, as_json)
+        return
+    if name is None:
+        raise click.UsageError("Missing the dataset: give NAME, FILE.toml or FOLDER, or --benchmark.")
+    if out is None:
+        raise click.UsageError("Missing option '--out': the folder or the address of the new archive.")
     start = time.monotonic()
     image_size = episodes.pop("image_size", None)
-    counts = {"train": train, "val": val, "test": test}
-    request = BuildRequest(episodes=counts, episodes_per_shard=episodes_per_shard, **episodes)
+    request = BuildRequest(
+        episodes={**DEFAULT_EPISODES, **counts}, episodes_per_shard=episodes_per_shard, thin=thin, **episodes
+    )
     manifest = load_manifest(name)
     processes = workers or default_workers()
     place = out if is_remote(out) else Path(out)
@@ -107,6 +133,23 @@ def command(
     print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
     next_command(use_command(shown, archive.splits))
+
+
+def _build_benchmark(
+    name: str, out: str | None, workers: int | None, dask: str | None, root: str | None, as_json: bool
+) -> None:
+    start = time.monotonic()
+    place = out or str(benchmark_named(name).folder(data_root(root)))
+    with _executor(dask) as executor:
+        archive = build_benchmark(name, place, root=root, workers=workers, executor=executor, progress=bars)
+    if as_json:
+        print_json(describe(archive, shown_place(place), None))
+        return
+    print_archive(archive, shown_place(place))
+    say(f"Done in {time.monotonic() - start:.1f} s.")
+    if benchmark_named(name).sha256 is None:
+        say(f"The digest of the benchmark {name} is not pinned yet: give this one beside an accuracy on it.")
+    next_command(["inspect", place])
 
 
 @contextmanager

@@ -7,19 +7,25 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, episode_options, json_option, root_option
-from cli.output import print_json, say, show
-from cli.targets import episode_data, evaluated_episodes
+from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
+from cli.output import bars, print_json, say, show
+from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
+from mamldata.archive.benchmarks import benchmark as benchmark_named
+from mamldata.archive.benchmarks import benchmark_of
+from mamldata.datasets.load import load_manifest
+from mamldata.datasets.paths import data_root
+from mamldata.pipeline import build_benchmark
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
 
 
 @click.command(
-    epilog="\b\nExample:\n  mamldata eval run glyphs-5w1s --split test",
+    epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s",
 )
 @click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The split to evaluate on.")
+@click.argument("target", metavar="[NAME|FOLDER|ARCHIVE]", required=False)
+@benchmark_option
+@click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
@@ -28,8 +34,9 @@ from trainer.settings import SETTINGS
 @json_option
 def command(
     checkpoint: Path,
-    target: str,
-    split: str,
+    target: str | None,
+    benchmark: str | None,
+    split: str | None,
     count: int | None,
     inner_steps: int | None,
     device: str,
@@ -37,22 +44,51 @@ def command(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes."""
+    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
+
+    With --benchmark, the episodes are all of that benchmark's, from its archive under the root, which is built if it is
+    missing.
+    """
     from trainer.evaluation import evaluate
     from trainer.system.distributed import joined
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
+        if benchmark is not None:
+            refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
+            target, split = _built(benchmark, checkpoint, root)
+        elif target is None:
+            raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
         data = episode_data(target, root, episodes)
+        split = split or "test"
         number = evaluated_episodes(data, split, count)
     result = evaluate(
         checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
     )
     if not world.first:
         return
+    digest = data.describe()["digest"]
+    known = benchmark_named(benchmark) if benchmark else benchmark_of(digest)
+    complete = known is not None and result.episodes == known.episodes
     if as_json:
-        print_json(result.to_json())
+        print_json({**result.to_json(), "benchmark": known.name if known and complete else None, "digest": digest})
         return
     show(str(result))
+    if known:
+        part = "benchmark" if complete else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
+        show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
     steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
     say(f"Accuracy before adaptation and after each inner step: {steps} %")
+
+
+def _built(name: str, checkpoint: Path, root: str | None) -> tuple[str, str]:
+    """The place and the split of a benchmark's archive, built if it is missing; but first, whether the network fits."""
+    from trainer.evaluation import require_fit
+    from trainer.runs.checkpoint import find_checkpoint
+
+    wanted = benchmark_named(name)
+    shape = [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
+    require_fit(*find_checkpoint(checkpoint), {"n_way": wanted.n_way, "image_shape": shape})
+    place = wanted.folder(data_root(root))
+    build_benchmark(name, place, root=root, progress=bars)
+    return str(place), wanted.split

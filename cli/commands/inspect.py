@@ -10,7 +10,8 @@ import click
 
 from cli.options import json_option, root_option
 from cli.output import next_command, print_json, say, show, size_text
-from mamldata.archive.index import Archive, ArchiveSplit
+from mamldata.archive.benchmarks import benchmark_of
+from mamldata.archive.index import AnyShard, Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
@@ -51,6 +52,7 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
     return {
         "archive": str(folder),
         "digest": archive.digest,
+        "benchmark": known.name if (known := benchmark_of(archive.digest)) else None,
         "dataset": archive.dataset,
         "dataset_version": archive.dataset_version,
         "bank_sha256": archive.bank_sha256,
@@ -71,6 +73,9 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
             }
             for name, split in archive.splits.items()
         },
+        "thin": archive.thin,
+        "image_shards": len(archive.images),
+        "bytes": sum(shard.bytes for shard in archive.shards()),
         "left_out": left_out_values(left_out),
     }
 
@@ -91,6 +96,11 @@ def _images(split: ArchiveSplit) -> int:
     return int(split.classes.images[split.classes.quarter_turns == 0].sum())
 
 
+def _stored(shards: Sequence[AnyShard]) -> str:
+    count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+    return f"{count}, {size_text(sum(shard.bytes for shard in shards))}"
+
+
 def print_archive(archive: Archive, folder: Path | str) -> None:
     """Print an archive for people."""
     height, width, channels = archive.image_shape
@@ -100,9 +110,14 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
         f"{height}x{width}x{channels}, rotations {archive.rotations}, seed {archive.seed}"
     )
     for name, split in archive.splits.items():
-        size = size_text(sum(shard.bytes for shard in split.shards))
+        stored = "" if archive.thin else f", {_stored(split.shards)}"
         episodes = counted(split.episodes, "episode")
         classes = f"{counted(len(split.classes), 'class', 'classes'):>13} ({counted(_images(split), 'image')})"
-        show(f"  {name:5} {episodes:>16} of {classes}, {counted(len(split.shards), 'shard')}, {size}")
+        show(f"  {name:5} {episodes:>16} of {classes}{stored}")
+    if archive.thin:
+        images = sum(shard.rows for shard in archive.images)
+        show(f"  thin: {counted(images, 'image')}, {_stored(archive.images)}; episodes are drawn when they are read")
     show(f"  bank   sha256:{archive.bank_sha256}")
     show(f"  digest sha256:{archive.digest}")
+    if known := benchmark_of(archive.digest):
+        show(f"  benchmark {known.name}")

@@ -12,6 +12,7 @@ from cli.output import next_command, print_json, show, train_command, trainable
 from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
+from mamldata.pipeline import read_archive
 from mamldata.preview import contact_sheet, episode, save, title
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
@@ -46,10 +47,8 @@ def command(
         following = train_command(target, episodes)
     else:
         refuse_with_archive(folder, episodes)
-        source = stored = open_archive(
-            folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root)
-        )
-        following = train_command(target) if trainable(stored.archive.splits) else ["inspect", target]
+        source = open_archive(folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root))
+        following = train_command(target) if trainable(read_archive(folder).splits) else ["inspect", target]
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)
     if as_json:

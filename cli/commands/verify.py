@@ -7,6 +7,7 @@ import click
 from cli.options import json_option, root_option
 from cli.output import bars, build_command, next_command, print_json, show, use_command
 from cli.targets import archive_folder
+from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.verify import verify_archive
 from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.load import load_manifest
@@ -38,7 +39,9 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
             show(problem)
         if not problems:
             archive = None if folder is None else read_archive(folder)
-            show(f"{shown_place(target)} is whole{f', digest {archive.digest}' if archive else ''}")
+            known = benchmark_of(archive.digest) if archive else None
+            digest_shown = f", digest {archive.digest}" if archive else ""
+            show(f"{shown_place(target)} is whole{digest_shown}{f', benchmark {known.name}' if known else ''}")
             next_command(use_command(target, archive.splits) if archive else build_command(target))
     if problems:
         raise click.exceptions.Exit(1)

@@ -72,7 +72,7 @@ def build(
         workers: processes on this machine that write shards; ignored if there is an executor.
         executor: writes the shards, and is left open. Its workers, on any machine, must see the bank and ``out``
             under the same names as this process.
-        progress: counts episodes.
+        progress: counts episodes, or images if the archive is thin.
 
     Raises:
         RequestError: the episodes cannot be made, the place holds something else, or its kind is read-only.
@@ -82,7 +82,7 @@ def build(
     plan = plan_archive(manifest, bank, request or BuildRequest())
     store = store_at(out)
     _refuse_other_content(store, plan)
-    if (archive := _finished(store)) is not None:
+    if (archive := finished(store)) is not None:
         return archive
     store.prepare()
     with store.alone():
@@ -120,7 +120,7 @@ def build_portion(
     _refuse_other_content(store, plan)
     names = [shard.file for shard in plan.shards()]
     chosen = names[portion.number - 1 :: portion.of]
-    if _finished(store) is not None:
+    if finished(store) is not None:
         return PortionBuilt(len(chosen), 0, len(names))
     _undisturbed(store, lambda: _begin(store, plan))
     made = _make(plan, bank, store, chosen, workers if executor is None else executor, progress)
@@ -163,7 +163,7 @@ def _difference(there: Archive | dict[str, Any], plan: Archive) -> str:
     """The first settings in which two archives differ, for a message."""
     old = json.loads(there.to_json()) if isinstance(there, Archive) else there
     new = json.loads(plan.to_json())
-    simple = [key for key in new if key != "splits" and old.get(key) != new[key]]
+    simple = [key for key in new if key not in {"splits", "images"} and old.get(key) != new[key]]
     if simple:
         return ", ".join(f"{key} {old.get(key)!r} there, {new[key]!r} asked for" for key in simple)
     counts = {
@@ -187,8 +187,12 @@ def _read_archive(store: Store) -> Archive | None:
     return None if data is None else check_archive(data, store.read(INDEX_SUM), f"{store}/{INDEX}")
 
 
-def _finished(store: Store) -> Archive | None:
-    """The archive at a place, if it is finished: no shard is missing, and nothing is left to clear."""
+def finished(store: Store) -> Archive | None:
+    """The archive at a place, if it is finished: no shard is missing, and nothing is left to clear.
+
+    Raises:
+        DamagedError: its ``archive.json`` is damaged.
+    """
     archive = _read_archive(store)
     return archive if archive and BUILD not in store.entries() and not _missing(store, archive) else None
 
@@ -253,15 +257,10 @@ def _make(
 ) -> dict[str, ShardMade]:
     """Write the shards that are not there yet, in any order; returns all of them by file name."""
     chosen, digest, path = frozenset(files), sha256_bytes(plan.to_json()), bank.path.absolute()
-    shards = {
-        ShardTask(store, digest, path, name, number): shard
-        for name, split in plan.splits.items()
-        for number, shard in enumerate(split.shards)
-        if shard.file in chosen
-    }
+    shards = {ShardTask(store, digest, path, shard.file): shard for shard in plan.shards() if shard.file in chosen}
     made = {}
-    with progress("build", sum(shard.episodes for shard in shards.values()), "episodes") as advance:
+    with progress("build", sum(shard.count for shard in shards.values()), plan.unit) as advance:
         for task, result in run_tasks(make_shard, shards, workers):
             made[shards[task].file] = result
-            advance(shards[task].episodes)
+            advance(shards[task].count)
     return made

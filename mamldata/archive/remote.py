@@ -26,8 +26,8 @@ from mamldata.archive.index import (
     INDEX_SUM,
     MOST_INDEX_BYTES,
     MOST_SUM_BYTES,
+    AnyShard,
     Archive,
-    Shard,
     index_sum,
     parse_archive,
 )
@@ -124,15 +124,15 @@ class ShardCache:
         """The subfolder that only the cache uses."""
         return self.folder / "mamldata-shards"
 
-    def path(self, shard: Shard) -> Path:
+    def path(self, shard: AnyShard) -> Path:
         """Where a shard is, once it has been fetched."""
         return self.own / f"{shard.sha256}.tar"
 
-    def get(self, url: str, shard: Shard) -> Path:
+    def get(self, url: str, shard: AnyShard) -> Path:
         """A shard's file, if no other process uses the cache; see ``open``."""
         return self.open(url, shard, Path)
 
-    def open(self, url: str, shard: Shard, opener: Callable[[Path], Opened]) -> Opened:
+    def open(self, url: str, shard: AnyShard, opener: Callable[[Path], Opened]) -> Opened:
         """Open a shard's file; if it is missing, one process at a time fetches and verifies it first.
 
         Args:
@@ -235,7 +235,7 @@ def _version(path: Path) -> bytes:
     return canonical_json(file_version(path.stat())._asdict())
 
 
-def _is_sound(path: Path, shard: Shard) -> bool:
+def _is_sound(path: Path, shard: AnyShard) -> bool:
     """Whether a cached shard has the right digest, by this user's record or by hashing it."""
     version = _version(path)
     with suppress(OSError), _record(path).open("rb") as stream:
@@ -382,7 +382,7 @@ def _remaining(stream: Any, url: str, start: int) -> Any:
         raise SourceError(f"reading it failed ({shown_error(error, url)})") from shown_cause(error, url)
 
 
-def _require_digest(part: _HashedPart, shard: Shard) -> None:
+def _require_digest(part: _HashedPart, shard: AnyShard) -> None:
     """Check that a shard is whole and has the right digest; if the digest is wrong, it is removed.
 
     Raises:

@@ -26,7 +26,7 @@ from mamldata.io.urls import is_http, is_remote, local_address, require_address,
 _LOCK = ".lock"
 OURS = frozenset({BUILD, _LOCK})  # names that only an unfinished build has
 # Names in .build. A user may have a folder of that name, whose files are never removed.
-_IN_BUILD = re.compile(r"plan\.json|[a-z]+-\d+\.tar\.sha256|.+\.[0-9a-f]{32}\.part")
+_IN_BUILD = re.compile(r"plan\.json|[a-z]+-\d+\.(tar|npy)\.sha256|.+\.[0-9a-f]{32}\.part")
 
 # These file systems show an object only when it is whole; on any other, a file grows under its name.
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "hf"}

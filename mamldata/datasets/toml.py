@@ -21,6 +21,7 @@ from mamldata.sampling.splits import SPLITS, SplitScheme
 from mamldata.words import quoted
 
 FORMAT = "mamldata-manifest/1"
+BENCHMARKS = "benchmarks"  # the TOML file among the manifests that is none; see ``mamldata.archive.benchmarks``
 RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 GENERATORS = ("glyphs",)
 FORMS: Mapping[str, tuple[str, ...]] = {  # layout of a user's images: its options
@@ -32,7 +33,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {  # layout of a user's images: its optio
 
 def builtin_names() -> list[str]:
     """The names of the datasets that come with the package, sorted."""
-    return toml_names(resources.files("manifests"))
+    return [name for name in toml_names(resources.files("manifests")) if name != BENCHMARKS]
 
 
 def parse_manifest(data: bytes, source: str, folder: Traversable, reference: str | None = None) -> Manifest:
@@ -84,7 +85,8 @@ def _dataset_name(name: str) -> str | None:
     return None if good else f"{quoted(name)} may only have lowercase letters, digits and single hyphens between them"
 
 
-def _sha256(text: str) -> str | None:
+def sha256_fault(text: str) -> str | None:
+    """What is wrong with a digest in hex; None if nothing is."""
     return None if re.fullmatch(r"[0-9a-f]{64}", text) else "must be 64 lowercase hexadecimal digits"
 
 
@@ -123,13 +125,13 @@ def _file(table: Table) -> SourceFile:
             table.fault(
                 "urls", f"{quoted(shown_place(url) if isinstance(url, str) else url)} is not an http(s) address"
             )
-    content = table.text("content_sha256", _sha256, required=False) or None
+    content = table.text("content_sha256", sha256_fault, required=False) or None
     if "md5" in table.values and "sha256" in table.values:
         table.fault("md5", "is not needed if there is a sha256; leave it out")
     file = SourceFile(
         name=table.text("name", _plain_name),
         bytes=table.whole("bytes", 1) if urls or generator or "bytes" in table.values else 0,
-        sha256=table.text("sha256", _sha256, required="md5" not in table.values) or None,
+        sha256=table.text("sha256", sha256_fault, required="md5" not in table.values) or None,
         md5=table.text("md5", _md5, required=False) or None,
         urls=tuple(urls),
         content_sha256=content,
@@ -155,7 +157,7 @@ def _images(table: Table) -> ImageCollection:
     collection = ImageCollection(
         forms=tuple(forms),
         how=table.text("how", required=False).strip(),
-        content_sha256=table.text("content_sha256", _sha256, required=False) or None,
+        content_sha256=table.text("content_sha256", sha256_fault, required=False) or None,
     )
     table.finish()
     return collection
@@ -204,7 +206,7 @@ def _image(table: Table) -> ImageRecipe:
     known = table.table("bank_sha256", required=False)
     for key in known.values:
         if key.isascii() and key.isdigit():
-            digests[int(key)] = known.text(key, _sha256)
+            digests[int(key)] = known.text(key, sha256_fault)
         else:
             known.fault(key, "must be an image size in pixels")
             known.known.add(key)
@@ -240,21 +242,29 @@ def _scheme(name: str, table: Table, folder: Traversable) -> SplitScheme:
     if "by" in table.values:
         table.choice("by", ("files",))
         return SplitScheme(name, description, lists={}, counts={}, by_files=True)
-    if "seed" in table.values:
-        seed = table.whole("seed", 0)
-        counts = {split: table.whole(split, 1) for split in SPLITS}
-        return SplitScheme(name, description, lists={}, counts=counts, seed=seed)
-    lists = {}
-    for split in SPLITS:
-        table.known.add(split)
-        value = table.values.get(split)
-        if isinstance(value, str):
-            lists[split] = _list_file(split, value, table, folder)
-        elif isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
-            lists[split] = tuple(value)
-        else:
-            table.fault(split, "must be a list of classes or the name of a text file with one class per line")
-    return SplitScheme(name, description, lists=lists, counts={})
+    before = len(table.faults)
+    seeded = "seed" in table.values
+    scheme = SplitScheme(
+        name,
+        description,
+        lists={} if seeded else {split: _classes(split, table, folder) for split in SPLITS},
+        counts={split: table.whole(split, 0) for split in SPLITS} if seeded else {},
+        seed=table.whole("seed", 0) if seeded else 0,
+    )
+    if len(table.faults) == before and not any((scheme.counts or scheme.lists).values()):
+        table.faults.append(f"{table.place}: train, val and test are all empty; at least one of them must have classes")
+    return scheme
+
+
+def _classes(split: str, table: Table, folder: Traversable) -> tuple[str, ...]:
+    table.known.add(split)
+    value = table.values.get(split)
+    if isinstance(value, str):
+        return _list_file(split, value, table, folder)
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return tuple(value)
+    table.fault(split, "must be a list of classes or the name of a text file with one class per line")
+    return ()
 
 
 def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
@@ -268,7 +278,4 @@ def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tupl
     except (OSError, ValueError) as error:
         table.fault(split, f"cannot read the class list {quoted(name)} ({error})")
         return ()
-    entries = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    if not entries:
-        table.fault(split, f"the class list {quoted(name)} is empty")
-    return entries
+    return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))

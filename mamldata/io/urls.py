@@ -100,7 +100,7 @@ def shown_error(error: BaseException, *places: str) -> str:
     if not any(map(_hides, places)):
         return shown_text(str(error)) or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
-    return os.strerror(number) if number in errno.errorcode else type(error).__name__
+    return os.strerror(number) if number is not None and number in errno.errorcode else type(error).__name__
 
 
 def shown_cause(error: BaseException, *places: str) -> BaseException | None:

@@ -20,8 +20,9 @@ class SplitScheme:
 
     Attributes:
         name, description: shown beside every result, because accuracies of different schemes do not compare.
-        lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded.
-        counts: for each split its number of classes, if seeded.
+        lists: for each split its class names, or ``prefix/*`` for all classes below a prefix; empty if seeded. A split
+            may have none.
+        counts: for each split its number of classes, which may be 0, if seeded.
         seed: of the division, if seeded.
         by_files: whether the raw files give the splits, as split files or as a folder for each split.
     """

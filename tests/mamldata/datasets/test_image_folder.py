@@ -235,7 +235,7 @@ def test_a_split_without_classes(tmp_path: Path):
         photos(tmp_path / "p" / split, {f"{split}{n}": 3 for n in range(2)})
     manifest = load_manifest(str(tmp_path / "p"))
     bank = make_bank(manifest, tmp_path / "root", 8)
-    with pytest.raises(RequestError, match=r"split 'val' of split scheme 'folders' has no classes"):
+    with pytest.raises(RequestError, match=r"scheme 'folders', has no classes in val; it has classes in train, test"):
         build(manifest, bank, tmp_path / "a", BuildRequest(2, 1, 2, {"train": 3, "val": 1}))
     assert build(manifest, bank, tmp_path / "a", BuildRequest(2, 1, 2, {"train": 3, "test": 1})).digest
 

@@ -204,7 +204,7 @@ def test_unknown_keys_are_faults(old: str, new: str, fault: str) -> None:
         ('format = "mamldata-manifest/1"', 'format = "mamldata-manifest/9"', "format: is 'mamldata-manifest/9'"),
         ('name = "mine"', 'name = "../mine"', "name: '../mine' may only have lowercase letters"),
         ("[splits.own]", '[splits."My own"]', "splits.My own: 'My own' may only have lowercase letters"),
-        ("train = 2", "train = 0", "splits.own.train: must be at least 1, not 0"),
+        ("train = 2", "train = -1", "splits.own.train: must be at least 0, not -1"),
         ("train = 2", "train = 2.5", "splits.own.train: must be a whole number, not 2.5"),
         ("seed = 0", "", "splits.own.train: must be a list of classes or the name of a text file"),
     ],
@@ -351,22 +351,41 @@ def test_class_lists_in_text_files(tmp_path: Path) -> None:
         ("gone.txt", "splits.own.train: cannot read the class list 'gone.txt'"),
         ("../outside.txt", "splits.own.train: '../outside.txt' must be a path below the manifest's folder"),
         ("/etc/hostname", "splits.own.train: '/etc/hostname' must be a path below the manifest's folder"),
-        ("empty.txt", "splits.own.train: the class list 'empty.txt' is empty"),
         ("latin.txt", "splits.own.train: cannot read the class list 'latin.txt'"),
         ("folder", "splits.own.train: cannot read the class list 'folder'"),
         ("nul\\u0000.txt", "splits.own.train: cannot read the class list"),
     ],
 )
 def test_bad_class_lists(name: str, fault: str, tmp_path: Path) -> None:
-    """A list that is missing, outside the manifest's folder, empty or no text is a fault."""
+    """A list that is missing, outside the manifest's folder or no text is a fault."""
     own = tmp_path / "own"
     own.mkdir()
     (tmp_path / "outside.txt").write_text("a\n")
-    (own / "empty.txt").write_text("# nothing\n")
     (own / "latin.txt").write_bytes(b"\xe4\n")
     (own / "folder").mkdir()
     (found,) = faults(listed(name), folder=own)
     assert found.startswith(fault)
+
+
+EMPTY = "splits.own: train, val and test are all empty; at least one of them must have classes"
+
+
+@pytest.mark.parametrize("train", ["[]", '"none.txt"'])
+def test_a_scheme_may_be_for_testing_alone(train: str, tmp_path: Path) -> None:
+    """Train and val may have no class: as lists, as files without a class, and in a seeded division."""
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    old, new = listed("none.txt")
+    new = new.replace('"none.txt"', train).replace('["c"]', "[]")
+    assert parsed(GOOD.replace(old, new), tmp_path).scheme().lists == {"train": (), "val": (), "test": ("d/*",)}
+    assert faults((old, new.replace('["d/*"]', "[]")), folder=tmp_path) == (EMPTY,)
+    assert parsed(GOOD.replace("train = 2", "train = 0")).scheme().counts["train"] == 0
+
+
+def test_a_scheme_has_classes_somewhere() -> None:
+    """A division into nothing is a fault, unless a number in it is wrong already."""
+    counts = GOOD[GOOD.index("train = 2") :]
+    assert faults((counts, "train = 0\nval = 0\ntest = 0\n")) == (EMPTY,)
+    assert faults((counts, "train = 0\nval = 0\ntest = -1\n")) == ("splits.own.test: must be at least 0, not -1",)
 
 
 def test_ones_own_manifest_has_every_right(make_dataset: Callable[..., Any], tmp_path: Path) -> None:

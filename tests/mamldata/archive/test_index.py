@@ -429,13 +429,14 @@ class TestCrafted:
         with pytest.raises(DamagedError, match="not the description of an archive"):
             parse_archive(b"[" * 200_000)
 
-    @pytest.mark.parametrize("depth", [500, 900, 950, 981, 990])
     @pytest.mark.parametrize("key", ["seed", "format"])
-    def test_nesting_that_the_parser_allows(self, document, key, depth):
-        """What can be parsed, but not written again, is damage, too."""
-        data = canonical_json({**document, key: "HERE"}).replace(b'"HERE"', b"[" * depth + b"]" * depth)
-        with pytest.raises(DamagedError, match=r"its format is|damaged|not the description"):
-            parse_archive(data)
+    def test_nesting_that_the_parser_allows(self, document, key):
+        """What can be parsed, but not written again, is damage, too; at which depth depends on the caller's own."""
+        text = canonical_json({**document, key: "HERE"})
+        for depth in range(700, 1000):
+            data = text.replace(b'"HERE"', b"[" * depth + b"]" * depth)
+            with pytest.raises(DamagedError, match=r"its format is|damaged|not the description"):
+                parse_archive(data)
 
     @pytest.mark.parametrize(
         "name",

@@ -123,7 +123,7 @@ class TestPromises:
         assert [writer.wait() for writer in writers] == [0, 0, 0]
         plan = (tmp_path / BUILD / "plan.json").read_bytes()
         assert plan in {word.encode() * 100_000 for word in "abc"}
-        assert [path.name for path in (tmp_path / BUILD).iterdir()] == ["plan"]
+        assert [path.name for path in (tmp_path / BUILD).iterdir()] == ["plan.json"]
 
 
 class TestPlaces:

@@ -221,7 +221,12 @@ def stormy_fetch(chance: random.Random, place: Path) -> Outcome:
     return "refused" if failed else "same"
 
 
-def _require_nothing_left() -> None:
+def _temporary() -> set[Path]:
+    """The temporary folders of the library that there are."""
+    return set(Path(tempfile.gettempdir()).glob("mamldata-*"))
+
+
+def _require_gone(before: set[Path]) -> None:
     """Check that temporary folders go with their sources, once the threads of those have had their second.
 
     Raises:
@@ -229,7 +234,7 @@ def _require_nothing_left() -> None:
     """
     gc.collect()  # what an error refers to
     deadline = time.monotonic() + 10
-    while left := list(Path(tempfile.gettempdir()).glob("mamldata-*")):
+    while left := _temporary() - before:
         if time.monotonic() > deadline:
             raise Broken(f"left over among the temporary files: {left}")
         time.sleep(0.01)
@@ -246,7 +251,7 @@ def stormy_archive(chance: random.Random, place: Path) -> Outcome:
         return good(data, start, request) if spared or chance.random() < 0.3 else misbehave(data, start, request)
 
     split = chance.choice(sorted(material.EPISODES))
-    cache_dir = chance.choice((place, place, None))
+    cache_dir, before = chance.choice((place, place, None)), _temporary()
     said: list[str] = []
     with closing(Stormy(files, sometimes)) as server:
         url = f"{server.address}/archive"
@@ -266,7 +271,7 @@ def stormy_archive(chance: random.Random, place: Path) -> Outcome:
     if any(data != material.true_episodes(split) for data in found):
         raise Broken("other episodes")
     if cache_dir is None:
-        _require_nothing_left()
+        _require_gone(before)
     return "refused" if failed else "same"
 
 

@@ -222,7 +222,7 @@ def stormy_fetch(chance: random.Random, place: Path) -> Outcome:
 
 
 def _temporary() -> set[Path]:
-    """The temporary folders of the library that there are."""
+    """The temporary folders of the library."""
     return set(Path(tempfile.gettempdir()).glob("mamldata-*"))
 
 

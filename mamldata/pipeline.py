@@ -23,6 +23,7 @@ from mamldata.parallel import default_workers
 from mamldata.progress import Notify, Progress, silence, silent
 from mamldata.sampling.sampler import class_table
 from mamldata.sampling.splits import SPLITS, divide
+from mamldata.words import install_command
 
 if TYPE_CHECKING:
     from mamldata.fetching.act import Fetched
@@ -211,7 +212,7 @@ def images(
     try:
         from mamldata.streaming.images import BankImages
     except ModuleNotFoundError as error:
-        raise RequestError("mamldata.images needs torchvision: pip install 'mamldata[vision]'.") from error
+        raise RequestError(f"mamldata.images needs torchvision: {install_command('vision')}") from error
     if split not in SPLITS:
         raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     manifest = load_manifest(os.fspath(dataset))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mamldata.errors import RequestError
 from mamldata.streaming.transforms import Batched, batched
+from mamldata.words import counted
 
 _AREA, _LOG_RATIO = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))  # torchvision's RandomResizedCrop
 _COLOUR = (0.6, 1.4)
@@ -37,8 +38,7 @@ def augmentation(name: str, image_shape: Sequence[int]) -> Batched | None:
     channels, transform = {"photo": (3, photo), "character": (1, character)}[name]
     if image_shape[-1] != channels:
         raise RequestError(
-            f"augment {name} is for images with {channels} channel{'s' * (channels > 1)}, and these have "
-            f"{image_shape[-1]}."
+            f"augment {name} is for images with {counted(channels, 'channel')}, and these have {image_shape[-1]}."
         )
     return batched(transform)
 

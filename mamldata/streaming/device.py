@@ -39,6 +39,10 @@ class Passes(Protocol):
         """What the episodes are."""
         ...
 
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes."""
+        ...
+
     def __len__(self) -> int: ...
 
     def reader(self, device: torch.device) -> BatchReader:
@@ -92,6 +96,13 @@ class DeviceStream:
     def info(self) -> EpisodeInfo:
         """What the episodes are."""
         return self.stream.info
+
+    def __repr__(self) -> str:
+        return f"<DeviceStream: {self.stream!r} on {self.device}>"
+
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes; see ``EpisodeStream.class_names``."""
+        return self.stream.class_names(batch)
 
     def __len__(self) -> int:
         try:

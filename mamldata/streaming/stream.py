@@ -18,7 +18,7 @@ from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Order
 from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
-from mamldata.sources.source import EpisodeInfo, Source
+from mamldata.sources.source import EpisodeInfo, Source, in_words
 from mamldata.streaming.batch import BatchReader, EpisodeBatch, require_dtype
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.transforms import Transform, Transforms
@@ -130,17 +130,17 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self._reader: BatchReader | None = None  # kept to reuse its memory
 
     def __repr__(self) -> str:
-        info = self.info
-        shape = f"{info.n_way}-way {info.k_shot}-shot {info.k_query}-query"
-        of = "episodes without end" if self.order.episodes is None else f"{self.order.episodes:,} episodes"
-        return (
-            f"<EpisodeStream: {info.dataset} {info.split}, {shape}, {of}, in meta-batches of {self.order.batch_size}>"
-        )
+        return f"<EpisodeStream: {in_words(self.source)}, in meta-batches of {self.order.batch_size}>"
 
     @property
     def info(self) -> EpisodeInfo:
         """What the episodes are."""
         return self.source.info
+
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes, by label: ``class_names(batch)[b][label]``."""
+        table = self.source.table
+        return [[table.label(one) for one in row] for row in self.source.classes(batch.index.cpu().numpy()).tolist()]
 
     def __len__(self) -> int:
         """Meta-batches in an epoch.

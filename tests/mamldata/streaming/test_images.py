@@ -102,5 +102,5 @@ def test_what_there_is_not(glyphs_root: Path, monkeypatch: pytest.MonkeyPatch) -
         mamldata.images("glyphs", split_scheme="other", root=glyphs_root)
     monkeypatch.delitem(sys.modules, "mamldata.streaming.images")
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(RequestError, match="mamldata.images needs torchvision: pip install torchvision"):
+    with pytest.raises(RequestError, match=r"mamldata\.images needs torchvision: pip install torchvision"):
         mamldata.images("glyphs", root=glyphs_root)

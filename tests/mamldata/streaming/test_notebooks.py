@@ -13,6 +13,7 @@ from PIL import Image
 from mamldata import EpisodeBatch, EpisodeStream, live, read_archive
 from mamldata.archive.build import build
 from mamldata.archive.plan import BuildRequest
+from mamldata.sampling import draws
 from mamldata.sources.open import open_archive
 
 REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 9, "val": 1}, seed=9)
@@ -45,8 +46,9 @@ class TestClassNames:
         batch = next(iter(stream))
         assert stream.class_names(batch) == [stream.source.class_labels(index) for index in batch.index.tolist()]
 
-    def test_of_live_episodes_read_ahead(self, glyphs_root):
+    def test_of_live_episodes_read_ahead(self, glyphs_root, monkeypatch):
         """Asking for earlier names leaves what reading remembers alone."""
+        monkeypatch.setattr(draws, "_AHEAD", 4)
         stream = EpisodeStream(live("glyphs", n_way=3, k_query=2, root=glyphs_root), batch_size=4)
         batches = iter(stream)
         first, _ = next(batches), next(batches)

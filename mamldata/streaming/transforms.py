@@ -125,7 +125,7 @@ def _transformed(transform: Transform | None, images: torch.Tensor, seeds: Seque
         done = _checked(transform(together), together)
     else:
         done = _seeded(transform, images, seeds, seed)
-    return done.contiguous(memory_format=torch.channels_last).unflatten(0, images.shape[:2])
+    return done.contiguous(memory_format=torch.channels_last).reshape(*images.shape[:2], *done.shape[1:])
 
 
 def _seeded(transform: Transform, images: torch.Tensor, seeds: Sequence[int], seed: Seed) -> torch.Tensor:

@@ -75,17 +75,19 @@ class EpisodeDecoder:
             yield self._batch(some)
 
     def _batch(self, samples: Sequence[Sample]) -> EpisodeBatch:
-        parts = []
-        for name in ("support.npy", "query.npy"):
-            arrays = [_images(sample, name) for sample in samples]
-            for sample, images in zip(samples, arrays, strict=True):
-                if images.shape != arrays[0].shape:
-                    raise _no_episode(sample, f"its {name} is {list(images.shape)}, not {list(arrays[0].shape)}")
-            stored = torch.from_numpy(np.stack(arrays))  # [B, n_way, k, H, W, C]
-            labels = torch.arange(stored.shape[1]).repeat_interleave(stored.shape[2]).repeat(len(samples), 1)
-            stored = stored.flatten(1, 2).permute(0, 1, 4, 2, 3)
-            parts += [scaled(stored, self.dtype, self.normalize), labels]
-        return EpisodeBatch(*parts, torch.tensor([_index(sample) for sample in samples]))
+        support, support_y = self._half(samples, "support.npy")
+        query, query_y = self._half(samples, "query.npy")
+        return EpisodeBatch(support, support_y, query, query_y, torch.tensor([_index(sample) for sample in samples]))
+
+    def _half(self, samples: Sequence[Sample], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The support or the query images, and their labels."""
+        arrays = [_images(sample, name) for sample in samples]
+        for sample, images in zip(samples, arrays, strict=True):
+            if images.shape != arrays[0].shape:
+                raise _no_episode(sample, f"its {name} is {list(images.shape)}, not {list(arrays[0].shape)}")
+        stored = torch.from_numpy(np.stack(arrays))  # [B, n_way, k, H, W, C]
+        labels = torch.arange(stored.shape[1]).repeat_interleave(stored.shape[2]).repeat(len(samples), 1)
+        return scaled(stored.flatten(1, 2).permute(0, 1, 4, 2, 3), self.dtype, self.normalize), labels
 
 
 def _index(sample: Sample) -> int:

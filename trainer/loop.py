@@ -23,6 +23,7 @@ from trainer.runs.metrics import Window
 from trainer.runs.tensorboard import require_tensorboard
 from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
+from trainer.system.gpu import Wait
 from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import Stop, stop_at_signals
 from trainer.system.threads import limited_threads
@@ -152,12 +153,12 @@ class _Run:
         settings, learner, recorder, world = self.learner.settings, self.learner, self.recorder, self.world
         with closing(endless(self.stream)) as batches:
             while step < settings.steps:
-                asked = time.perf_counter()
+                waited = Wait(learner.device)
                 with world.together(stop):
                     if learner.device.type == "cpu":  # on a GPU this would wait, so the log line checks instead
                         recorder.window.require_finite()
                     batch = next(batches)
-                    waited = time.perf_counter() - asked
+                    waited.end()
 
                 validating = (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
                 logging = (step + 1) % settings.log_every == 0 or validating
@@ -190,7 +191,8 @@ class _Run:
         world.require_same(learner.learned, f"The weights at step {step}")
         with world.together():
             batches = _validation(learner, self.data, world)
+        start = time.perf_counter()
         inner = learner.settings.inner_loop_at_test()
         evaluation = evaluate_network(learner.network, batches, inner, self.about, "val", learner.parameters, world)
         with world.together():
-            return self.recorder.validated(step, evaluation, self.stream)
+            return self.recorder.validated(step, evaluation, self.stream, time.perf_counter() - start)

@@ -13,6 +13,7 @@ from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, save_checkpoint
 from trainer.runs.folder import begin_run
 from trainer.runs.tensorboard import Board
+from trainer.system.gpu import peak_memory
 
 
 class Recorder:
@@ -73,7 +74,7 @@ class Recorder:
         Raises:
             DivergedError: a loss in it was not finite.
         """
-        row = self.window.sum_up()
+        row = {**self.window.sum_up(), **peak_memory(self._learner.device)}
         self._note({"event": "train", **row})
         *before, _ = row["accuracy_by_step"]
         start = f"{100 * before[0]:.1f} → " if before else ""  # joint training does not adapt
@@ -83,14 +84,14 @@ class Recorder:
             f"{row['images_per_second']:,.0f} images/s  data wait {row['data_wait_percent']:.1f} %"
         )
 
-    def validated(self, step: int, evaluation: Evaluation, stream: TrainStream) -> Checkpoint:
-        """Record a validation and save a checkpoint.
+    def validated(self, step: int, evaluation: Evaluation, stream: TrainStream, seconds: float) -> Checkpoint:
+        """Record a validation, which took some seconds, and save a checkpoint.
 
         Raises:
             DivergedError: its loss is not finite.
         """
         metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
-        self._note({"event": "val", "step": step, **evaluation.to_json()})
+        self._note({"event": "val", "step": step, **evaluation.to_json(), "seconds": seconds})
         self._report(f"step {step}  val {evaluation}")
         if evaluation.accuracy > self._best[1]:
             self._best = step, evaluation.accuracy

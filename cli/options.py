@@ -34,6 +34,9 @@ _EPISODE_OPTIONS = {
     "image_size": click.option(
         "--image-size", type=click.IntRange(1, 4096), help="Side of the images in pixels.  [default: the dataset's own]"
     ),
+    "query_alpha": click.option(
+        "--query-alpha", type=click.IntRange(1), help="Unequal queries: Dirichlet's parameter.  [default: all equal]"
+    ),
     "seed": click.option("--seed", type=click.IntRange(0), help="Seed of the episodes.  [default: 0]"),
 }
 

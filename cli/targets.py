@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamldata.archive.index import Archive, is_archive
+from mamldata.archive.index import Archive, image_shard_file, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.io.urls import is_remote, shown_place
+from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
@@ -35,7 +36,8 @@ def archive_folder(target: str) -> Path | str | None:
         return None
     if path.is_dir():
         # A damaged or unfinished archive counts as one: reading it reports what is wrong.
-        return path if (path / ".build").is_dir() or any(path.glob("*-00000.tar")) else None
+        traces = ((path / ".build").is_dir(), any(path.glob("*-00000.tar")), (path / image_shard_file(0)).exists())
+        return path if any(traces) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
         f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."
@@ -84,7 +86,7 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     Args:
         target: an archive, or a dataset's name or manifest.
         root: the data root.
-        episodes: the options that the user gave for live episodes.
+        episodes: the options that the user gave for episodes. Those of an archive can only be made narrower.
         remix: whether to train on remixed episodes; None: the user did not set it.
 
     Raises:
@@ -98,8 +100,9 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
         return live_data(target, root, episodes)
-    refuse_with_archive(folder, episodes)
-    return archive_data(folder, remix=remix is not False, cache_dir=archive_cache(folder, root))
+    narrow = {name: number for name, number in episodes.items() if name in LEAST}
+    refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
+    return archive_data(folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root))
 
 
 def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:

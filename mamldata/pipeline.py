@@ -73,6 +73,8 @@ def build(
     rotations: str | None = None,
     image_size: int | None = None,
     episodes_per_shard: int | None = None,
+    thin: bool = False,
+    query_alpha: int | None = None,
     root: Place | None = None,
     workers: int | None = None,
     executor: Executor | None = None,
@@ -91,6 +93,8 @@ def build(
         seed: of the episodes.
         split_scheme, rotations, image_size: the manifest's own if None.
         episodes_per_shard: as many as fit into 64 MiB if None.
+        thin: store each image once, and draw the same episodes when they are read.
+        query_alpha: of a thin archive: share out the queries unequally, see ``mamldata.sampling.sampler.EpisodeSpec``.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         workers: number of processes; one for each processor if None.
         executor: writes the shards instead of processes on this machine; see ``mamldata.archive.build.build``.
@@ -102,7 +106,18 @@ def build(
         DamagedError: a raw file or the bank is damaged.
         WriteError: the place cannot be written to.
     """
-    request = BuildRequest(n_way, k_shot, k_query, episodes, seed, split_scheme, rotations, episodes_per_shard)
+    request = BuildRequest(
+        n_way=n_way,
+        k_shot=k_shot,
+        k_query=k_query,
+        episodes=episodes,
+        seed=seed,
+        split_scheme=split_scheme,
+        rotations=rotations,
+        episodes_per_shard=episodes_per_shard,
+        thin=thin,
+        query_alpha=query_alpha,
+    )
     manifest = load_manifest(os.fspath(dataset))
     processes = workers or default_workers()
     bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=progress)

@@ -23,7 +23,7 @@ _TEXT = 14
 _COLOURS = {"paper": "white", "ink": "black", "support": "#1f5fa8", "query": "#a8501f"}
 
 
-def episode(source: Source, index: int) -> tuple[Images, Images, list[str]]:
+def episode(source: Source, index: int) -> tuple[Images, list[Images], list[str]]:
     """An episode's images and the names of its classes.
 
     Args:
@@ -31,7 +31,7 @@ def episode(source: Source, index: int) -> tuple[Images, Images, list[str]]:
         index: the episode's index in its split.
 
     Returns:
-        Support ``[n_way, k_shot, H, W, C]`` and query ``[n_way, k_query, H, W, C]``, uint8; ``n_way`` names.
+        Support ``[n_way, k_shot, H, W, C]``; for each way its queries ``[k_query, H, W, C]``, uint8; ``n_way`` names.
 
     Raises:
         RequestError: there is no such episode.
@@ -41,17 +41,20 @@ def episode(source: Source, index: int) -> tuple[Images, Images, list[str]]:
     info = source.info
     shapes = [(info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
     support, query = (np.empty(shape, dtype=np.uint8) for shape in shapes)
-    source.read(np.array([index], dtype=np.int64), support.reshape(-1), query.reshape(-1))
+    place = np.array([index], dtype=np.int64)
+    source.read(place, support.reshape(-1), query.reshape(-1))
+    counts = source.query_counts(place)
+    ends = np.cumsum(np.full(info.n_way, info.k_query) if counts is None else counts[0])
     classes = source.class_labels(index)
-    return support, query, classes
+    return support, np.split(query.reshape(-1, *info.image_shape), ends[:-1]), classes
 
 
-def contact_sheet(support: Images, query: Images, names: Sequence[str], title: str) -> Image.Image:
+def contact_sheet(support: Images, query: Sequence[Images], names: Sequence[str], title: str) -> Image.Image:
     """Draw an episode.
 
     Args:
         support: uint8 ``[n_way, k_shot, H, W, C]``.
-        query: uint8 ``[n_way, k_query, H, W, C]``.
+        query: for each way uint8 ``[k_query, H, W, C]``.
         names: the names of the ``n_way`` classes.
         title: the line above the images.
     """
@@ -63,7 +66,7 @@ def contact_sheet(support: Images, query: Images, names: Sequence[str], title: s
     top = _MARGIN + 2 * (_TEXT + 6)
     left = _MARGIN + label_width
     query_left = left + k_shot * step_x + _BETWEEN
-    right = query_left + query.shape[1] * step_x
+    right = query_left + max(len(part) for part in query) * step_x
     sheet_width = max(right, _MARGIN + int(font.getlength(title))) + _MARGIN
     sheet = Image.new("RGB", (sheet_width, top + n_way * step_y + _MARGIN), _COLOURS["paper"])
     draw = ImageDraw.Draw(sheet)
@@ -75,10 +78,10 @@ def contact_sheet(support: Images, query: Images, names: Sequence[str], title: s
     for way in range(n_way):
         y = top + way * step_y
         draw.text((_MARGIN, y + (height * scale - _TEXT) // 2), names[way], fill=_COLOURS["ink"], font=font)
-        for x, part, colour in ((left, support, "support"), (query_left, query, "query")):
-            for shot in range(part.shape[1]):
+        for x, part, colour in ((left, support[way], "support"), (query_left, query[way], "query")):
+            for shot, image in enumerate(part):
                 place = (x + shot * step_x, y)
-                sheet.paste(_picture(part[way, shot], scale), place)
+                sheet.paste(_picture(image, scale), place)
                 box = (place[0] - 1, y - 1, place[0] + width * scale, y + height * scale)
                 draw.rectangle(box, outline=_COLOURS[colour])
     return sheet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,15 +14,14 @@ from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.splits import SPLITS
-from mamldata.sources.live import LiveSource, live
+from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
-from mamldata.sources.source import Source
-from mamldata.sources.stored import StoredSource
+from mamldata.sources.source import Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
 
-OpenSource = Callable[[str], StoredSource | LiveSource]
+OpenSource = Callable[[str], SplitSource]
 
 
 class EpisodeData:
@@ -45,7 +43,7 @@ class EpisodeData:
         self.place = place
         self.remix = remix
         self._open = open_source
-        self._sources: dict[str, StoredSource | LiveSource] = {}
+        self._sources: dict[str, SplitSource] = {}
         self._trained_on: Source | None = None
 
     def train(
@@ -127,7 +125,7 @@ class EpisodeData:
         assert self._trained_on is not None, "call train first: it decides which episodes an index stands for"
         return torch.from_numpy(self._trained_on.classes(index.cpu().numpy()))
 
-    def _source(self, split: str) -> StoredSource | LiveSource:
+    def _source(self, split: str) -> SplitSource:
         if split not in self._sources:
             source = self._open(split)
             if self._sources:
@@ -155,15 +153,12 @@ class EpisodeData:
             )
 
     def _describe(self, source: Source) -> dict[str, Any]:
-        info = asdict(source.info)
-        del info["split"], info["normalization"]
+        info = source.info.identity()
+        del info["split"]
         digest = info["archive_sha256"] or info["bank_sha256"]
-        plain = {
-            "image_shape": list(info["image_shape"]),
-            # The spelling of files, as in archive.json.
-            "normalisation": {key: list(value) for key, value in source.info.normalization._asdict().items()},
-        }
-        return {**info, **plain, "digest": digest, "remix": self.remix, "source": self.place}
+        # The spelling of files, as in archive.json.
+        normalisation = {key: list(value) for key, value in source.info.normalization._asdict().items()}
+        return {**info, "normalisation": normalisation, "digest": digest, "remix": self.remix, "source": self.place}
 
 
 def archive_data(
@@ -171,6 +166,7 @@ def archive_data(
     *,
     verify: bool = True,
     remix: bool = True,
+    narrow: Mapping[str, int] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> EpisodeData:
     """The episodes of an archive.
@@ -179,11 +175,13 @@ def archive_data(
         folder: of the archive, or its address.
         verify: hash each shard of a folder when it is first read; shards from an address are always hashed.
         remix: train on new episodes in each epoch, see ``mamldata.sources.remixed``; evaluation never does.
+        narrow: ``n_way``, ``k_shot`` and ``k_query``, if episodes with fewer than are stored are wanted.
         cache_dir: where to keep the shards of an archive at an address.
     """
 
-    def open_source(split: str) -> StoredSource:
-        return open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
+    def open_source(split: str) -> SplitSource:
+        whole = open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
+        return whole.narrowed(**narrow) if narrow else whole
 
     return EpisodeData(shown_place(folder), open_source, remix=remix)
 
@@ -197,7 +195,7 @@ def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mappin
         options: more arguments of ``mamldata.live``.
     """
 
-    def open_source(split: str) -> LiveSource:
+    def open_source(split: str) -> SplitSource:
         return live(dataset, split, root=root, workers=default_workers(), **options)
 
     return EpisodeData(dataset, open_source)

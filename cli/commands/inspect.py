@@ -11,7 +11,7 @@ import click
 from cli.options import json_option, root_option
 from cli.output import next_command, print_json, say, size_text
 from mamldata.archive.benchmarks import benchmark_of
-from mamldata.archive.index import Archive, ArchiveSplit
+from mamldata.archive.index import AnyShard, Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
@@ -72,6 +72,9 @@ def describe(archive: Archive, folder: Path | str, left_out: Sequence[LeftOut] |
             }
             for name, split in archive.splits.items()
         },
+        "thin": archive.thin,
+        "image_shards": len(archive.images),
+        "bytes": sum(shard.bytes for shard in archive.shards()),
         "left_out": left_out_values(left_out),
     }
 
@@ -92,6 +95,11 @@ def _images(split: ArchiveSplit) -> int:
     return int(split.classes.images[split.classes.quarter_turns == 0].sum())
 
 
+def _stored(shards: Sequence[AnyShard]) -> str:
+    count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+    return f"{count}, {size_text(sum(shard.bytes for shard in shards))}"
+
+
 def print_archive(archive: Archive, folder: Path | str) -> None:
     """Print an archive for people."""
     height, width, channels = archive.image_shape
@@ -101,10 +109,12 @@ def print_archive(archive: Archive, folder: Path | str) -> None:
         f"{height}x{width}x{channels}, rotations {archive.rotations}, seed {archive.seed}"
     )
     for name, split in archive.splits.items():
-        size = size_text(sum(shard.bytes for shard in split.shards))
-        shards = "1 shard" if len(split.shards) == 1 else f"{len(split.shards)} shards"
+        stored = "" if archive.thin else f", {_stored(split.shards)}"
         classes = f"{len(split.classes):5,} classes ({_images(split):,} images)"
-        click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}, {shards}, {size}")
+        click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}{stored}")
+    if archive.thin:
+        images = sum(shard.rows for shard in archive.images)
+        click.echo(f"  thin: {images:,} images, {_stored(archive.images)}; episodes are drawn when they are read")
     click.echo(f"  bank   sha256:{archive.bank_sha256}")
     click.echo(f"  digest sha256:{archive.digest}")
     if known := benchmark_of(archive.digest):

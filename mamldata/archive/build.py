@@ -72,7 +72,7 @@ def build(
         workers: processes on this machine that write shards; ignored if there is an executor.
         executor: writes the shards, and is left open. Its workers, on any machine, must see the bank and ``out``
             under the same names as this process.
-        progress: counts episodes.
+        progress: counts episodes, or images if the archive is thin.
 
     Raises:
         RequestError: the episodes cannot be made, the place holds something else, or its kind is read-only.
@@ -163,7 +163,7 @@ def _difference(there: Archive | dict[str, Any], plan: Archive) -> str:
     """The first settings in which two archives differ, for a message."""
     old = json.loads(there.to_json()) if isinstance(there, Archive) else there
     new = json.loads(plan.to_json())
-    simple = [key for key in new if key != "splits" and old.get(key) != new[key]]
+    simple = [key for key in new if key not in {"splits", "images"} and old.get(key) != new[key]]
     if simple:
         return ", ".join(f"{key} {old.get(key)!r} there, {new[key]!r} asked for" for key in simple)
     counts = {
@@ -257,15 +257,10 @@ def _make(
 ) -> dict[str, ShardMade]:
     """Write the shards that are not there yet, in any order; returns all of them by file name."""
     chosen, digest, path = frozenset(files), sha256_bytes(plan.to_json()), bank.path.absolute()
-    shards = {
-        ShardTask(store, digest, path, name, number): shard
-        for name, split in plan.splits.items()
-        for number, shard in enumerate(split.shards)
-        if shard.file in chosen
-    }
+    shards = {ShardTask(store, digest, path, shard.file): shard for shard in plan.shards() if shard.file in chosen}
     made = {}
-    with progress("build", sum(shard.episodes for shard in shards.values()), "episodes") as advance:
+    with progress("build", sum(shard.count for shard in shards.values()), plan.unit) as advance:
         for task, result in run_tasks(make_shard, shards, workers):
             made[shards[task].file] = result
-            advance(shards[task].episodes)
+            advance(shards[task].count)
     return made

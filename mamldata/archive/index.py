@@ -1,9 +1,10 @@
-"""``archive.json``, format ``mamldata/1``: what an archive is. ``docs/format.md`` describes it byte by byte."""
+"""``archive.json``: what an archive is. ``docs/format.md`` describes it byte by byte."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,11 +18,13 @@ from mamldata.archive.layout import MOST_EPISODES, EpisodeLayout
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import read_whole
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
+from mamldata.io.npy import npy_bytes
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.sampling.splits import SPLITS
 
 FORMAT = "mamldata/1"
+THIN = "mamldata-thin/1"
 INDEX = "archive.json"
 INDEX_SUM = "archive.json.sha256"
 MOST_INDEX_BYTES = 1 << 28  # of archive.json: enough for 10**6 classes with names of 200 characters
@@ -41,14 +44,38 @@ class Shard:
     bytes: int
     sha256: str
 
+    @property
+    def count(self) -> int:
+        """How many things of its archive's ``unit`` it holds."""
+        return self.episodes
+
+
+@dataclass(frozen=True)
+class ImageShard:
+    """One ``.npy`` file of a thin archive: its name, rows of the bank, length in bytes and digest."""
+
+    file: str
+    first_row: int
+    rows: int
+    bytes: int
+    sha256: str
+
+    @property
+    def count(self) -> int:
+        """How many things of its archive's ``unit`` it holds."""
+        return self.rows
+
+
+AnyShard = Shard | ImageShard
+
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class ArchiveSplit:
-    """One split of an archive: its class table and its shards in order."""
+    """One split of an archive: its class table and its shards in order; a thin archive's split has none."""
 
     classes: ClassTable
     episodes: int
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
@@ -61,6 +88,9 @@ class Archive:
         image_shape: ``(H, W, C)``.
         normalization: mean and deviation of all images of the train split's classes.
         splits: by name.
+        images: the shards of a thin archive, which hold the whole bank; empty for one that holds episodes.
+        query_alpha: of a thin archive: None, or how unequal the numbers of queries are, see
+            ``mamldata.sampling.sampler.EpisodeSpec``.
     """
 
     dataset: str
@@ -75,6 +105,18 @@ class Archive:
     image_shape: tuple[int, int, int]
     normalization: Normalization
     splits: Mapping[str, ArchiveSplit]
+    images: tuple[ImageShard, ...] = ()
+    query_alpha: int | None = None
+
+    @property
+    def thin(self) -> bool:
+        """Whether it holds the bank's images, and no copies of them: its episodes are drawn when they are read."""
+        return bool(self.images)
+
+    @property
+    def unit(self) -> str:
+        """What its shards hold: ``episodes`` or ``images``."""
+        return "images" if self.thin else "episodes"
 
     @cached_property
     def layout(self) -> EpisodeLayout:
@@ -98,6 +140,7 @@ class Archive:
             self.k_query,
             turns,
             self.seed,
+            self.query_alpha,
         )
 
     def split(self, name: str) -> ArchiveSplit:
@@ -119,22 +162,40 @@ class Archive:
             name: replace(split, shards=tuple(replace(shard, sha256=digests[shard.file]) for shard in split.shards))
             for name, split in self.splits.items()
         }
-        return replace(self, splits=splits)
+        images = tuple(replace(shard, sha256=digests[shard.file]) for shard in self.images)
+        return replace(self, splits=splits, images=images)
+
+    def shard(self, file: str) -> tuple[str, AnyShard]:
+        """A shard by its file name, and its split; ``""`` if it holds images.
+
+        Raises:
+            KeyError: there is no such shard.
+        """
+        return self._shards[file]
+
+    @cached_property
+    def _shards(self) -> dict[str, tuple[str, AnyShard]]:
+        images: dict[str, tuple[str, AnyShard]] = {shard.file: ("", shard) for shard in self.images}
+        return images | {shard.file: (name, shard) for name in self.splits for shard in self.splits[name].shards}
 
     def without_digests(self) -> Archive:
         """The archive as planned before its shards were written: without their digests."""
         return self.with_digests(dict.fromkeys((shard.file for shard in self.shards()), ""))
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[AnyShard]:
         """All shards, in the order of work."""
+        yield from self.images
         for split in self.splits.values():
             yield from split.shards
 
     def to_json(self) -> bytes:
         """The bytes of ``archive.json``: canonical JSON."""
+        thin: dict[str, Any] = {}
+        if self.thin:
+            thin = {"images": [asdict(shard) for shard in self.images], "query_alpha": self.query_alpha}
         return canonical_json(
             {
-                "format": FORMAT,
+                "format": THIN if self.thin else FORMAT,
                 "dataset": self.dataset,
                 "dataset_version": self.dataset_version,
                 "bank_sha256": self.bank_sha256,
@@ -146,12 +207,13 @@ class Archive:
                 "k_query": self.k_query,
                 "image_shape": list(self.image_shape),
                 "normalisation": {key: list(value) for key, value in self.normalization._asdict().items()},
-                "splits": {name: _split_json(split) for name, split in self.splits.items()},
+                "splits": {name: _split_json(split, thin=self.thin) for name, split in self.splits.items()},
+                **thin,
             }
         )
 
 
-def _split_json(split: ArchiveSplit) -> dict[str, Any]:
+def _split_json(split: ArchiveSplit, *, thin: bool) -> dict[str, Any]:
     table = split.classes
     columns = zip(
         table.names,
@@ -160,6 +222,9 @@ def _split_json(split: ArchiveSplit) -> dict[str, Any]:
         table.images.tolist(),
         strict=True,
     )
+    if thin:  # the turns of a class are not listed, since they say nothing new
+        classes = [{"name": name, "first_row": row, "images": n} for name, turns, row, n in columns if not turns]
+        return {"classes": classes, "episodes": split.episodes}
     return {
         "classes": [
             {"name": name, "quarter_turns": turns, "first_row": row, "images": images}
@@ -243,8 +308,9 @@ def parse_archive(data: bytes) -> Archive:
         declared = document["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"not the description of an archive ({error}).") from error
-    if declared != FORMAT:
-        raise DamagedError(f"its format is {declared!r:.{_MOST_SHOWN}}; this version of mamldata reads {FORMAT!r}.")
+    if declared not in (FORMAT, THIN):
+        known = f"{FORMAT!r} and {THIN!r}"
+        raise DamagedError(f"its format is {declared!r:.{_MOST_SHOWN}}; this version of mamldata reads {known}.")
     try:
         archive = _from_json(document)
         sound = archive.to_json() == data and _plain(archive) and _consistent(archive)
@@ -257,6 +323,7 @@ def parse_archive(data: bytes) -> Archive:
 
 def _from_json(document: dict[str, Any]) -> Archive:
     height, width, channels = document["image_shape"]
+    thin = document["format"] == THIN
     return Archive(
         dataset=document["dataset"],
         dataset_version=document["dataset_version"],
@@ -270,41 +337,56 @@ def _from_json(document: dict[str, Any]) -> Archive:
         image_shape=(height, width, channels),
         normalization=Normalization(**{key: tuple(value) for key, value in document["normalisation"].items()}),
         # JSON sorts splits by name; SPLITS has the order of work. The caller notices a split of another name.
-        splits={name: _split_from_json(document["splits"][name]) for name in SPLITS if name in document["splits"]},
+        splits={
+            name: _split_from_json(
+                document["splits"][name], turns=quarter_turns(document["rotations"], name) if thin else None
+            )
+            for name in SPLITS
+            if name in document["splits"]
+        },
+        images=tuple(ImageShard(**shard) for shard in document["images"]) if thin else (),
+        query_alpha=document["query_alpha"] if thin else None,
     )
 
 
-def _split_from_json(document: dict[str, Any]) -> ArchiveSplit:
+def _split_from_json(document: dict[str, Any], *, turns: int | None) -> ArchiveSplit:
+    """A split.
+
+    Args:
+        document: what ``archive.json`` says.
+        turns: entries of the class table for each listed class; None: the list is the table.
+    """
     classes = document["classes"]
 
     def column(key: str) -> npt.NDArray[np.int64]:
-        return np.array([entry[key] for entry in classes], dtype=np.int64)
+        return np.repeat(np.array([entry[key] for entry in classes], dtype=np.int64), turns or 1)
 
-    table = ClassTable(
-        tuple(entry["name"] for entry in classes),
-        column("quarter_turns"),
-        column("first_row"),
-        column("images"),
-    )
-    shards = tuple(Shard(**shard) for shard in document["shards"])
+    quarter_turns = np.tile(np.arange(turns), len(classes)) if turns else column("quarter_turns")
+    names = tuple(entry["name"] for entry in classes for _ in range(turns or 1))
+    table = ClassTable(names, quarter_turns, column("first_row"), column("images"))
+    shards = () if turns else tuple(Shard(**shard) for shard in document["shards"])
     return ArchiveSplit(table, document["episodes"], shards)
 
 
 def _plain(archive: Archive) -> bool:
     """Whether every value has the type and range that a build writes: JSON's ``true`` and ``1.0`` are not 1."""
     splits = archive.splits.values()
-    shards = [shard for split in splits for shard in split.shards]
+    shards = list(archive.shards())
+    first = [shard.first_row for shard in archive.images]
+    first += [shard.first_episode for split in splits for shard in split.shards]
     names = [name for split in splits for name in split.classes.names]
     texts = (archive.dataset, archive.dataset_version, archive.bank_sha256, archive.split_scheme, *names)
     moments = (*archive.normalization.mean, *archive.normalization.std)
     digests = (archive.bank_sha256, *(shard.sha256 for shard in shards))
     counts = [archive.n_way, archive.k_shot, archive.k_query, *archive.image_shape]
-    counts += [split.episodes for split in splits] + [shard.episodes for shard in shards]
-    numbers = [archive.seed, *counts, *(value for shard in shards for value in (shard.first_episode, shard.bytes))]
+    counts += [split.episodes for split in splits]
+    numbers = [archive.seed, *counts, *first, *(value for shard in shards for value in (shard.count, shard.bytes))]
+    numbers += [] if archive.query_alpha is None else [archive.query_alpha]
     return (
         all(type(text) is str for text in texts)
         and all(type(number) is int for number in numbers)
         and all(0 < count < MOST_EPISODES for count in counts)
+        and all(shard.count > 0 for shard in shards)
         and all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in digests)
         and all(type(value) is float and 0 <= value <= 1 for value in moments)
         and all(archive.normalization.std)
@@ -315,7 +397,10 @@ def _plain(archive: Archive) -> bool:
 
 
 def _consistent(archive: Archive) -> bool:
-    """Whether the shards cover all episodes without a gap, and have the lengths that their episodes need."""
+    """Whether the shards cover all episodes, or the bank, without a gap, and have the lengths that they need."""
+    rows = sum(shard.rows for shard in archive.images) if archive.thin else _MOST_ROWS
+    if archive.thin and not _cover(archive.images, rows, archive.image_shape):
+        return False
     for name, split in archive.splits.items():
         spec, table = archive.spec(name), split.classes  # raises for impossible episodes
         starts = [0, *np.cumsum([shard.episodes for shard in split.shards]).tolist()]
@@ -325,12 +410,34 @@ def _consistent(archive: Archive) -> bool:
         ]
         found = [(shard.file, shard.first_episode, shard.episodes, shard.bytes) for shard in split.shards]
         turns = np.arange(len(table)) % spec.quarter_turns
-        rows = (table.first_row >= 0) & (table.images > 0) & (table.images <= _MOST_ROWS - table.first_row)
-        if found != expected or starts[-1] != split.episodes:
+        inside = (table.first_row >= 0) & (table.images > 0) & (table.images <= rows - table.first_row)
+        if found != expected or starts[-1] != (0 if archive.thin else split.episodes):
             return False
-        if not (rows.all() and np.array_equal(table.quarter_turns, turns)):
+        if not (inside.all() and np.array_equal(table.quarter_turns, turns)):
             return False
     return True
+
+
+def _cover(shards: tuple[ImageShard, ...], rows: int, image_shape: Sequence[int]) -> bool:
+    """Whether shards hold this many rows without a gap, all but the last one equally many."""
+    per_shard = shards[0].rows
+    if rows > _MOST_ROWS or math.ceil(rows / per_shard) != len(shards):
+        return False
+    return tuple(replace(shard, sha256="") for shard in shards) == image_shards(rows, per_shard, image_shape)
+
+
+def image_shards(rows: int, per_shard: int, image_shape: Sequence[int]) -> tuple[ImageShard, ...]:
+    """The shards of a bank, still without digests.
+
+    Args:
+        rows: images in the bank.
+        per_shard: images in each shard but the last one.
+        image_shape: ``(H, W, C)``.
+    """
+    return tuple(
+        ImageShard(image_shard_file(number), first, count, npy_bytes("|u1", (count, *image_shape)), "")
+        for number, (first, count) in enumerate(shard_sizes(rows, per_shard))
+    )
 
 
 def shard_file(split: str, number: int) -> str:
@@ -338,7 +445,12 @@ def shard_file(split: str, number: int) -> str:
     return f"{split}-{number:05d}.tar"
 
 
-def shard_sizes(episodes: int, per_shard: int) -> Iterator[tuple[int, int]]:
-    """First episode and number of episodes of each shard."""
-    for first in range(0, episodes, per_shard):
-        yield first, min(per_shard, episodes - first)
+def image_shard_file(number: int) -> str:
+    """The file name of a thin archive's shard, such as ``images-00000.npy``."""
+    return f"images-{number:05d}.npy"
+
+
+def shard_sizes(count: int, per_shard: int) -> Iterator[tuple[int, int]]:
+    """First episode, or row, and number of them in each shard."""
+    for first in range(0, count, per_shard):
+        yield first, min(per_shard, count - first)

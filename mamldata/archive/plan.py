@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mamldata.archive.index import Archive, ArchiveSplit, Shard, shard_file, shard_sizes
+from mamldata.archive.index import Archive, ArchiveSplit, ImageShard, Shard, image_shards, shard_file, shard_sizes
 from mamldata.archive.layout import MOST_EPISODES, EpisodeLayout
 from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
@@ -15,6 +16,7 @@ from mamldata.sampling.splits import SPLITS, Division, SplitScheme, divide
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}
 _SHARD_BYTES = 64 << 20  # a shard's default size: small enough to share out, large enough to stream
+_MOST_IMAGE_SHARDS = 64  # of a thin archive: all of them are mapped at once
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class BuildRequest:
         seed: of the episodes.
         split_scheme, rotations: the manifest's own if None; rotations are ``all``, ``train`` or ``none``.
         episodes_per_shard: as many as fit into 64 MiB if None.
+        thin: store the bank's images once, and no copies of them for each episode.
+        query_alpha: of a thin archive: how unequal the numbers of queries are, see
+            ``mamldata.sampling.sampler.EpisodeSpec``; None: each class has ``k_query``.
     """
 
     n_way: int = 5
@@ -37,6 +42,8 @@ class BuildRequest:
     split_scheme: str | None = None
     rotations: str | None = None
     episodes_per_shard: int | None = None
+    thin: bool = False
+    query_alpha: int | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.episodes) - set(SPLITS)
@@ -51,10 +58,19 @@ class BuildRequest:
             raise RequestError(f"rotations must be one of {', '.join(ROTATIONS)}, not {self.rotations!r}.")
         if self.episodes_per_shard is not None and self.episodes_per_shard < 1:
             raise RequestError(f"episodes_per_shard must be at least 1, not {self.episodes_per_shard}.")
+        if self.query_alpha is not None and not self.thin:
+            raise RequestError(
+                "query_alpha: a full archive stores equally many queries of each class. Build a thin one, or take live "
+                "episodes."
+            )
+        if self.thin and self.episodes_per_shard is not None:
+            raise RequestError("A thin archive has no shards of episodes. Leave out episodes_per_shard.")
 
 
 def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archive:
     """The archive to build, its shards still without digests. Writes nothing.
+
+    Shards have about 64 MiB; those of a thin archive are larger if there would be more than 64 of them.
 
     Raises:
         RequestError: a split without classes, more ways than classes, more shots than images, an unknown split scheme.
@@ -72,7 +88,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
             table = class_table(bank.class_names, bank.class_offsets, division[split], quarter_turns(rotations, split))
             shards = tuple(
                 Shard(shard_file(split, number), first, count, layout.shard_bytes(count), "")
-                for number, (first, count) in enumerate(shard_sizes(episodes, per_shard))
+                for number, (first, count) in enumerate(shard_sizes(0 if request.thin else episodes, per_shard))
             )
             splits[split] = ArchiveSplit(table, episodes, shards)
     archive = Archive(
@@ -88,10 +104,18 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
         image_shape=image_shape,
         normalization=bank.normalization(division["train"]),
         splits=splits,
+        images=_image_shards(bank) if request.thin else (),
+        query_alpha=request.query_alpha,
     )
     for name, split_plan in archive.splits.items():
         EpisodeSampler(archive.spec(name), split_plan.classes)  # raises for impossible episodes, before any write
     return archive
+
+
+def _image_shards(bank: Bank) -> tuple[ImageShard, ...]:
+    rows, *image_shape = bank.shape
+    per_shard = max(1, _SHARD_BYTES // math.prod(image_shape), math.ceil(rows / _MOST_IMAGE_SHARDS))
+    return image_shards(rows, per_shard, image_shape)
 
 
 def _require_classes(division: Division, splits: Sequence[str], scheme: SplitScheme, manifest: Manifest) -> None:

@@ -27,8 +27,8 @@ from mamldata.archive.index import (
     INDEX_SUM,
     MOST_INDEX_BYTES,
     MOST_SUM_BYTES,
+    AnyShard,
     Archive,
-    Shard,
     index_sum,
     parse_archive,
 )
@@ -124,11 +124,11 @@ class ShardCache:
         """The subfolder that only the cache uses."""
         return self.folder / "mamldata-shards"
 
-    def get(self, url: str, shard: Shard) -> Path:
+    def get(self, url: str, shard: AnyShard) -> Path:
         """A shard's file, if no other process uses the cache; see ``open``."""
         return self.open(url, shard, Path)
 
-    def open(self, url: str, shard: Shard, opener: Callable[[Path], Opened]) -> Opened:
+    def open(self, url: str, shard: AnyShard, opener: Callable[[Path], Opened]) -> Opened:
         """Open a shard's file; if it is missing, one process at a time fetches and verifies it first.
 
         Args:
@@ -228,7 +228,7 @@ def _version(path: Path) -> bytes:
     return canonical_json(dict(zip(("bytes", "inode", "mtime", "ctime"), file_version(path.stat()), strict=True)))
 
 
-def _is_sound(path: Path, shard: Shard) -> bool:
+def _is_sound(path: Path, shard: AnyShard) -> bool:
     """Whether a cached shard has the right digest, by this user's record or by hashing it."""
     version = _version(path)
     with suppress(OSError), _record(path).open("rb") as stream:
@@ -375,7 +375,7 @@ def _remaining(stream: Any, start: int) -> Any:
         raise SourceError(f"reading it failed ({shown_error(error)})") from error
 
 
-def _require_digest(part: _HashedPart, shard: Shard) -> None:
+def _require_digest(part: _HashedPart, shard: AnyShard) -> None:
     """Check that a shard is whole and has the right digest; if the digest is wrong, it is removed.
 
     Raises:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from weakref import WeakSet
 
 import numpy as np
 
-from mamldata.archive.index import INDEX, Shard, shard_sizes
+from mamldata.archive.index import INDEX, AnyShard, ImageShard, Shard, shard_sizes
 from mamldata.archive.layout import END, Bytes, EpisodeLayout
+from mamldata.bank.checked import hash_and_note
 from mamldata.errors import DamagedError
 from mamldata.io.atomic import FileVersion, file_version
 from mamldata.io.digest import sha256_file
@@ -23,22 +24,20 @@ REMEDY = "Copy it again, or delete it and build the archive again."
 _maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
 
 
-def check_size(path: Path, shard: Shard) -> None:
+def check_size(path: Path, shard: AnyShard) -> None:
     """Check that a shard exists and has the right length.
 
     Raises:
-        DamagedError: it does not; the message names the shard, its episodes, and both lengths in bytes.
+        DamagedError: it does not; the message names the shard, what it holds, and both lengths in bytes.
     """
     try:
         got = path.stat().st_size
     except FileNotFoundError:
         raise DamagedError(
-            f"The shard {path} is missing (episodes {_range(shard)}). Copy it again, or build the archive again."
+            f"The shard {path} is missing ({_range(shard)}). Copy it again, or build the archive again."
         ) from None
     if got != shard.bytes:
-        raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}"
-        )
+        raise DamagedError(f"The shard {path} ({_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}")
 
 
 def open_shard(
@@ -71,19 +70,14 @@ def open_shard(
     Raises:
         DamagedError: the message names the shard, and the episode where possible.
     """
-    check_size(path, shard)
-    with path.open("rb") as stream:
-        version = file_version(os.fstat(stream.fileno()))
-        map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
-    _maps.add(map_)
-    mapped = np.frombuffer(map_, dtype=np.uint8)
+    mapped, version = _map(path, shard)
     if checked is not None and checked.get(path) == version:
         return mapped
     if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
         raise DamagedError(f"The shard {path} is damaged: episode {broken} does not start as it should. {remedy}")
     if verify and (got := sha256_file(path)) != shard.sha256:
         raise DamagedError(
-            f"The shard {path} (episodes {_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
+            f"The shard {path} ({_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
         )
     if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
         raise DamagedError(
@@ -95,13 +89,56 @@ def open_shard(
     return mapped
 
 
+def open_images(
+    path: Path, shard: ImageShard, image_shape: Sequence[int], *, verify: bool = False, remedy: str = REMEDY
+) -> Bytes:
+    """Memory-map a shard of images after checking its length and its header.
+
+    The map keeps one file descriptor until nothing refers to it.
+
+    Args:
+        path: the shard's file.
+        shard: what ``archive.json`` says of it.
+        image_shape: ``(H, W, C)``.
+        verify: also hash the whole file, and note in the user's cache that this version of it was whole.
+        remedy: the last sentence of errors.
+
+    Returns:
+        uint8 ``[rows, H * W * C]``, read-only.
+
+    Raises:
+        DamagedError: the message names the shard.
+    """
+    mapped, _ = _map(path, shard)
+    header = npy_header("|u1", (shard.rows, *image_shape))
+    if mapped[: len(header)].tobytes() != header:
+        raise DamagedError(f"The shard {path} ({_range(shard)}) is damaged: it does not start as it should. {remedy}")
+    if verify and (got := hash_and_note(path, shard.sha256)) != shard.sha256:
+        raise DamagedError(
+            f"The shard {path} ({_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
+        )
+    return mapped[len(header) :].reshape(shard.rows, -1)
+
+
+def _map(path: Path, shard: AnyShard) -> tuple[Bytes, FileVersion]:
+    """A file of the right length in memory: uint8 ``[bytes]``, read-only; and which version of it."""
+    check_size(path, shard)
+    with path.open("rb") as stream:
+        version = file_version(os.fstat(stream.fileno()))
+        map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+    _maps.add(map_)
+    return np.frombuffer(map_, dtype=np.uint8), version
+
+
 def open_maps() -> int:
     """How many shards this process has mapped; each map keeps one file descriptor."""
     return len(_maps)
 
 
-def _range(shard: Shard) -> str:
-    return f"{shard.first_episode} to {shard.first_episode + shard.episodes - 1}"
+def _range(shard: AnyShard) -> str:
+    if isinstance(shard, ImageShard):
+        return f"images {shard.first_row} to {shard.first_row + shard.rows - 1}"
+    return f"episodes {shard.first_episode} to {shard.first_episode + shard.episodes - 1}"
 
 
 def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Callable
@@ -10,17 +11,22 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from mamldata.archive.index import INDEX, INDEX_SUM, Archive, Shard, index_sum, read_archive, shard_sizes
+from mamldata.archive.index import INDEX, INDEX_SUM, AnyShard, Archive, Shard, index_sum, read_archive, shard_sizes
 from mamldata.archive.remote import ShardCache, read_remote_archive
-from mamldata.archive.shard import open_shard
+from mamldata.archive.shard import open_images, open_shard
 from mamldata.errors import DamagedError, FetchError, RequestError
+from mamldata.io.npy import npy_header
 from mamldata.io.urls import is_remote, join, shown_place
-from mamldata.progress import Progress, silent
+from mamldata.progress import Advance, Progress, silent
 from mamldata.sampling.sampler import EpisodeSampler
+
+Find = Callable[[AnyShard], Path]  # gives the place of a shard's file, once it is there
 
 
 def verify_archive(folder: Path | str, progress: Progress = silent, *, digest: str | None = None) -> list[str]:
     """Hash all shards of an archive again, check their structure, and draw every episode again.
+
+    A thin archive has no episodes to compare: its images must be those of the bank whose digest it gives.
 
     Args:
         folder: the archive, or its address; its shards are then fetched again, one by one, and not kept.
@@ -51,7 +57,7 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
         archive = read_remote_archive(url)
     except DamagedError as error:
         return [str(error)]
-    largest = max(shard.bytes for split in archive.splits.values() for shard in split.shards)
+    largest = max(shard.bytes for shard in archive.shards())
     with TemporaryDirectory(prefix="mamldata-") as place:
         cache = ShardCache(Path(place), largest, lasting=False)
         problems = _check_digest(shown_place(url), archive, digest)
@@ -60,11 +66,11 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
         )
 
 
-def _check_shards(index: Path | str, archive: Archive, progress: Progress, find: Callable[[Shard], Path]) -> list[str]:
+def _check_shards(index: Path | str, archive: Archive, progress: Progress, find: Find) -> list[str]:
     """The problems of all shards, whose files ``find`` returns; ``index`` is the place of ``archive.json``."""
     problems = []
-    total = sum(shard.bytes for split in archive.splits.values() for shard in split.shards)
-    with progress("verify", total, "B") as advance:
+    with progress("verify", sum(shard.bytes for shard in archive.shards()), "B") as advance:
+        problems += _check_images(index, archive, find, advance)
         for name, split in archive.splits.items():
             try:
                 sampler = EpisodeSampler(archive.spec(name), split.classes)
@@ -77,6 +83,22 @@ def _check_shards(index: Path | str, archive: Archive, progress: Progress, find:
                 except FetchError as error:
                     problems.append(str(error))
                 advance(shard.bytes)
+    return problems
+
+
+def _check_images(index: Path | str, archive: Archive, find: Find, advance: Advance) -> list[str]:
+    """The problems of a thin archive's shards."""
+    problems = []
+    shape = (sum(shard.rows for shard in archive.images), *archive.image_shape)
+    bank = hashlib.sha256(npy_header("|u1", shape))
+    for shard in archive.images:
+        try:
+            bank.update(open_images(find(shard), shard, archive.image_shape, verify=True).data)
+        except (DamagedError, FetchError) as error:
+            problems.append(str(error))
+        advance(shard.bytes)
+    if archive.thin and not problems and bank.hexdigest() != archive.bank_sha256:
+        problems.append(f"{index} was altered: its images are those of bank {bank.hexdigest()}, not of bank_sha256.")
     return problems
 
 
@@ -124,7 +146,8 @@ def _check_shard(path: Path, archive: Archive, shard: Shard, sampler: EpisodeSam
 
 
 def _strangers(folder: Path, archive: Archive) -> list[str]:
-    """Tar files that are not the archive's: tools that read every tar of a folder would include them."""
-    known = {shard.file for split in archive.splits.values() for shard in split.shards}
-    found = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
+    """Shards that are not the archive's: tools that read every tar of a folder would include them."""
+    known = {shard.file for shard in archive.shards()}
+    every = [*folder.glob("*.tar"), *folder.glob("images-*.npy")]
+    found = sorted(path.name for path in every if path.name not in known)
     return [f"{folder / name} does not belong to the archive. Move it elsewhere." for name in found]

@@ -1,4 +1,4 @@
-"""Write one shard: the task that a worker gets, and how it carries it out."""
+"""Write one shard, of episodes or of images: the task that a worker gets, and how it carries it out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mamldata.archive.index import INDEX, Archive, Shard, parse_archive, parse_plan, shard_sizes
+from mamldata.archive.index import INDEX, AnyShard, Archive, ImageShard, Shard, parse_archive, parse_plan, shard_sizes
 from mamldata.archive.layout import END, EpisodeLayout
 from mamldata.archive.store import BUILD, Store
 from mamldata.bank.format import Images, open_images
 from mamldata.errors import DataMissingError, MamldataError, WriteError
 from mamldata.io.digest import sha256_bytes
+from mamldata.io.npy import npy_header
 from mamldata.sampling.sampler import EpisodeSampler, gather
 from mamldata.version import __version__
 
@@ -31,15 +32,14 @@ class ShardTask:
         store: where the archive is built; holds its plan.
         plan_sha256: the digest of that plan.
         bank: the bank's file.
-        split, number: which shard.
+        file: which shard, by its name.
         version: the version of mamldata.
     """
 
     store: Store
     plan_sha256: str
     bank: Path
-    split: str
-    number: int
+    file: str
     version: str = __version__
 
 
@@ -64,8 +64,7 @@ def make_shard(task: ShardTask) -> ShardMade:
             "version on all workers."
         )
     plan = _read_plan(task.store, task.plan_sha256)
-    split = plan.splits[task.split]
-    shard = split.shards[task.number]
+    _, shard = plan.shard(task.file)
     if (made := _closed(task) or _finished(task.store, shard)) is not None:
         return made
     try:
@@ -75,7 +74,7 @@ def make_shard(task: ShardTask) -> ShardMade:
     digest = hashlib.sha256()
 
     def pieces() -> Iterator[memoryview]:
-        for piece in shard_pieces(plan, task.split, task.number, images):
+        for piece in shard_pieces(plan, task.file, images):
             digest.update(piece)
             yield piece
 
@@ -94,15 +93,29 @@ def make_shard(task: ShardTask) -> ShardMade:
     return made or ShardMade(digest.hexdigest(), written=True)
 
 
-def shard_pieces(plan: Archive, split: str, number: int, images: Images) -> Iterator[memoryview]:
+def shard_pieces(plan: Archive, file: str, images: Images) -> Iterator[memoryview]:
     """The bytes of a shard, a few megabytes at a time.
 
     Args:
         plan: the archive to build.
-        split, number: which shard.
+        file: the name of the shard.
         images: the bank, uint8 ``[rows, H, W, C]``.
     """
-    spec, table, shard = plan.spec(split), plan.splits[split].classes, plan.splits[split].shards[number]
+    split, shard = plan.shard(file)
+    if isinstance(shard, ImageShard):
+        return _image_pieces(shard, images)
+    return _episode_pieces(plan, split, shard, images)
+
+
+def _image_pieces(shard: ImageShard, images: Images) -> Iterator[memoryview]:
+    rows = images[shard.first_row : shard.first_row + shard.rows]
+    yield memoryview(npy_header("|u1", rows.shape))
+    for start, count in shard_sizes(len(rows), max(1, _CHUNK_BYTES // rows[0].size)):
+        yield rows[start : start + count].reshape(-1).data
+
+
+def _episode_pieces(plan: Archive, split: str, shard: Shard, images: Images) -> Iterator[memoryview]:
+    spec, table = plan.spec(split), plan.splits[split].classes
     layout = EpisodeLayout(spec.n_way, spec.k_shot, spec.k_query, plan.image_shape)
     sampler = EpisodeSampler(spec, table)
     for start, count in shard_sizes(shard.episodes, max(1, _CHUNK_BYTES // layout.stride)):
@@ -122,12 +135,12 @@ def shard_pieces(plan: Archive, split: str, number: int, images: Images) -> Iter
     yield memoryview(bytes(END))
 
 
-def receipt(shard: Shard) -> str:
+def receipt(shard: AnyShard) -> str:
     """The name of the file that records a finished shard's sha256."""
     return f"{BUILD}/{shard.file}.sha256"
 
 
-def _finished(store: Store, shard: Shard) -> ShardMade | None:
+def _finished(store: Store, shard: AnyShard) -> ShardMade | None:
     """A shard that exists and still matches its receipt."""
     found = store.read(receipt(shard))
     if found is None or store.size(shard.file) != shard.bytes:
@@ -140,7 +153,7 @@ def _closed(task: ShardTask) -> ShardMade | None:
     """The shard, if another process has closed the archive meanwhile."""
     if task.store.size(INDEX) is None or (data := task.store.read(INDEX)) is None:
         return None
-    shard = parse_archive(data).split(task.split).shards[task.number]
+    _, shard = parse_archive(data).shard(task.file)
     return ShardMade(shard.sha256, written=False)
 
 

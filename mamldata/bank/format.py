@@ -58,7 +58,7 @@ class Bank:
 
     def open_images(self) -> Images:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""
-        return _mapped(self.path, self.shape)
+        return map_images(self.path, self.shape)
 
     def normalization(self, classes: Sequence[int]) -> Normalization:
         """Mean and standard deviation over the classes at these positions; 0 and 1 without any."""
@@ -141,10 +141,11 @@ def open_images(path: Path, sha256: str) -> Images:
         DataMissingError: there is no such file, it is not readable, or it is another bank.
         DamagedError: its description is not what was written.
     """
-    return _mapped(path, _shape(path, sha256))
+    return map_images(path, _shape(path, sha256))
 
 
-def _mapped(path: Path, shape: tuple[int, int, int, int]) -> Images:
+def map_images(path: Path, shape: tuple[int, int, int, int]) -> Images:
+    """Map an array that has been checked: uint8 ``[images, H, W, C]``, read-only."""
     # A plain array over the map, because np.memmap's own indexing is slower by half.
     return np.asarray(np.memmap(path, np.uint8, "r", len(npy_header("|u1", shape)), shape))
 

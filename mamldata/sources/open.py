@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from mamldata.archive.index import read_archive
+from mamldata.archive.remote import read_remote_archive
 from mamldata.errors import RequestError
 from mamldata.io.urls import is_remote
+from mamldata.sources.drawn import ThinSource
+from mamldata.sources.remote import RemoteSource
 from mamldata.sources.source import Source
 from mamldata.sources.stored import ArchiveSource, StoredSource
+from mamldata.sources.thin import thin_from_address, thin_from_folder
 
 
 def open_archive(
@@ -19,22 +25,27 @@ def open_archive(
     episodes: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
-) -> StoredSource:
-    """A split of an archive, from its folder or its address; see ``ArchiveSource`` and ``RemoteSource``.
+) -> StoredSource | ThinSource:
+    """A split of an archive, from its folder or its address; see ``ArchiveSource``, ``RemoteSource`` and ``thin``.
 
     Raises:
         RequestError: it is not an archive, it has no such split, or a cache was given for a folder.
         FetchError: a file at the address could not be fetched.
         DamagedError: the archive is damaged.
     """
+    options: dict[str, Any] = {"verify": verify, "episodes": episodes}
     if is_remote(place):
-        from mamldata.sources.remote import RemoteSource  # which builds on this module
-
-        options: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
-        return RemoteSource(str(place), split, verify=verify, episodes=episodes, **options)
+        url, archive = str(place), read_remote_archive(str(place))
+        options |= {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        if archive.thin:
+            return thin_from_address(url, archive, split, **options)
+        return RemoteSource(url, split, archive=archive, **options)
     if cache_dir is not None or cache_bytes is not None:
         raise RequestError("cache_dir and cache_bytes are for archives at an address; a folder needs no cache.")
-    return ArchiveSource(place, split, verify=verify, episodes=episodes)
+    archive = read_archive(Path(place))
+    if archive.thin:
+        return thin_from_folder(Path(place), archive, split, **options)
+    return ArchiveSource(place, split, archive=archive, **options)
 
 
 def as_source(

@@ -41,12 +41,13 @@ class RemixedSource(AllHere):
     def ways(self, index: Indices) -> Indices:
         """The stored ways that episodes consist of: int64 ``[B, n_way]`` for indices int64 ``[B]``."""
         epochs, places = np.divmod(index, self.episodes)
+        n_way = self.info.n_way  # fewer than are stored, if the source is narrowed
         if len(index) and (epochs == epochs[0]).all():  # as in every meta-batch of a stream
-            return self._epoch(int(epochs[0]))[places]
-        found = np.empty((len(index), self.info.n_way), dtype=np.int64)
+            return self._epoch(int(epochs[0]))[places, :n_way]
+        found = np.empty((len(index), n_way), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            found[here] = self._epoch(epoch)[places[here]]
+            found[here] = self._epoch(epoch)[places[here], :n_way]
         return found
 
     def read(self, index: Indices, support: Images, query: Images) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from mamldata.archive.index import Archive
 from mamldata.archive.layout import Bytes
 from mamldata.archive.remote import WRONG_COPY, ShardCache, read_remote_archive
 from mamldata.errors import RequestError
@@ -38,6 +39,7 @@ class RemoteSource(StoredSource):
             shards and is removed with the source.
         cache_bytes: upper bound in bytes on the shards there, see ``ShardCache``; None: no bound.
         network: timeouts and retries.
+        archive: what ``archive.json`` says, if it has been read.
 
     Attributes:
         window: how many shards are fetched at a time, including the one that is read.
@@ -59,10 +61,11 @@ class RemoteSource(StoredSource):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
         network: Network | None = None,
+        archive: Archive | None = None,
     ) -> None:
         network = network or Network()
         self.url = url
-        super().__init__(read_remote_archive(url, network), split, verify=verify, episodes=episodes)
+        super().__init__(archive or read_remote_archive(url, network), split, verify=verify, episodes=episodes)
         self._prefetched: Prefetch[int, Bytes] = Prefetch()
         largest = max(shard.bytes for shard in self._split.shards)
         if cache_bytes is not None and (cache_dir is None or cache_bytes < 2 * largest):
@@ -71,8 +74,7 @@ class RemoteSource(StoredSource):
                 f"({2 * largest:,} bytes)."
             )
         if cache_dir is None:
-            folder = tempfile.mkdtemp(prefix="mamldata-")
-            weakref.finalize(self, _remove, folder, os.getpid(), self._prefetched)
+            folder = temporary_folder(self, self._prefetched)
             self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
         else:
             self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
@@ -123,7 +125,14 @@ class RemoteSource(StoredSource):
         return sum(self._split.shards[number].bytes for number in self._open)
 
 
-def _remove(folder: str, owner: int, ahead: Prefetch[int, Bytes]) -> None:
+def temporary_folder(owner: object, ahead: Prefetch[Any, Any]) -> str:
+    """A folder for shards that is removed with its owner, after the threads that write to it have had a second."""
+    folder = tempfile.mkdtemp(prefix="mamldata-")
+    weakref.finalize(owner, _remove, folder, os.getpid(), ahead)
+    return folder
+
+
+def _remove(folder: str, owner: int, ahead: Prefetch[Any, Any]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
         with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
-from mamldata.sampling.sampler import ClassTable, EpisodeSampler
+from mamldata.sampling.sampler import LEAST, ClassTable
 
 Images = npt.NDArray[np.uint8]
 
@@ -32,6 +32,8 @@ class EpisodeInfo:
         episode_seed: the seed of the episodes.
         archive_sha256: the digest of the archive, None for live episodes.
         normalization: mean and deviation of the train split, for images in [0, 1].
+        query_alpha: None: each class has ``k_query`` query images; else see
+            ``mamldata.sampling.sampler.EpisodeSpec``.
     """
 
     dataset: str
@@ -46,6 +48,15 @@ class EpisodeInfo:
     episode_seed: int
     archive_sha256: str | None
     normalization: Normalization
+    query_alpha: int | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the episodes, as plain values: those of JSON."""
+        values = asdict(self)
+        del values["normalization"]  # it follows from the bank and the split scheme
+        if self.query_alpha is None:  # as in files of earlier versions
+            del values["query_alpha"]
+        return values | {"image_shape": list(self.image_shape)}
 
 
 class Source(Protocol):
@@ -69,6 +80,10 @@ class Source(Protocol):
             support: uint8, one dimension; its beginning is filled with ``[B, n_way, k_shot, H, W, C]``.
             query: uint8, one dimension; its beginning is filled with ``[B, n_way, k_query, H, W, C]``.
         """
+        ...
+
+    def query_counts(self, index: Indices) -> Indices | None:
+        """How many query images each way has, int64 ``[B, n_way]``; None if all have ``k_query``."""
         ...
 
     def class_labels(self, index: int) -> list[str]:
@@ -104,6 +119,26 @@ class Source(Protocol):
         ...
 
 
+class SplitSource(Source, Protocol):
+    """The episodes of a split, as an archive or ``live`` gives them."""
+
+    def view(self, episodes: int | None = None) -> Self:
+        """The same episodes for another reader, such as a stream with a thread of its own; at most the first ones.
+
+        Raises:
+            RequestError: ``episodes`` is less than one.
+        """
+        ...
+
+    def narrowed(self, n_way: int | None = None, k_shot: int | None = None, k_query: int | None = None) -> Self:
+        """The same episodes with fewer ways or images: the first ones of each; None: as many as there are.
+
+        Raises:
+            RequestError: there are not so many.
+        """
+        ...
+
+
 class WaySource(Source, Protocol):
     """A source whose episodes can be taken apart."""
 
@@ -126,8 +161,25 @@ class WaySource(Source, Protocol):
         ...
 
 
+def require_narrower(info: EpisodeInfo, n_way: int | None, k_shot: int | None, k_query: int | None) -> EpisodeInfo:
+    """What episodes are with fewer ways or images.
+
+    Raises:
+        RequestError: a number is above that of ``info``, or too small.
+    """
+    asked = {"n_way": n_way, "k_shot": k_shot, "k_query": k_query}
+    if info.query_alpha is not None and (n_way or k_query):
+        raise RequestError("n_way, k_query: these episodes have unequal numbers of queries. Leave them out.")
+    given: dict[str, Any] = {name: number for name, number in asked.items() if number is not None}
+    for name, number in given.items():
+        least, most = LEAST[name], getattr(info, name)
+        if not least <= number <= most:
+            raise RequestError(f"{name} must be from {least} to {most}, which is what the episodes have, not {number}.")
+    return replace(info, **given)
+
+
 class AllHere:
-    """The part of a source that fetches nothing, and whose episodes cannot be taken apart."""
+    """The part of a source that fetches nothing, and whose episodes cannot be taken apart and have equal queries."""
 
     @property
     def fetched_shards(self) -> tuple[int, ...]:
@@ -142,8 +194,12 @@ class AllHere:
     def prefetch(self, upcoming: Sequence[int]) -> None:
         """Do nothing."""
 
+    def query_counts(self, index: Indices) -> Indices | None:  # noqa: ARG002
+        """See ``Source.query_counts``."""
+        return None
+
     @property
-    def way_source(self) -> None:
+    def way_source(self) -> WaySource | None:
         """None: its episodes are not stored, or are remixed already."""
         return None
 
@@ -163,19 +219,14 @@ def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInf
         episode_seed=archive.seed,
         archive_sha256=digest,
         normalization=archive.normalization,
+        query_alpha=archive.query_alpha,
     )
 
 
-def draw(sampler: EpisodeSampler, index: Indices) -> npt.NDArray[np.int32]:
-    """Episodes by their indices, see ``EpisodeSampler.sample``."""
-    breaks = np.flatnonzero(np.diff(index) != 1) + 1
-    runs = [run for run in np.split(index, breaks) if len(run)]  # no run if there are no episodes
-    return np.concatenate([sampler.sample(int(run[0]), len(run)) for run in runs] or [sampler.sample(0, 0)])
-
-
-def at_most(limit: int | None, episodes: int) -> int:
-    """``episodes``, or ``limit`` if that is less."""
-    return episodes if limit is None else min(require_some(limit), episodes)
+def at_most(limit: int | None, episodes: int | None) -> int:
+    """``episodes``, or ``limit`` if that is less; one of them must be a number."""
+    numbers = [number for number in (episodes, None if limit is None else require_some(limit)) if number is not None]
+    return min(numbers)
 
 
 def require_some(episodes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import resource
 from abc import ABC, abstractmethod
@@ -22,7 +23,7 @@ from mamldata.io.atomic import FileVersion
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
-from mamldata.sources.source import EpisodeInfo, Images, at_most, draw, episode_info
+from mamldata.sources.source import EpisodeInfo, Images, at_most, episode_info, require_narrower
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 
@@ -45,12 +46,15 @@ class StoredSource(ABC):
         window: how many shards are fetched at a time, including the one that is read; 0 if nothing is fetched.
 
     Raises:
-        RequestError: the archive has no such split, or the limit is less than one.
+        RequestError: the archive is a thin one, it has no such split, or the limit is less than one.
     """
 
     window = 0
+    _narrow = False  # whether ``info`` is of narrower episodes than are stored
 
     def __init__(self, archive: Archive, split: str, *, verify: bool, episodes: int | None) -> None:
+        if archive.thin:
+            raise RequestError("A thin archive holds no episodes. Open it with mamldata.sources.open.open_archive.")
         self.archive = archive
         self.verify = verify
         self._split = self.archive.split(split)
@@ -115,6 +119,10 @@ class StoredSource(ABC):
 
         It uses memoryviews, whose slices cost a third of NumPy's: for episodes as small as Omniglot's, slices dominate.
         """
+        if self._narrow:
+            ways = index[:, None] * self.archive.n_way + np.arange(self._info.n_way)
+            self.read_ways(ways, support, query)
+            return
         layout = self.archive.layout
         support_at, support_bytes = layout.support.data, layout.support.bytes
         query_at, query_bytes = layout.query.data, layout.query.bytes
@@ -136,6 +144,10 @@ class StoredSource(ABC):
         """See ``Source.fetched_shards``."""
         return self.shard_episodes if self.window else ()
 
+    def query_counts(self, index: Indices) -> None:  # noqa: ARG002
+        """None: stored episodes have equal numbers of queries."""
+        return
+
     @property
     def way_source(self) -> Self:
         """Itself: stored episodes can be taken apart."""
@@ -145,16 +157,19 @@ class StoredSource(ABC):
         """Copy single ways out of the maps, as ``read`` copies episodes.
 
         Args:
-            ways: int64 ``[B, n_way]``; way ``w`` is number ``w % n_way`` of episode ``w // n_way``.
+            ways: int64 ``[B, n_way]``; way ``w`` is number ``w % n`` of episode ``w // n``, where ``n`` is the
+                archive's ``n_way``.
             support, query: as for ``read``.
         """
-        layout, n_way = self.archive.layout, self._info.n_way
-        support_bytes, query_bytes = layout.support.bytes // n_way, layout.query.bytes // n_way
+        layout, n_way = self.archive.layout, self.archive.n_way
+        image_bytes = math.prod(self.archive.image_shape)
+        support_step, query_step = layout.support.bytes // n_way, layout.query.bytes // n_way
+        support_bytes, query_bytes = self._info.k_shot * image_bytes, self._info.k_query * image_bytes
         index, places = np.divmod(ways.reshape(-1), n_way)
         shards = np.searchsorted(self._starts, index, side="right") - 1
         offsets = (index - self._starts[shards]) * layout.stride
-        support_at = (offsets + layout.support.data + places * support_bytes).tolist()
-        query_at = (offsets + layout.query.data + places * query_bytes).tolist()
+        support_at = (offsets + layout.support.data + places * support_step).tolist()
+        query_at = (offsets + layout.query.data + places * query_step).tolist()
         to_support, to_query = support.data, query.data
         s = q = 0
         for shard, from_support, from_query in zip(shards.tolist(), support_at, query_at, strict=True):
@@ -192,7 +207,7 @@ class StoredSource(ABC):
 
         They are drawn again, which reads no shard, so any thread may ask.
         """
-        return draw(self._sampler, index)[..., 0].astype(np.int64)
+        return self._sampler.draw(index).classes[:, : self._info.n_way].astype(np.int64)
 
     def view(self, episodes: int | None = None) -> Self:
         """The same split for another reader, such as a stream with a thread of its own.
@@ -211,6 +226,13 @@ class StoredSource(ABC):
         view._episodes = at_most(episodes, self._episodes)
         return view
 
+    def narrowed(self, n_way: int | None = None, k_shot: int | None = None, k_query: int | None = None) -> Self:
+        """The same episodes with fewer ways or images; see ``SplitSource.narrowed``."""
+        view = self.view()
+        view._info = require_narrower(self._info, n_way, k_shot, k_query)
+        view._narrow = True
+        return view
+
     @cached_property
     def _sampler(self) -> EpisodeSampler:
         try:
@@ -227,7 +249,7 @@ class StoredSource(ABC):
 
 
 class ArchiveSource(StoredSource):
-    """A split of an archive in a local folder; at most its first ``episodes``.
+    """A split of an archive in a local folder; at most its first ``episodes``; see ``StoredSource``.
 
     All shards must exist and have the right lengths when the source is made.
 
@@ -243,9 +265,10 @@ class ArchiveSource(StoredSource):
         *,
         verify: bool = False,
         episodes: int | None = None,
+        archive: Archive | None = None,
     ) -> None:
         self.folder = Path(folder)
-        super().__init__(read_archive(self.folder), split, verify=verify, episodes=episodes)
+        super().__init__(archive or read_archive(self.folder), split, verify=verify, episodes=episodes)
         for shard in self._split.shards:
             check_size(self.folder / shard.file, shard)
 

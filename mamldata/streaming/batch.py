@@ -55,11 +55,20 @@ with contextlib.suppress(ImportError):
 
 
 class Stored(NamedTuple):
-    """Support and query images ``[B, n_way * k, C, H, W]``, channels-last in memory; and indices int64 ``[B]``."""
+    """Support and query images ``[B, n_way * k, C, H, W]``, channels-last in memory; and indices int64 ``[B]``.
+
+    ``queries`` has the number of query images of each way, int64 ``[B, n_way]``, unless all are equal.
+    """
 
     support: torch.Tensor
     query: torch.Tensor
     index: torch.Tensor  # type: ignore[assignment]
+    queries: Indices | None = None
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Stored:
+        """The same with its tensors on a device."""
+        support, query, index = (part.to(device, non_blocking=non_blocking) for part in self[:3])
+        return Stored(support, query, index, self.queries)
 
 
 class BatchReader:
@@ -132,9 +141,9 @@ class BatchReader:
         if self.dtype == torch.uint8:
             return self.label(*stored)
         scaled = [pool.take()[0][: len(stored.index)] for pool in self._scaled]
-        for images, out in zip(stored[:2], scaled, strict=True):
+        for images, out in zip((stored.support, stored.query), scaled, strict=True):
             _scale(images, out, self._affine)
-        return self.label(scaled[0], scaled[1], stored.index)
+        return self.label(scaled[0], scaled[1], stored.index, stored.queries)
 
     def read_stored(self, t: int) -> Stored:
         """The images of meta-batch ``t`` as stored, uint8, in pooled memory."""
@@ -144,22 +153,27 @@ class BatchReader:
         self.source.read(index, support_memory, query_memory)
         if len(index) < self.batch_size:
             support, query = support[: len(index)], query[: len(index)]
-        return Stored(support, query, torch.from_numpy(index.copy()))
+        return Stored(support, query, torch.from_numpy(index.copy()), self.source.query_counts(index))
 
     def finish(self, stored: Stored) -> EpisodeBatch:
         """Scale and label a stored meta-batch on its device."""
         if self.dtype == torch.uint8:
             return self.label(*stored)
         if self._affine_there is None:
-            support, query = ((images * _SCALE).to(self.dtype) for images in stored[:2])
+            support, query = ((images * _SCALE).to(self.dtype) for images in (stored.support, stored.query))
         else:
             scale, shift = self._affine_there
-            support, query = ((images * scale + shift).to(self.dtype) for images in stored[:2])
-        return self.label(support, query, stored.index)
+            support, query = ((images * scale + shift).to(self.dtype) for images in (stored.support, stored.query))
+        return self.label(support, query, stored.index, stored.queries)
 
-    def label(self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> EpisodeBatch:
-        """A meta-batch of images that have their final dtype; copies nothing."""
+    def label(
+        self, support: torch.Tensor, query: torch.Tensor, index: torch.Tensor, queries: Indices | None = None
+    ) -> EpisodeBatch:
+        """A meta-batch of images that have their final dtype; copies nothing but unequal numbers of queries."""
         support_y, query_y = self._labels
+        if queries is not None:
+            ways = np.tile(np.arange(queries.shape[1]), len(queries)).repeat(queries.reshape(-1))
+            query_y = torch.from_numpy(ways.reshape(-1, query.shape[1])).to(query_y.device)
         if len(index) < self.batch_size:
             support_y, query_y = support_y[: len(index)], query_y[: len(index)]
         return EpisodeBatch(support, support_y, query, query_y, index)

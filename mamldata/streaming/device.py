@@ -169,7 +169,7 @@ class DeviceStream:
             return _PinnedRing(reader, device, self.prefetch + 1)
         if device.type == "cpu":
             return lambda t: (t, reader.read(t), None)
-        return lambda t: (t, reader.finish(Stored(*(part.to(device) for part in reader.read_stored(t)))), None)
+        return lambda t: (t, reader.finish(reader.read_stored(t).to(device)), None)
 
 
 class _PinnedRing:
@@ -206,10 +206,12 @@ class _PinnedRing:
         index = self.reader.indices(t)
         self.reader.look_ahead(t)
         self.reader.source.read(index, *self.memory[slot])
-        pinned = Stored(*(part[: len(index)] for part in self.slots[slot]))
+        support, query, places, _ = self.slots[slot]
+        count = len(index)
+        pinned = Stored(support[:count], query[:count], places[:count], self.reader.source.query_counts(index))
         pinned.index.numpy()[:] = index
         with torch.cuda.stream(self.copies):
-            stored = Stored(*(part.to(self.device, non_blocking=True) for part in pinned))
+            stored = pinned.to(self.device, non_blocking=True)
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(self.copies)
             batch = self.reader.finish(stored)

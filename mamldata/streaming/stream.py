@@ -49,6 +49,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             deviation, channel by channel. Or a mean and deviation of your own, such as those that a network was
             trained with.
         normalise: the former spelling of ``normalize``.
+        n_way, k_shot, k_query: take only the first so many ways, support images and query images of each episode;
+            None: all.
         verify: hash each shard when it is opened, which finds even one changed pixel.
         cache_dir: where the shards of an archive at an address are kept; None: four of them in a temporary folder.
         cache_bytes: upper bound on the bytes there, see ``mamldata.archive.remote.ShardCache``; None: no bound.
@@ -73,6 +75,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         dtype: torch.dtype = torch.float32,
         normalize: bool | Normalization = False,
         normalise: bool | Normalization = False,
+        n_way: int | None = None,
+        k_shot: int | None = None,
+        k_query: int | None = None,
         verify: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
@@ -92,7 +97,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
                 "each needs at least one episode."
             )
-        self.source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self.source: Source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        if any(number is not None for number in (n_way, k_shot, k_query)):
+            self.source = _narrowed(self.source, n_way=n_way, k_shot=k_shot, k_query=k_query)
         if remix:
             self.source = _remixed(self.source, seed, shuffle)
             shuffle = False
@@ -231,10 +238,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
     def _identity(self) -> dict[str, Any]:
         order = asdict(self.order)
         order["shards"] = list(self.order.shards or ())  # a list, as JSON gives back
-        info = asdict(self.info)
-        # It follows from the bank and the split scheme, which are compared.
-        del info["normalization"]
-        return {**order, **info, "image_shape": list(info["image_shape"])}
+        return {**order, **self.info.identity()}
 
 
 class _Pass(Iterator[EpisodeBatch]):
@@ -348,6 +352,18 @@ def _normalisation(asked: bool | Normalization, info: EpisodeInfo) -> Normalizat
     return asked
 
 
+def _narrowed(source: Source, **numbers: int | None) -> Source:
+    """The source's episodes with fewer ways or images.
+
+    Raises:
+        RequestError: the source cannot be narrowed, or has not so many.
+    """
+    if not hasattr(source, "narrowed"):
+        raise RequestError(f"{', '.join(numbers)}: this source has episodes of one shape only.")
+    narrowed: Source = source.narrowed(**numbers)
+    return narrowed
+
+
 def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     """The source's ways, mixed.
 
@@ -356,6 +372,8 @@ def _remixed(source: Source, seed: int, shuffle: bool | None) -> RemixedSource:
     """
     pool = source.way_source
     if pool is None:
+        if source.info.archive_sha256 is not None:
+            raise RequestError("remix=True: the ways of these episodes have unequal numbers of queries.")
         raise RequestError("remix=True is for archives: live episodes never repeat, so there is nothing to remix.")
     if source.info.split != "train":
         raise RequestError(

@@ -349,6 +349,90 @@ def test_verify_names_the_damaged_file(archive: Path, tmp_path: Path):
     assert "test-00000.tar" in report["problems"][0]
 
 
+def done(*arguments: object, root: Path | None = None) -> Result:
+    """A command that succeeds."""
+    result = run(*arguments, root=root)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.slow
+def test_thin_archives_and_narrower_episodes(glyphs_root: Path, tmp_path: Path):
+    """A thin archive is built, shown, verified, drawn, trained and evaluated on by the same commands as a full one."""
+    episodes = ("--n-way", 3, "--k-query", 4, "--train", 500, "--val", 12, "--test", 8)
+    full = done("build", "glyphs", "--out", tmp_path / "full", *episodes, root=glyphs_root)
+    thin = done("build", "glyphs", "--out", tmp_path / "thin", *episodes, "--thin", root=glyphs_root)
+    assert "thin: " in thin.stdout
+    assert "thin: " not in full.stdout
+    assert "is whole" in done("verify", tmp_path / "thin").stdout
+    assert json.loads(done("inspect", tmp_path / "thin", "--json").stdout)["thin"] is True
+    results = []
+    for kind in ("full", "thin"):
+        archive, out = tmp_path / kind, tmp_path / f"{kind}-run"
+        done("preview", archive, "--out", tmp_path / f"{kind}.png")
+        done(
+            "train",
+            archive,
+            "--out",
+            out,
+            "--filters",
+            4,
+            "--meta-batch-size",
+            2,
+            "--eval-episodes",
+            4,
+            "--device",
+            "cpu",
+            "--steps",
+            2,
+            "--eval-every",
+            2,
+            "--k-query",
+            2,
+        )
+        wide = json.loads(done("eval", out, archive, "--json").stdout)
+        narrow = json.loads(done("eval", out, archive, "--json", "--k-query", 1).stdout)
+        assert (wide["k_query"], narrow["k_query"]) == (4, 1)
+        results.append((wide["accuracy"], narrow["accuracy"]))
+        refused(run("eval", out, archive, "--k-query", 5), 2, "k_query must be from 1 to 4")
+        refused(run("eval", out, archive, "--seed", 5), 2, "--seed: the episodes of the archive")
+    assert results[0] == results[1]
+    assert (tmp_path / "full.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_unequal_queries(glyphs_root: Path, tmp_path: Path):
+    """Queries that are shared out unequally can be drawn, stored thin and evaluated on, but not stored in full."""
+    episodes = ("--n-way", 3, "--k-query", 4, "--query-alpha", 1)
+    done("preview", "glyphs", "--out", tmp_path / "p.png", *episodes, root=glyphs_root)
+    refused(run("build", "glyphs", "--out", tmp_path / "full", *episodes, root=glyphs_root), 2, "Build a thin one")
+    done("build", "glyphs", "--out", tmp_path / "thin", *episodes, "--thin", "--train", 50, root=glyphs_root)
+    done("preview", tmp_path / "thin", "--out", tmp_path / "q.png", "--split", "test", "--episode", 3)
+    out = tmp_path / "run"
+    done(
+        "train",
+        tmp_path / "thin",
+        "--out",
+        out,
+        "--filters",
+        4,
+        "--meta-batch-size",
+        2,
+        "--eval-episodes",
+        4,
+        "--device",
+        "cpu",
+        "--steps",
+        1,
+        "--eval-every",
+        1,
+        "--no-remix",
+    )
+    stored = json.loads(done("eval", out, tmp_path / "thin", "--json", "--episodes", 9).stdout)
+    drawn = json.loads(done("eval", out, "glyphs", "--json", "--episodes", 9, *episodes, root=glyphs_root).stdout)
+    assert stored["accuracy"] == drawn["accuracy"]
+
+
 def test_preview_draws_an_archive_and_a_dataset(archive: Path, glyphs_root: Path, tmp_path: Path):
     """``preview`` writes a PNG that Pillow reads, for both kinds of target."""
     for target in (archive, "glyphs"):

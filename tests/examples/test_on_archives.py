@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mamldata import EpisodeStream, build
 from mamldata.archive.index import read_archive
+from mamldata.io.digest import sha256_bytes
 
 Run = Callable[..., str]
 pytestmark = pytest.mark.slow
@@ -75,6 +77,27 @@ def test_webdataset_alone_reads_it(run_example: Run, archive: Path) -> None:
     lines = run_example("read_webdataset.py", archive, missing=("mamldata",)).splitlines()
     same = "support (5, 28, 28, 1), labels [0, 1, 2, 3, 4], query (5, 3, 28, 28, 1)"
     assert lines == [f"episode {index:08d}: {same}" for index in range(8)]
+
+
+@pytest.mark.parametrize("alpha", [None, 2])
+def test_numpy_alone_draws_a_thin_archive(
+    run_example: Run, glyphs_root: Path, tmp_path: Path, alpha: int | None
+) -> None:
+    """The images of its episodes, by a reader written from the page on the format alone; one flipped bit is found."""
+    import torch
+
+    thin, missing = tmp_path / "thin", ("mamldata", "torch", "webdataset")
+    build("glyphs", thin, episodes={"train": 8, "test": 3}, k_query=4, thin=True, query_alpha=alpha, root=glyphs_root)
+    first, *lines = run_example("read_thin.py", thin, "train", 0, 8, missing=missing).splitlines()
+    assert first == f"archive {read_archive(thin).digest}"
+    stream = EpisodeStream(thin, shuffle=False, dtype=torch.uint8)
+    for line, batch in zip(lines, stream, strict=True):
+        parts = [part.permute(0, 1, 3, 4, 2).numpy().tobytes() for part in (batch.support_x, batch.query_x)]
+        assert line.split()[-2:] == [sha256_bytes(part) for part in parts]
+    data = bytearray((thin / "images-00000.npy").read_bytes())
+    data[5000] ^= 1
+    (thin / "images-00000.npy").write_bytes(data)
+    assert "images-00000.npy is damaged" in run_example("read_thin.py", thin, missing=missing, code=1)
 
 
 def test_numpy_alone_reads_and_verifies_it(run_example: Run, archive: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def task(tmp_path, plan, glyphs_manifest, glyphs_bank) -> ShardTask:
     """The second train shard of a build of which the first is there."""
     build_portion(glyphs_manifest, glyphs_bank, tmp_path / "out", Portion(1, 9), REQUEST)
     store = FolderStore(tmp_path / "out")
-    return ShardTask(store, sha256_bytes(plan.to_json()), glyphs_bank.path, "train", 1)
+    return ShardTask(store, sha256_bytes(plan.to_json()), glyphs_bank.path, "train-00001.tar")
 
 
 def test_a_task_is_small(task, plan):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mamldata.archive.build import build
@@ -70,6 +72,15 @@ def damage(path: Path, *, old_time: bool) -> None:
 
 def opened(tiny: Any) -> LiveSource:
     return live(str(tiny.manifest_path), n_way=3, k_query=2, root=tiny.root)
+
+
+def first_episode(source: LiveSource) -> tuple[bytes, bytes]:
+    """The pixels of its support and of its query images."""
+    info = source.info
+    image = math.prod(info.image_shape)
+    support, query = (np.empty(info.n_way * k * image, np.uint8) for k in (info.k_shot, info.k_query))
+    source.read(np.array([0]), support, query)
+    return support.tobytes(), query.tobytes()
 
 
 @pytest.mark.parametrize("old_time", [False, True])
@@ -154,7 +165,7 @@ def test_a_live_source_in_another_process_hashes_nothing(tiny: Any, hashed: list
     """As the workers of a DataLoader have it; what they map is the same file."""
     data = pickle.dumps(opened(tiny))
     hashed.clear()
-    assert (pickle.loads(data).images == opened(tiny).images).all()
+    assert first_episode(pickle.loads(data)) == first_episode(opened(tiny))
     assert hashed == []
 
 

@@ -84,7 +84,7 @@ def run_tasks(
         return
     # Spawned, not forked: a fork copies the locks of threads that do not exist in the child.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=end_with_parent)
     try:
         # Few at a time: a pool that breaks while tasks are submitted may leave a process behind (Python 3.11).
         yield from _collect(pool, function, todo, 4 * workers)
@@ -126,8 +126,8 @@ def _collect(
             future.cancel()
 
 
-def _end_with_parent() -> None:
-    """In a worker: end when the parent has ended, which an idle worker would not notice otherwise."""
+def end_with_parent() -> None:
+    """In a worker: end when the parent has ended, which the worker would not notice otherwise."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

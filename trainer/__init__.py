@@ -1,6 +1,7 @@
 """The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
-``train`` makes a run folder, ``evaluate`` measures its accuracy, ``load_run`` gives its trained network:
+``train`` makes a run folder, ``evaluate`` measures its accuracy, ``save_result`` keeps every answer of an evaluation,
+``load_run`` gives the trained network:
 
     import trainer
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
     from trainer.protocol import TrainData
+    from trainer.results import (
+        Result,
+        confusion,
+        paired_difference,
+        read_result,
+        result_of,
+        save_result,
+        worst_episodes,
+    )
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
     from trainer.settings import TrainSettings
@@ -28,30 +38,44 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "Result",
     "RunResult",
     "TrainData",
     "TrainSettings",
     "TrainedRun",
     "archive_data",
+    "confusion",
     "evaluate",
     "joined",
     "live_data",
     "load_run",
+    "paired_difference",
+    "read_result",
+    "result_of",
+    "save_result",
     "train",
+    "worst_episodes",
 ]
 
 _HOME = {
     "Evaluation": "evaluation",
+    "Result": "results",
     "RunResult": "runs.folder",
     "TrainData": "protocol",
     "TrainSettings": "settings",
     "TrainedRun": "runs.checkpoint",
     "archive_data": "data",
+    "confusion": "results",
     "evaluate": "evaluation",
     "joined": "system.distributed",
     "live_data": "data",
     "load_run": "runs.checkpoint",
+    "paired_difference": "results",
+    "read_result": "results",
+    "result_of": "results",
+    "save_result": "results",
     "train": "loop",
+    "worst_episodes": "results",
 }
 
 

@@ -13,6 +13,7 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalization
+from mamldata.sampling.order import Indices
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
@@ -115,6 +116,16 @@ class EpisodeData:
             RequestError: it has no episodes.
         """
         return self._source(split).episodes
+
+    def class_names(self, split: str, index: Indices) -> list[list[str]]:
+        """The names of the classes of the episodes that ``eval`` gives, by label.
+
+        Args:
+            split: of the episodes.
+            index: their indices in it, int64 ``[E]``.
+        """
+        source = self._source(split)
+        return [[source.table.label(one) for one in classes] for classes in source.classes(index).tolist()]
 
     def class_count(self) -> int:
         """The number of classes in the train split, rotated ones included."""

@@ -2,31 +2,91 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mamldata.errors import RequestError
+from mamldata.errors import RequestError, StoppedError
 from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.intervals import half_width
-from trainer.maml.adapt import Method, adapt
+from trainer.maml.adapt import Method, adaptation
 from trainer.maml.algorithms import InnerLoop
 from trainer.maml.losses import loss_of, score_of
 from trainer.maml.parameters import Episode, MetaParameters, episodes
 from trainer.maml.variants import method_of
-from trainer.networks.precision import pick_precision, precision_of, set_precision
-from trainer.protocol import TrainData
+from trainer.networks.precision import arithmetic, pick_precision, precision_of, set_precision
+from trainer.protocol import NamesClasses, TrainData
 from trainer.runs.checkpoint import Checkpoint, find_checkpoint
+from trainer.runs.folder import environment
 from trainer.settings import pick_device, saved_settings
 from trainer.system.distributed import ALONE, World
 from trainer.system.malloc import keep_large_buffers
+from trainer.system.signals import BrokenOffError, Stop, stop_at_signals
 from trainer.system.threads import each_task, limited_threads
+
+AT_ONCE = {"cuda"}  # kinds of devices that are faster with all episodes of a meta-batch at once
+# Of an inner loop that does not diverge. Trained networks have logits below a hundred and losses below guessing.
+LARGEST_LOGIT, LARGEST_LOSS = 1e4, 10.0  # the loss is in times that of guessing, ln(n_way)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an evaluation comes from.
+
+    Attributes:
+        checkpoint: its file.
+        step: outer steps that it was trained for.
+        settings: of its run, by ``TrainSettings.resolved``.
+        target: the episodes that it was evaluated on, by ``TrainData.describe``.
+        environment: versions, device, hardware, threads and processes.
+        class_names: of each episode's classes, by label; None if the data do not name them.
+    """
+
+    checkpoint: Path
+    step: int
+    settings: dict[str, Any]
+    target: dict[str, Any]
+    environment: dict[str, Any]
+    class_names: Sequence[Sequence[str]] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Every answer of an evaluation: E episodes of Q query images, S inner steps.
+
+    Attributes:
+        index: the episodes' indices in their split, int64 ``[E]``, ascending.
+        true: the label of each query image, int64 ``[E, Q]``.
+        given: the label that it was given after the last step, int64 ``[E, Q]``.
+        right: the number of right answers before adaptation and after each step, int64 ``[E, S + 1]``.
+        losses: the mean query loss before adaptation and after each step, in nats, float64 ``[E, S + 1]``.
+        largest: the largest size of each episode's logits after the last step, float64 ``[E]``.
+    """
+
+    index: npt.NDArray[np.int64]
+    true: npt.NDArray[np.int64]
+    given: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    losses: npt.NDArray[np.float64]
+    largest: npt.NDArray[np.float64]
+
+    @staticmethod
+    def joined(parts: Sequence[Answers]) -> Answers:
+        """The answers of several parts of the episodes, in the order of the episodes."""
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Answers.__annotations__}
+        order = columns["index"].argsort(kind="stable")
+        return Answers(**{name: column[order] for name, column in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -47,6 +107,8 @@ class Evaluation:
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
         trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
+        answers: to each query image; not in ``to_json``.
+        origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
 
     accuracy: float
@@ -67,16 +129,33 @@ class Evaluation:
     k_query: int
     accuracy_by_episode: tuple[float, ...] = field(repr=False)
     trained_on: str | None = None
+    answers: Answers | None = field(default=None, repr=False, compare=False)
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
     def deviation(self) -> float:
         """The sample standard deviation of the accuracy over episodes."""
         return statistics.stdev(self.accuracy_by_episode)
 
+    @property
+    def doubt(self) -> str | None:
+        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning."""
+        if self.answers is None:
+            return None
+        logits, losses = self.answers.largest, self.answers.losses[:, -1]
+        wild = ~((logits <= LARGEST_LOGIT) & (losses <= LARGEST_LOSS * math.log(self.n_way)))
+        if not wild.any():
+            return None
+        return (
+            f"In {wild.sum()} of {self.episodes} {self.split} episodes the inner loop diverges: logits after "
+            f"adaptation of up to {logits.max():.2g}, and losses of up to {losses.max():.2g} nats, where guessing has "
+            f"{math.log(self.n_way):.2g}. A lower inner_lr, fewer inner steps or another bn than {self.bn} may help."
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As a dict of plain values; ``trained_on`` only if it is not None."""
-        values = asdict(self)
-        del values["accuracy_by_episode"]
+        kept = [one.name for one in fields(self) if one.name not in {"accuracy_by_episode", "answers", "origin"}]
+        values = {name: getattr(self, name) for name in kept}
         if self.trained_on is None:
             del values["trained_on"]
         return values
@@ -98,62 +177,126 @@ def evaluate_network(
     split: str,
     learned: MetaParameters | None = None,
     world: World = ALONE,
+    stop: Stop | None = None,
 ) -> Evaluation:
     """Adapt to each episode separately and measure on its query set. The network is not changed.
 
-    On a CPU, torch's threads each work on an episode of a batch; see ``each_task``. No graph outlives an inner step
-    and nothing is kept from one episode to the next, so memory does not grow with the episodes.
+    On a CPU, torch's threads each work on an episode of a batch; see ``each_task``. On CUDA all episodes of a batch
+    are adapted to at once, if memory allows it, since each launch of a kernel costs the same for all as for one. Of
+    an episode only its answers are kept, and of an inner step neither graph nor weights, so memory hardly grows with
+    episodes and steps.
 
     Args:
         network: on the device of the episodes.
         batches: one pass over the episodes; with several processes, over this one's part.
-        inner: how to adapt; its order makes no difference here.
+        inner: how to adapt, to classes; its order makes no difference here.
         data: describes the episodes, see ``TrainData.describe``.
         split: the episodes' split.
         learned: with the rates and per-step norms that ``inner`` asks for.
         world: the processes that evaluate together; all get the whole result.
+        stop: whether to stop; a process that is asked to stops before the next inner step, and tells the others
+            after their part of the same meta-batch.
 
     Raises:
         RequestError: there are fewer than two episodes, too few for an interval.
+        StoppedError: a process was asked to stop.
     """
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
-    method = method_of(network, inner)
+    device = next(network.parameters()).device
+    stop = stop or Stop()
 
-    def one(own: nn.Module, episode: Episode) -> Tensor:
+    def one(own: nn.Module, episode: Episode, method: Method) -> _Measured:
         with torch.no_grad():  # the mode is per thread
-            return measure(own, parameters, episode, method)
+            return _measure_classes(own, parameters, episode, method, stop.break_off)
 
-    rows: list[Tensor] = []
-    index: list[Tensor] = []
-    with world.together():
-        for batch in batches:
-            rows += each_task(one, network, list(episodes(batch)), batch.support_x.device)
-            index.append(batch.index)
-    # [episodes, 1 + inner.steps + 1]; with several processes, one's part can be empty.
-    table = torch.stack(rows).cpu().double() if rows else torch.empty(0, inner.steps + 2, dtype=torch.float64)
-    if world.world_size > 1:
-        # In the order of the episodes, so that sums are bit-identical for any number of processes.
-        parts = world.gather((torch.cat(index).cpu() if index else torch.empty(0, dtype=torch.int64), table))
-        order = torch.cat([places for places, _ in parts]).argsort()
-        table = torch.cat([measured for _, measured in parts])[order]
-    if len(table) < 2:
-        raise RequestError(f"An accuracy with an interval takes at least 2 episodes, not {len(table)}.")
-    accuracies = table[:, 1:]
+    def measured(batch: EpisodeBatch) -> list[_Measured]:
+        if device.type in AT_ONCE:
+            with suppress(torch.cuda.OutOfMemoryError):  # then one after the other
+                method = method_of(network, inner, "vmap")
+                columns = torch.func.vmap(lambda *parts: one(network, Episode(*parts), method))(*batch[:4])
+                return [_Measured(*row) for row in zip(*columns, strict=True)]
+        method = method_of(network, inner)
+        return list(each_task(partial(one, method=method), network, list(episodes(batch)), device))
+
+    parts: list[Answers] = []
+    rounds, done = iter(batches), False
+    while not done:
+        with world.together(stop):
+            batch = next(rounds, None)
+            if batch is not None:
+                with suppress(BrokenOffError), arithmetic(network, device):
+                    parts += _answers(batch, measured(batch)) if len(batch.index) else []
+        done = world.all(batch is None)
+        if stop.agreed and not done:
+            raise StoppedError(f"Stopped by {stop.agreed} amid an evaluation, of which nothing is kept.")
+    answers = [part for parts in world.gather(parts) for part in parts]
+    if (count := sum(len(part.index) for part in answers)) < 2:
+        raise RequestError(f"An accuracy with an interval takes at least 2 episodes, not {count}.")
+    return _summary(Answers.joined(answers), inner, data, split, precision_of(network))
+
+
+def _summary(answers: Answers, inner: InnerLoop, data: dict[str, Any], split: str, precision: str) -> Evaluation:
+    count, images = answers.given.shape
+    shares = answers.right[:, -1] / images
     return Evaluation(
-        accuracy=accuracies[:, -1].mean().item(),
-        interval=half_width(accuracies[:, -1].std(correction=1).item(), len(table)),
-        loss=table[:, 0].mean().item(),
-        accuracy_by_step=tuple(accuracies.mean(0).tolist()),
-        episodes=len(table),
+        # Counted in whole numbers and divided once.
+        accuracy=int(answers.right[:, -1].sum()) / (count * images),
+        interval=half_width(shares.std(ddof=1).item(), count),
+        loss=answers.losses[:, -1].mean().item(),
+        accuracy_by_step=tuple(int(total) / (count * images) for total in answers.right.sum(0)),
+        episodes=count,
         bn=inner.bn,
         inner_steps=inner.steps,
         inner_lr=inner.lr,
         rates=inner.rates,
-        precision=precision_of(network),
+        precision=precision,
         split=split,
-        accuracy_by_episode=tuple(accuracies[:, -1].tolist()),
+        accuracy_by_episode=tuple(shares.tolist()),
+        answers=answers,
         **{key: data[key] for key in ("dataset", "split_scheme", "n_way", "k_shot", "k_query")},
     )
+
+
+def answers_by_step(
+    network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
+) -> Iterator[Tensor]:
+    """The answers to the query set before adaptation and after each step, ``[queries, answers]`` each."""
+    network, parameters, episode = method.shortcut(network, parameters, episode, method)
+    for fast in adaptation(network, parameters, episode, method):
+        yield method.query_logits(network, fast, episode, method)
+
+
+class _Measured(NamedTuple):
+    """The row of one episode in each column of ``Answers``, on the device, so that the CPU does not wait for it."""
+
+    given: Tensor
+    right: Tensor
+    losses: Tensor
+    largest: Tensor
+
+
+def _measure_classes(
+    network: nn.Module,
+    parameters: MetaParameters,
+    episode: Episode,
+    method: Method,
+    before_step: Callable[[], object],
+) -> _Measured:
+    right, losses = [], []
+    for logits in answers_by_step(network, parameters, episode, method):
+        before_step()
+        given = logits.argmax(1)
+        right.append((given == episode.query_y).sum())
+        losses.append(loss_of(logits, episode.query_y, "cross-entropy"))
+        largest = logits.abs().amax()
+    return _Measured(given, torch.stack(right), torch.stack(losses), largest)
+
+
+def _answers(batch: EpisodeBatch, measured: Sequence[_Measured]) -> list[Answers]:
+    given, right, losses, largest = (torch.stack(column).cpu() for column in zip(*measured, strict=True))
+    # Copies: NumPy's view of a tensor would keep the tensor.
+    columns = (batch.index.cpu(), batch.query_y.cpu(), given, right, losses.double(), largest.double())
+    return [Answers(*(column.numpy().copy() for column in columns))]
 
 
 def measure(network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method) -> Tensor:
@@ -161,12 +304,10 @@ def measure(network: nn.Module, parameters: MetaParameters, episode: Episode, me
 
     The score is the query set's accuracy, or its squared error where the answers are numbers.
     """
-    network, parameters, episode = method.shortcut(network, parameters, episode, method)
-    path = adapt(network, parameters, episode, method)
-    logits = [method.query_logits(network, fast, episode, method) for fast in path]
+    answers = list(answers_by_step(network, parameters, episode, method))
     task_loss = method.inner.task_loss
-    loss = loss_of(logits[-1], episode.query_y, task_loss)
-    return torch.stack([loss, *(score_of(step, episode.query_y, task_loss).to(loss.dtype) for step in logits)])
+    loss = loss_of(answers[-1], episode.query_y, task_loss)
+    return torch.stack([loss, *(score_of(step, episode.query_y, task_loss).to(loss.dtype) for step in answers)])
 
 
 def measure_together(network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, inner: InnerLoop) -> Tensor:
@@ -211,6 +352,7 @@ def evaluate(
     Raises:
         RequestError: not a checkpoint of this trainer, its network does not fit the data, or a number is invalid.
         DamagedError: the checkpoint is damaged.
+        StoppedError: SIGTERM, SIGUSR1 or, in one process, SIGINT came.
     """
     if episodes < 2:
         raise RequestError(f"episodes must be at least 2, not {episodes}: fewer give no interval.")
@@ -236,10 +378,17 @@ def evaluate(
         )
         network, learned = checkpoint.restored(path, where)
         # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
-        set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
-    with limited_threads():
-        evaluation = evaluate_network(network, batches, inner, about, split, learned, world)
-    return replace(evaluation, trained_on=_origin(checkpoint.data, about))
+        lacking = settings.precision == "tf32" and where.type != "cuda"
+        set_precision(network, pick_precision(None if lacking else settings.precision, where))
+    with limited_threads(), stop_at_signals(keyboard=world.world_size == 1) as stop:
+        evaluation = evaluate_network(network, batches, inner, about, split, learned, world, stop)
+        around = environment(where, world)
+    with world.together():
+        names = None
+        if isinstance(data, NamesClasses) and evaluation.answers and world.first:
+            names = data.class_names(split, evaluation.answers.index)
+    origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
+    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), origin=origin)
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
@@ -259,7 +408,7 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
             raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
 
 
-def _origin(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """A network's training data, if it is evaluated on something else, such as another split scheme."""
     if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
         return None

@@ -18,7 +18,7 @@ from trainer.maml.variants import method_of
 from trainer.networks.networks import build_network
 from trainer.networks.precision import arithmetic, pick_precision, set_precision
 from trainer.protocol import ClassData
-from trainer.runs.checkpoint import all_weights, load_weights
+from trainer.runs.checkpoint import all_weights, load_optimizer, load_weights
 from trainer.settings import TrainSettings
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import enough_memory
@@ -76,12 +76,10 @@ class Learner:
         """Restore weights and optimizer state from the checkpoint in the file ``place``.
 
         Raises:
-            RequestError: the checkpoint is of another network.
+            RequestError: the checkpoint is of another network or optimizer.
         """
         load_weights(self.network, self.parameters, weights, place)
-        # The saved groups say how the machine that saved them computed, such as with fused kernels.
-        own = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({**optimizer, "param_groups": own})
+        load_optimizer(self.optimizer, optimizer, place)
 
     def gradient(
         self, batch: EpisodeBatch, step: int, share: float = 1.0, world: World = ALONE, *, every_step: bool

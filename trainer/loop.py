@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mamldata.errors import RequestError, StoppedError
 from mamldata.progress import Notify, silence
@@ -16,9 +16,9 @@ from trainer.evaluation import evaluate_network
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
-from trainer.recorder import Recorder
+from trainer.recorder import Recorder, progress
 from trainer.runs.checkpoint import Checkpoint
-from trainer.runs.folder import RunResult, alone_in, open_run, require_agreement, run_result
+from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
 from trainer.runs.tensorboard import require_tensorboard
 from trainer.settings import TrainSettings, pick_device
@@ -42,7 +42,7 @@ def train(
 
     A run that is killed at any moment and resumed ends with the same weights, bit for bit, as without the
     interruption (on the same CPU). SIGTERM, SIGUSR1 and, in one process, the first SIGINT end it with a checkpoint
-    after the current outer step.
+    after the current outer step; a validation is broken off, and done again when the run is resumed.
 
     Args:
         settings: of the run.
@@ -64,6 +64,8 @@ def train(
     """
     run_dir = Path(run_dir)
     notify = notify if world.first else silence
+    if resume:
+        settings = world.from_first(lambda: as_begun(run_dir, settings))
     with world.together():
         about = data.describe()
         learner = _fit_to_train(settings, data, about, world)  # before anything is written
@@ -76,7 +78,7 @@ def train(
         # One process looks for the last checkpoint, and all resume from that one, wherever they run.
         last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
-            notify(f"{run_dir} is done: {last.step} of {settings.outer_steps} steps.")
+            notify(f"{run_dir} is done: {progress(last.step, settings.outer_steps)} steps.")
             return run_result(run_dir, last, world)
         with world.together():
             stream = data.train(
@@ -96,8 +98,7 @@ def train(
         if learner.device.type == "cpu":
             notify(f"Computing with {threads}.")
         run = _Run(learner, data, about, stream, recorder, world)
-        step = last.step if last else 0
-        last = run.steps(step, stop) if step < settings.outer_steps else run.validate(step)
+        last = run.steps(last, stop)
         for line in rate_lines(learner.parameters, settings.point.rates):
             notify(line)
         return run_result(run_dir, last, world)
@@ -148,11 +149,15 @@ class _Run:
     recorder: Recorder
     world: World
 
-    def steps(self, step: int, stop: Stop) -> Checkpoint:
-        """Take the outer steps after ``step``; gives the checkpoint of the last one, which is validated."""
+    def steps(self, last: Checkpoint | None, stop: Stop) -> Checkpoint:
+        """Take the outer steps after ``last``; gives the checkpoint of the last one, which is validated."""
         settings, learner, recorder, world = self.learner.settings, self.learner, self.recorder, self.world
+        step = last.step if last else 0
+        if self.due(step) and (last is None or last.accuracy is None):  # it was broken off, or steps has changed
+            recorder.window = Window(step)
+            last = self.validate(step, stop)
         with closing(endless(self.stream)) as batches:
-            while step < settings.steps:
+            while step < settings.outer_steps:
                 waited = Wait(learner.device)
                 with world.together(stop):
                     if learner.device.type == "cpu":  # on a GPU this would wait, so the log line checks instead
@@ -160,8 +165,7 @@ class _Run:
                     batch = next(batches)
                     waited.end()
 
-                validating = (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
-                logging = (step + 1) % settings.log_every == 0 or validating
+                logging = (step + 1) % settings.log_every == 0 or self.due(step + 1)
                 share = len(batch.index) / settings.meta_batch_size if world.world_size > 1 else 1.0
                 outcome = learner.gradient(batch, step, share, world, every_step=logging)
                 recorder.window.add(batch, outcome, waited, share)  # before a clip can hide an infinite gradient
@@ -172,27 +176,54 @@ class _Run:
                 if logging:
                     with world.together():
                         recorder.log()
-                if validating:
-                    last = self.validate(step)
-                if logging:
-                    recorder.window = Window(step)  # after validation, which is not timed
-                if stop.agreed and step < settings.steps:
-                    if not validating:
-                        with world.together():
-                            recorder.save(step, self.stream)
-                    raise StoppedError(
-                        f"Stopped by {stop.agreed}: step {step} of {settings.steps} is saved in {recorder.run_dir}."
-                    )
+                    recorder.window = Window(step)
+                if self.due(step):
+                    last = self.validate(step, stop)
+                elif stop.agreed:
+                    self.save(step)
+                if stop.agreed and step < settings.outer_steps:
+                    self.leave(step, stop)
+        assert last is not None  # the last step is validated
         return last
 
-    def validate(self, step: int) -> Checkpoint:
-        """Evaluate on the val split and save a checkpoint."""
+    def due(self, step: int) -> bool:
+        """Whether the run is validated after ``step`` outer steps."""
+        settings = self.learner.settings
+        return step >= settings.outer_steps or (step > 0 and step % settings.eval_every == 0)
+
+    def validate(self, step: int, stop: Stop) -> Checkpoint:
+        """Evaluate on the val split and save a checkpoint; on a signal save one without, and leave."""
         learner, world = self.learner, self.world
         world.require_same(learner.learned, f"The weights at step {step}")
         with world.together():
             batches = _validation(learner, self.data, world)
         start = time.perf_counter()
-        inner = learner.settings.inner_loop_at_test()
-        evaluation = evaluate_network(learner.network, batches, inner, self.about, "val", learner.parameters, world)
+        inner, evaluation = learner.settings.inner_loop_at_test(), None
+        if not stop.agreed:
+            with suppress(StoppedError):
+                evaluation = evaluate_network(
+                    learner.network, batches, inner, self.about, "val", learner.parameters, world, stop
+                )
+        if evaluation is None:
+            self.save(step)
+            self.leave(step, stop, " It will be validated when the run is resumed.")
         with world.together():
-            return self.recorder.validated(step, evaluation, self.stream, time.perf_counter() - start)
+            last = self.recorder.validated(step, evaluation, self.stream, time.perf_counter() - start)
+        self.recorder.window = Window(step)  # validation is not timed
+        return last
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint that is not validated."""
+        with self.world.together():
+            self.recorder.save(step, self.stream)
+
+    def leave(self, step: int, stop: Stop, left: str = "") -> NoReturn:
+        """End the run on a signal, after ``step`` is saved.
+
+        Args:
+            step: the last outer step.
+            stop: the signal.
+            left: a sentence on what is still to be done for this step.
+        """
+        steps, place = self.learner.settings.outer_steps, self.recorder.run_dir
+        raise StoppedError(f"Stopped by {stop.agreed}: step {progress(step, steps)} is saved in {place}.{left}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalization
+from mamldata.sampling.order import Indices
 from mamldata.streaming.batch import EpisodeBatch
 
 
@@ -83,6 +84,20 @@ class TrainData(ClassData, Protocol):
         ``digest`` and ``source``; and ``normalisation``, which ``normalize=True`` applies: lists ``mean`` and ``std``
         with a number for each channel. A run resumes only on data with the same description, apart from ``source``
         (the place) and ``normalisation``, which follows from the rest.
+        """
+        ...
+
+
+@runtime_checkable
+class NamesClasses(Protocol):
+    """Data that can also name the classes of the episodes that ``eval`` gives."""
+
+    def class_names(self, split: str, index: Indices) -> list[list[str]]:
+        """The names of each episode's classes, by label.
+
+        Args:
+            split: of the episodes.
+            index: their indices in it, int64 ``[E]``.
         """
         ...
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mamldata.progress import Notify
-from trainer.evaluation import Evaluation
+from trainer.evaluation import LARGEST_LOSS, Evaluation
 from trainer.learner import Learner
 from trainer.protocol import TrainStream
 from trainer.runs import metrics
@@ -14,6 +15,11 @@ from trainer.runs.checkpoint import Checkpoint, save_checkpoint
 from trainer.runs.folder import begin_run
 from trainer.runs.tensorboard import Board
 from trainer.system.gpu import peak_memory
+
+
+def progress(step: int, steps: int) -> str:
+    """How far a step is; a resumed run may be asked for fewer steps than it has."""
+    return f"{step} of {steps}" if step <= steps else f"{step} ({steps} are asked for)"
 
 
 class Recorder:
@@ -59,7 +65,7 @@ class Recorder:
             if self._settings.tensorboard:
                 self._board = Board(run_dir, step)
         if last:
-            self._report(f"Resuming after step {step} of {self._settings.steps}.")
+            self._report(f"Resuming after step {progress(step, self._settings.outer_steps)}.")
 
     def __enter__(self) -> Recorder:
         return self
@@ -83,6 +89,11 @@ class Recorder:
             f"accuracy {start}{100 * row['accuracy']:.1f} %  {row['ms_per_step']:.0f} ms/step  "
             f"{row['images_per_second']:,.0f} images/s  data wait {row['data_wait_percent']:.1f} %"
         )
+        if row["loss"] > LARGEST_LOSS * (guessing := math.log(self._data["n_way"])):
+            self._report(
+                f"Training diverges: a loss of {row['loss']:.2g} nats, where guessing has {guessing:.2g}. A lower "
+                "inner_lr or meta_lr, fewer inner steps or another bn may help."
+            )
 
     def validated(self, step: int, evaluation: Evaluation, stream: TrainStream, seconds: float) -> Checkpoint:
         """Record a validation, which took some seconds, and save a checkpoint.
@@ -93,7 +104,10 @@ class Recorder:
         metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
         self._note({"event": "val", "step": step, **evaluation.to_json(), "seconds": seconds})
         self._report(f"step {step}  val {evaluation}")
-        if evaluation.accuracy > self._best[1]:
+        if evaluation.doubt:
+            self._report(evaluation.doubt)
+        # Older checkpoints hold means of float32 shares, which differ from the same accuracy in the eighth digit.
+        if evaluation.accuracy > self._best[1] + 1e-7:
             self._best = step, evaluation.accuracy
         return self.save(step, stream, evaluation.accuracy)
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from trainer.maml.objective import Objective
     from trainer.networks.precision import Precision
 
-COORDINATES = ("order", "loss", "rates", "adapts", "bn")  # of an algorithm; None means the algorithm's own
+# The parts of an algorithm that settings replace; None means the algorithm's own.
+COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer"})
+INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
@@ -45,6 +47,7 @@ OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and command
 # a cosine schedule continues on the new curve, as it should in an extended run.
 CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
 
+_OF_INNER_LOOP = {part.name for part in fields(InnerLoop)}
 _TYPES: dict[str, tuple[set[type], str]] = {
     "int": ({int}, "a whole number"),
     "float": ({int, float}, "a number"),
@@ -63,8 +66,8 @@ class Setting:
         meaning: one sentence, for help and docs.
         shown: the default in words, if its value alone is unclear.
         choices: the valid strings; empty for numbers and flags.
-        at_least, at_most: inclusive bounds of a number.
-        positive: the number must be finite and above zero.
+        at_least, at_most: inclusive bounds of a number, which is finite in any case.
+        positive: the number must be above zero.
     """
 
     name: str
@@ -73,8 +76,8 @@ class Setting:
     meaning: str
     shown: str = ""
     choices: tuple[str, ...] = ()
-    at_least: int | None = None
-    at_most: int | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     positive: bool = False
 
     @property
@@ -92,13 +95,15 @@ class Setting:
         """What an invalid value must be instead; None for a valid one."""
         if not self.takes(value):
             return f"one of {', '.join(self.choices)}" if self.choices else _TYPES[self.kind][1]
-        if value is None:
+        if value is None or self.choices:
             return None
+        if self.positive and not 0 < value < math.inf:
+            return "a positive number"
+        if not -math.inf < value < math.inf:
+            return "a finite number"
         if self.at_least is not None and value < self.at_least:
             return f"at least {self.at_least}"
-        if self.at_most is not None and value > self.at_most:
-            return f"at most {self.at_most}"
-        return "a positive number" if self.positive and not 0 < value < math.inf else None
+        return f"at most {self.at_most}" if self.at_most is not None and value > self.at_most else None
 
 
 def setting(default: Any, meaning: str, **rules: Any) -> Any:
@@ -119,7 +124,7 @@ class TrainSettings:
     algorithm: str = setting("maml", "Meta-learning algorithm.", choices=tuple(ALGORITHMS))
     network: str = setting("conv4", "Network to train.", choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"))
     filters: int | None = setting(
-        None, "Filters of each convolution; not for resnet18.", shown="the network's own", at_least=1
+        None, "Filters of each convolution; not for resnet18.", shown="the network's own", at_least=1, at_most=4096
     )
     normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
     bn: BatchNorm | None = setting(
@@ -128,15 +133,24 @@ class TrainSettings:
         shown="transductive; per-step for maml++",
         choices=BN_MODES,
     )
-    steps: int = setting(4000, "Number of outer steps.", at_least=1)
-    inner_steps: int = setting(1, "Number of inner steps in training.", at_least=1)
-    inner_lr: float = setting(0.4, "Inner learning rate (alpha); learned rates start from it.", positive=True)
+    steps: int = setting(4000, "Number of outer steps.", at_least=1, at_most=10**9)
+    inner_steps: int = setting(1, "Number of inner steps in training.", at_least=1, at_most=10**6)
+    # Frozen statistics do not follow the weights, so large steps make activations grow without bound. The bounds of
+    # this and other rates keep their products in the range of float32.
+    inner_lr: float | None = setting(
+        None,
+        "Inner learning rate (alpha); learned rates start from it.",
+        shown=f"{INNER_LR}; {INNER_LR_FROZEN} with bn frozen",
+        positive=True,
+        at_most=10**6,
+    )
     # 3 as in the paper's 5-way experiments; learned rates and norms are for the steps that they were learned in.
     eval_inner_steps: int | None = setting(
         None,
         "Number of inner steps in evaluation.",
         shown="3; as in training if that is more, or if rates or norms are learned",
         at_least=1,
+        at_most=10**6,
     )
     order: Order | None = setting(None, "Order of the meta-gradient.", shown="the algorithm's", choices=ORDERS)
     loss: Loss | None = setting(
@@ -166,25 +180,26 @@ class TrainSettings:
         1, "Number of batches to divide the support set into; each inner step uses the next one.", at_least=1
     )
     checkpoint_inner: bool = setting(
-        False, "Recompute inner steps for the meta-gradient; uses less memory and more time."
+        False, "Recompute inner steps for the meta-gradient, equal up to rounding; uses less memory and more time."
     )
     meta_clip_norm: float | None = setting(
-        None, "Clip the global norm of the meta-gradient to this.", shown="no clipping", positive=True
+        None, "Clip the global norm of the meta-gradient to this.", shown="no clipping", positive=True, at_most=1e30
     )
     meta_clip_value: float | None = setting(
         None,
         "Clip each element of the meta-gradient to between minus and plus this.",
         shown="no clipping",
         positive=True,
+        at_most=1e30,
     )
-    meta_lr: float = setting(1e-3, "Initial outer learning rate (beta).", positive=True)
+    meta_lr: float = setting(1e-3, "Initial outer learning rate (beta).", positive=True, at_most=10**6)
     meta_optimizer: str = setting("adam", "Optimizer of the outer loop.", choices=("adam", "sgd"))
     meta_schedule: str = setting(
         "cosine",
         "Schedule of the outer learning rate: a cosine that falls to a hundredth, or constant.",
         choices=("cosine", "constant"),
     )
-    meta_batch_size: int = setting(16, "Episodes in an outer step.", at_least=1)
+    meta_batch_size: int = setting(16, "Episodes in an outer step.", at_least=1, at_most=2**16)
     # The bound is that of torch's generators.
     seed: int = setting(0, "Seed of the initial weights and of the order of episodes.", at_least=0, at_most=2**64 - 1)
     eval_every: int = setting(500, "Outer steps between validations; each saves a checkpoint.", at_least=1)
@@ -270,7 +285,12 @@ class TrainSettings:
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with the algorithm's own for those not given: equal for equal runs."""
-        return {**asdict(self), **{name: getattr(self.point, name) for name in COORDINATES}}
+        return {**asdict(self), "inner_lr": self.alpha, **{name: getattr(self.point, name) for name in COORDINATES}}
+
+    @property
+    def alpha(self) -> float:
+        """The inner learning rate: as given, or the default of the batch norm."""
+        return self.inner_lr or (INNER_LR_FROZEN if self.point.bn == "frozen" else INNER_LR)
 
     @property
     def outer_steps(self) -> int:
@@ -299,17 +319,10 @@ class TrainSettings:
         return self._inner_loop(self.eval_inner_steps or least, "first")
 
     def _inner_loop(self, steps: int, order: Order) -> InnerLoop:
-        point = self.point
-        return InnerLoop(
-            steps,
-            self.inner_lr,
-            order,
-            point.bn,
-            point.rates,
-            point.adapts,
-            support_batches=self.support_batches,
-            checkpoint=self.checkpoint_inner and order == "second",
-        )
+        point = replace(self.point, order=order)
+        coordinates = {name: getattr(point, name) for name in COORDINATES if name in _OF_INNER_LOOP}
+        checkpoint = self.checkpoint_inner and order == "second"
+        return InnerLoop(steps, self.alpha, support_batches=self.support_batches, checkpoint=checkpoint, **coordinates)
 
     def objective(self, step: int) -> Objective:
         """The objective of an outer step, counted from 0."""
@@ -348,7 +361,10 @@ def saved_settings(values: Mapping[str, Any], place: Path) -> TrainSettings:
             f"{place} has unknown settings: {', '.join(unknown)}. Another version of this trainer wrote it; use that "
             "version."
         )
-    return TrainSettings(**values)
+    try:
+        return TrainSettings(**values)
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

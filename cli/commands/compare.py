@@ -71,6 +71,7 @@ def command(
     from trainer.reports.compare import RESULT, compare, table
     from trainer.reports.plots import have_matplotlib, plot_comparison
     from trainer.system.distributed import world_of
+    from trainer.system.signals import stop_at_signals
 
     if world_of(os.environ).world_size > 1:
         raise click.UsageError("compare runs in one process: start it without torchrun.")
@@ -91,7 +92,8 @@ def command(
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
-    result = compare(plans, data, out, split=split, episodes=number, notify=say)
+    with stop_at_signals(keyboard=True, at_once=True):
+        result = compare(plans, data, out, split=split, episodes=number, notify=say)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")

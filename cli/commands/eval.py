@@ -46,11 +46,15 @@ def command(
 ) -> None:
     """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
 
+    Every answer is kept in a file in the folder results beside the checkpoint.
+
     With --benchmark, the episodes are all of that benchmark's, from its archive under the root, which is built if it is
     missing.
     """
     from trainer.evaluation import evaluate
+    from trainer.results import save_result
     from trainer.system.distributed import joined
+    from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
@@ -62,9 +66,10 @@ def command(
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
-    result = evaluate(
-        checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
-    )
+    with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
+        result = evaluate(
+            checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
+        )
     if not world.first:
         return
     digest = data.describe()["digest"]
@@ -72,13 +77,20 @@ def command(
     complete = known is not None and result.episodes == known.episodes
     if as_json:
         print_json({**result.to_json(), "benchmark": known.name if known and complete else None, "digest": digest})
-        return
-    click.echo(str(result))
-    if known:
-        part = "benchmark" if complete else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
-        click.echo(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
-    steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
-    say(f"Accuracy before adaptation and after each inner step: {steps} %")
+    else:
+        click.echo(str(result))
+        if known:
+            part = (
+                "benchmark"
+                if complete
+                else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
+            )
+            click.echo(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
+        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
+        say(f"Accuracy before adaptation and after each inner step: {steps} %")
+    if result.doubt:
+        say(result.doubt)
+    say(f"Every answer: {save_result(result)}")
 
 
 def _built(name: str, checkpoint: Path, root: str | None) -> tuple[str, str]:

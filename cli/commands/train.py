@@ -38,8 +38,8 @@ def command(
     """Train on the episodes of an archive, or on live episodes of a dataset, which never repeat.
 
     Writes config.json, metrics.jsonl and checkpoints (the best and the last) into the run folder, and curves.png if
-    matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step with a checkpoint and exit
-    code 75; a second Ctrl-C ends it at once.
+    matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step, or amid a validation, with a
+    checkpoint and exit code 75; a second Ctrl-C ends it at once.
 
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
@@ -48,6 +48,7 @@ def command(
     from trainer.reports.plots import have_matplotlib, plot_run
     from trainer.settings import TrainSettings
     from trainer.system.distributed import joined
+    from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
@@ -55,7 +56,8 @@ def command(
         settings = TrainSettings(**values)
     start = time.monotonic()
     try:
-        result = train(settings, data, out, resume=resume, notify=say, world=world)
+        with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
+            result = train(settings, data, out, resume=resume, notify=say, world=world)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
     except RunExistsError as error:

@@ -114,6 +114,68 @@ def test_what_a_process_of_a_job_shows(
         assert json.loads(told.read_text())["message"]["message"] == str(error)
 
 
+LONG = ("--eval-inner-steps", "1000000", "--inner-lr", "0.001", "--filters", "4")
+
+
+def told(process: subprocess.Popen[str], start: str) -> None:
+    """Read what a process says up to a line."""
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith(start):
+        assert line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_long_validation_is_broken_off(archive: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """One that would take hours ends at a signal, with its step saved; so does an evaluation."""
+    out = tmp_path / "run"
+    process = start(sys.executable, "-m", "mamldata", "train", archive, "--out", out, *OPTIONS, *LONG)
+    told(process, "step 8/12")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+    assert f"{number.name}: stopping as soon as the work so far is saved." in stderr
+    assert stderr.splitlines()[-1] == (
+        f"Stopped by {number.name}: step 8 of 12 is saved in {out}. It will be validated when the run is resumed. "
+        "The same command with --resume continues it."
+    )
+    assert [path.name for path in out.glob("*.pt")] == ["maml_step8.pt"]
+    checkpoint, question = out / "maml_step8.pt", ("--inner-steps", "1000000", "--device", "cpu")
+    process = start(sys.executable, "-c", SIGNALLED, str(number.value), "eval", checkpoint, archive, *question)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, stderr
+    assert stderr.splitlines()[-1].startswith(f"Stopped by {number.name} amid an evaluation")
+
+
+# A command that gets a signal at its 50th inner step.
+SIGNALLED = """
+import signal, sys
+from trainer.maml import adapt, variants
+from cli.main import main
+taken = []
+def descend(*arguments):
+    taken.append(1)
+    if len(taken) == 50:
+        signal.raise_signal(int(sys.argv[1]))
+    return adapt.descend(*arguments)
+variants.descend = descend
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(archive: Path, tmp_path: Path) -> None:
+    """Amid an outer step that would take hours: by the system, so that no thread and no operation is waited for."""
+    endless = ("--algorithm", "fomaml", "--inner-steps", "1000000", "--filters", "1", "--inner-lr", "0.001")
+    process = start(sys.executable, "-m", "mamldata", "train", archive, "--out", tmp_path / "run", *OPTIONS, *endless)
+    told(process, "Computing with")
+    process.send_signal(signal.SIGINT)
+    told(process, "SIGINT: stopping as soon as the work so far is saved. Interrupt again to stop at once")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT
+
+
 @pytest.mark.slow
 def test_torchrun(archive: Path, tmp_path: Path) -> None:
     """Train and eval share their work, and print once what one process prints."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mamldata.streaming.batch import EpisodeBatch
 from trainer.evaluation import evaluate
 from trainer.loop import train
 from trainer.maml.algorithms import ALGORITHMS
+from trainer.results import save_result
 from trainer.runs.folder import alone_in
 from trainer.settings import TrainSettings
 from trainer.system.distributed import World, joined
@@ -44,6 +46,8 @@ def equal(folder: Path, world: World) -> None:
         train(settings, Synthetic(size=8), folder / name, world=world)
         evaluation = evaluate(folder / name, Synthetic(size=8), episodes=14, device="cpu", world=world)
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps(evaluation.to_json()))
+        if world.first:
+            save_result(evaluation)
 
 
 def slow(folder: Path, world: World) -> None:
@@ -61,6 +65,25 @@ def rest(folder: Path, world: World) -> None:
     """The rest of such a run, and a run that nobody disturbs."""
     for name in ("run", "undisturbed"):
         train(SLOW, Synthetic(size=8), folder / name, resume=True, world=world)
+
+
+class SignalledAtVal(Synthetic):
+    """At one of whose validations one process gets a signal."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(size=8)
+        self.rank = rank
+
+    def eval(self, *arguments: Any, rank: int = 0, **more: Any) -> Iterator[EpisodeBatch]:
+        for number, batch in enumerate(super().eval(*arguments, rank=rank, **more)):
+            if number == 1 and rank == self.rank:
+                signal.raise_signal(signal.SIGUSR1)
+            yield batch
+
+
+def validating(folder: Path, world: World) -> None:
+    """A run that is stopped amid its first validation."""
+    train(SLOW, SignalledAtVal(1), folder / "run", world=world)
 
 
 class DamagedInTheMiddle(Synthetic):
@@ -150,7 +173,9 @@ if __name__ == "__main__":
     code = 0
     try:
         with joined() as job:
-            {"equal": equal, "slow": slow, "rest": rest, "failing": failing}[sys.argv[2]](Path(sys.argv[1]), job)
+            {"equal": equal, "slow": slow, "rest": rest, "failing": failing, "validating": validating}[sys.argv[2]](
+                Path(sys.argv[1]), job
+            )
     except StoppedError as error:
         print(error, flush=True)
         code = error.exit_code

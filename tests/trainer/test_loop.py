@@ -139,6 +139,39 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_run_goes_on_with_the_rate_that_it_began_with(tmp_path: Path) -> None:
+    """Frozen batch norm had another default rate once: such a run resumes by its own command, with its own rate."""
+    once = replace(SETTINGS, bn="frozen", inner_lr=0.4, filters=4, eval_inner_steps=1)
+    train(replace(once, steps=3), Synthetic(size=8), tmp_path)
+    result = train(replace(once, inner_lr=None), Synthetic(size=8), tmp_path, resume=True)
+    assert (result.step, load_checkpoint(result.last).settings["inner_lr"]) == (6, 0.4)
+    with pytest.raises(RequestError, match=r"  inner_lr: 0\.4 there, 0\.05 here"):
+        train(replace(once, inner_lr=0.05), Synthetic(size=8), tmp_path, resume=True)
+
+
+def test_divergence_of_the_inner_loop_is_told(tmp_path: Path) -> None:
+    """Frozen batch norm at too high a rate: an accuracy of logits of millions is not reported without a word."""
+    lines: list[str] = []
+    wild = replace(SETTINGS, bn="frozen", inner_lr=4.0, eval_inner_steps=1, filters=4, steps=3)
+    train(wild, Synthetic(), tmp_path, notify=lines.append)
+    assert any(line.startswith("Training diverges: a loss of ") for line in lines)
+    assert any("of 4 val episodes the inner loop diverges: logits after adaptation of up to " in line for line in lines)
+    told = evaluate(tmp_path, Synthetic(), episodes=4, device="cpu").doubt
+    assert told is not None
+    assert "A lower inner_lr" in told
+    lines.clear()
+    train(replace(wild, inner_lr=None), Synthetic(), tmp_path / "b", notify=lines.append)
+    assert not any("diverges" in line for line in lines)
+
+
+def test_fewer_steps_than_there_are(tmp_path: Path) -> None:
+    """A run that is asked for fewer steps than it has taken says so; no step is one hundred of forty."""
+    lines: list[str] = []
+    train(SETTINGS, Synthetic(size=8), tmp_path)
+    train(replace(SETTINGS, steps=4), Synthetic(size=8), tmp_path, resume=True, notify=lines.append)
+    assert lines == [f"{tmp_path} is done: 6 (4 are asked for) steps."]
+
+
 @pytest.mark.parametrize(("name", "kind"), [("archive.json", "an archive"), ("compare.json", "a comparison")])
 def test_other_things_are_not_written_among(tmp_path: Path, name: str, kind: str) -> None:
     """The folder of an archive or of a comparison is no run's, with or without resuming."""

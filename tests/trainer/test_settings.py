@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import math
 import re
 import runpy
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +18,7 @@ from trainer.maml.algorithms import (
     ORDERS,
     RATES,
     Adapts,
+    Algorithm,
     BatchNorm,
     InnerLoop,
     Loss,
@@ -26,7 +28,16 @@ from trainer.maml.algorithms import (
 from trainer.maml.engines import ENGINES
 from trainer.networks.networks import NETWORKS, draw_weights
 from trainer.networks.precision import PRECISIONS
-from trainer.settings import CHANGEABLE, OLD_NAMES, SETTINGS, TrainSettings, pick_device, saved_settings
+from trainer.settings import (
+    CHANGEABLE,
+    COORDINATES,
+    OLD_NAMES,
+    SETTINGS,
+    Setting,
+    TrainSettings,
+    pick_device,
+    saved_settings,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -49,6 +60,50 @@ def test_filters_are_for_networks_that_have_the_choice() -> None:
         TrainSettings(network="resnet18", filters=48)
     with pytest.raises(RequestError, match="filters must be at least 1, not 0"):
         TrainSettings(filters=0)
+
+
+@pytest.mark.parametrize("name", [name for name, one in SETTINGS.items() if one.kind == "float"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 1e300, 10**39])
+def test_numbers_that_no_computation_bears(name: str, value: float) -> None:
+    """Every setting that is a number with a fraction is finite, and small enough for float32."""
+    with pytest.raises(RequestError, match=f"{name} must be (a positive number|at most [0-9e+]+), not "):
+        TrainSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_bounds_are_of_numbers() -> None:
+    """A bound alone lets through neither infinity nor what is no number."""
+    one = Setting("x", "float", 1.0, "", at_least=0)
+    assert [one.fault(value) for value in (0, 0.5)] == [None, None]
+    assert {one.fault(value) for value in (math.nan, math.inf, -math.inf)} == {"a finite number"}
+    assert one.fault(-1) == "at least 0"
+
+
+@pytest.mark.parametrize("name", [name for name, one in SETTINGS.items() if one.at_most is not None])
+def test_beyond_the_largest_value(name: str) -> None:
+    """It is refused in words, as a billion filters are, for which no memory suffices."""
+    most = SETTINGS[name].at_most
+    TrainSettings(**{name: most, "support_batches": 1})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=f"{name} must be at most {re.escape(str(most))}, not "):
+        TrainSettings(**{name: most * 2})  # type: ignore[arg-type,operator]
+
+
+def test_every_coordinate_reaches_the_inner_loop() -> None:
+    """All parts of an algorithm are settings, and those that an inner loop has are passed to it."""
+    assert set(COORDINATES) == {part.name for part in fields(Algorithm)} - {"name", "outer"}
+    assert set(COORDINATES) <= SETTINGS.keys()
+    for name in {part.name for part in fields(InnerLoop)} & set(COORDINATES):
+        for choice in SETTINGS[name].choices:
+            assert getattr(TrainSettings(**{name: choice}).inner_loop(), name) == choice  # type: ignore[arg-type]
+
+
+def test_the_inner_rate_suits_the_batch_norm() -> None:
+    """With frozen statistics 0.4 diverges, so it is 0.05 there; what is given stays."""
+    assert TrainSettings().inner_loop().lr == TrainSettings(bn="support").resolved()["inner_lr"] == 0.4
+    assert (
+        TrainSettings(bn="frozen").inner_loop_at_test().lr == TrainSettings(bn="frozen").resolved()["inner_lr"] == 0.05
+    )
+    assert TrainSettings(bn="frozen", inner_lr=0.4).inner_loop().lr == 0.4
+    assert replace(TrainSettings(bn="frozen"), bn="support").inner_loop().lr == 0.4
 
 
 def test_every_fault_is_reported_at_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,19 @@ def adapt(network: nn.Module, parameters: MetaParameters, episode: Episode, meth
     Returns:
         ``steps + 1`` sets of weights: the initial ones, and those after each step.
     """
+    return list(adaptation(network, parameters, episode, method))
+
+
+def adaptation(
+    network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
+) -> Iterator[FastWeights]:
+    """The same as ``adapt``, one set of weights at a time."""
     fast = method.start(network, FastWeights(parameters.weights | parameters.norms_of(0)), episode, method)
-    path = [fast]
+    yield fast
     for step in range(method.inner.steps):
         fast = method.descend(network, parameters, fast, episode, method, step)
         fast = fast._replace(weights=fast.weights | parameters.norms_of(step + 1))
-        path.append(fast)
-    return path
+        yield fast
 
 
 def descend(

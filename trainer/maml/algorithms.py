@@ -39,8 +39,8 @@ class InnerLoop:
         adapts: ``all``, or the ``head`` alone.
         support_batches: divide the support set into this many batches of equal shots, of which each step takes the
             next one; must divide k_shot.
-        checkpoint: keep only the weights of each step, not its graph, and recompute each step for the gradient; for
-            second order with the engine loop.
+        checkpoint: keep only the weights of each step, not its graph, and recompute each step for the gradient,
+            which is then equal up to rounding; for second order with the engine loop.
         task_loss: of the support and of the query set: ``cross-entropy`` if the answers are classes,
             ``squared-error`` if they are numbers.
     """

@@ -97,7 +97,7 @@ def query_logits_by_support(network: nn.Module, fast: FastWeights, episode: Epis
 def descend_recomputed(
     network: nn.Module, parameters: MetaParameters, fast: FastWeights, episode: Episode, method: Method, step: int
 ) -> FastWeights:
-    """For ``checkpoint``: the same as ``descend``, without keeping its graph."""
+    """For ``checkpoint``: the same as ``descend`` up to rounding, without keeping its graph."""
 
     def after(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
 from mamldata.progress import Notify, silence
 from trainer.evaluation import Evaluation, evaluate
-from trainer.intervals import half_width
 from trainer.loop import train
 from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
+from trainer.results import paired_difference, result_of, save_result
 from trainer.runs.folder import COMPARISON, RunResult, refuse_others
 from trainer.settings import TrainSettings
+from trainer.system.signals import BrokenOffError, stop_at_signals
 from trainer.system.threads import limited_threads
 
 RESULT, TABLE = COMPARISON, "compare.md"
@@ -88,8 +88,9 @@ def compare(
 ) -> Comparison:
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
-    Each run has its own folder in ``out``, beside ``compare.json`` and the table ``compare.md``. Another call after
-    an interruption resumes training, but measures costs and evaluates checkpoints again.
+    Each run has its own folder in ``out``, with the result of its evaluation, beside ``compare.json`` and the table
+    ``compare.md``. Another call after an interruption resumes training, but measures costs and evaluates checkpoints
+    again.
 
     Args:
         plans: settings by name; the one called ``maml``, or else the first, is the reference.
@@ -113,29 +114,35 @@ def compare(
     for what, count in asked:  # raises now rather than after hours of training
         data.eval(what, count, 1, torch.device("cpu"), normalize=normalize, rank=0, world_size=1)
     make_folder(out)
-    notify(f"Measuring the outer steps of {', '.join(plans)}.")
-    with limited_threads():
-        costs = measure_costs(plans, data)
-    minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
-    notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
-    runs, evaluations = {}, {}
-    for name, settings in plans.items():
-        say = _prefixed(notify, name)
+    runs, evaluations, now = {}, {}, "costs"
+    with stop_at_signals(keyboard=True) as stop:
         try:
-            runs[name] = train(settings, data, out / name, resume=True, notify=say)
+            notify(f"Measuring the outer steps of {', '.join(plans)}.")
+            with limited_threads():
+                costs = measure_costs(plans, data, before_step=stop.break_off)
+            minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
+            notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
+            for now, settings in plans.items():
+                say = _prefixed(notify, now)
+                runs[now] = train(settings, data, out / now, resume=True, notify=say)
+                evaluations[now] = evaluate(
+                    runs[now].best, data, split=split, episodes=episodes, device=settings.device
+                )
+                save_result(evaluations[now])
+                say(str(evaluations[now]))
+                if evaluations[now].doubt:
+                    say(f"{evaluations[now].doubt}")
         except DivergedError as error:
-            raise DivergedError(f"{name}: {error}") from error
-        except StoppedError as error:
+            raise DivergedError(f"{now}: {error}") from error
+        except (BrokenOffError, StoppedError) as error:
             raise StoppedError(
-                f"{name}: stopped. {out} keeps what is done; run the same command to continue."
+                f"{now}: stopped. {out} keeps what is done; run the same command to continue."
             ) from error
-        evaluations[name] = evaluate(runs[name].best, data, split=split, episodes=episodes, device=settings.device)
-        say(str(evaluations[name]))
     reference = "maml" if "maml" in plans else next(iter(plans))
     entries = []
     for name, settings in plans.items():
-        ahead, interval = paired_difference(evaluations[name], evaluations[reference])
-        entries.append(Entry(name, settings, runs[name], evaluations[name], ahead, interval, costs.get(name)))
+        difference = paired_difference(result_of(evaluations[name]), result_of(evaluations[reference]))
+        entries.append(Entry(name, settings, runs[name], evaluations[name], *difference, costs.get(name)))
     result = Comparison(reference, data.describe(), tuple(entries))
     write_atomic(out / RESULT, json.dumps(result.to_json(), indent=2).encode() + b"\n")
     write_atomic(out / TABLE, (table(result) + "\n").encode())
@@ -154,12 +161,6 @@ def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{value!r} for {name}" for name, value in values.items())
             raise RequestError(f"{key} must be the same for all algorithms, not {shown}.")
-
-
-def paired_difference(one: Evaluation, other: Evaluation) -> tuple[float, float]:
-    """The mean difference in accuracy on the same episodes, and half the width of its 95 % confidence interval."""
-    gaps = [a - b for a, b in zip(one.accuracy_by_episode, other.accuracy_by_episode, strict=True)]
-    return statistics.fmean(gaps), half_width(statistics.stdev(gaps), len(gaps))
 
 
 def table(result: Comparison) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mamldata.errors import MamldataError
+from mamldata.parallel import end_with_parent
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.learner import Learner
 from trainer.protocol import TrainData
@@ -26,6 +27,7 @@ from trainer.settings import TrainSettings, pick_device
 from trainer.system.malloc import keep_large_buffers, return_large_buffers
 
 ROUNDS = 7
+_PATIENCE = 0.2  # seconds between two looks at whether to go on waiting
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,13 @@ class Costs:
     peak_mib: float
 
 
-def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds: int = ROUNDS) -> dict[str, Costs]:
+def measure_costs(
+    plans: Mapping[str, TrainSettings],
+    data: TrainData,
+    *,
+    rounds: int = ROUNDS,
+    before_step: Callable[[], object] = lambda: None,
+) -> dict[str, Costs]:
     """Time the outer steps of several settings in turn, A B C A B C …, so that a slowdown affects all.
 
     On a CPU the memory of each is measured in a new process, because a process keeps its peak memory. Settings
@@ -55,6 +63,8 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
         plans: settings by name; the last outer step of each is measured, after all annealing.
         data: its first meta-batch is used.
         rounds: timed steps of each, after one that is not timed.
+        before_step: called before each step, and again and again while a process measures; what it raises ends the
+            measurement.
 
     Raises:
         MamldataError: such a process was killed; the message names the settings.
@@ -68,15 +78,14 @@ def measure_costs(plans: Mapping[str, TrainSettings], data: TrainData, *, rounds
     taken: dict[str, list[float]] = {name: [] for name in plans}
     for turn in range(rounds + 1):
         for name, step in steps.items():
+            before_step()
             start = time.perf_counter()
             step()
             if turn:
                 taken[name].append(1000 * (time.perf_counter() - start))
     del steps
-    return {
-        name: Costs(statistics.median(times), min(times), max(times), _peak(name, plans[name], samples[name]))
-        for name, times in taken.items()
-    }
+    peaks = {name: _peak(name, plans[name], samples[name], before_step) for name in taken}
+    return {name: Costs(statistics.median(times), min(times), max(times), peaks[name]) for name, times in taken.items()}
 
 
 @dataclass(frozen=True)
@@ -115,19 +124,35 @@ def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
     return step
 
 
-def _peak(name: str, settings: TrainSettings, sample: _Sample) -> float:
+def _peak(name: str, settings: TrainSettings, sample: _Sample, waiting: Callable[[], object]) -> float:
     if pick_device(settings.device).type == "cuda":
         return _peak_here(settings, sample)
     context = multiprocessing.get_context("spawn")
+    answer, its_end = context.Pipe(duplex=False)
+    process = context.Process(target=_tell_peak, args=(its_end, settings, sample), daemon=True)
+    process.start()
+    its_end.close()  # so that the answer ends when the process does
     try:
-        with ProcessPoolExecutor(1, context) as process:
-            return process.submit(_peak_here, settings, sample).result()
-    except BrokenProcessPool as error:
+        while not answer.poll(_PATIENCE):
+            waiting()
+        peak: float = answer.recv()
+    except EOFError as error:
         raise MamldataError(
             f"{name}: the process that measures the memory of an outer step was killed, most likely because memory "
             "ran out. Use fewer inner steps, filters or episodes in a meta-batch, or set checkpoint_inner; or free "
             "some memory, and run the same command again."
         ) from error
+    finally:
+        process.kill()
+        process.join()
+    return peak
+
+
+def _tell_peak(answer: Connection, settings: TrainSettings, sample: _Sample) -> None:
+    """In a process of its own, which its parent ends."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    answer.send(_peak_here(settings, sample))
 
 
 def _peak_here(settings: TrainSettings, sample: _Sample) -> float:

@@ -41,12 +41,12 @@ def plot_run(run_dir: Path) -> Path:
     train = [row for row in rows if row["event"] == "train"]
     alone = "." if len(train) == 1 else ""  # a line through one point is invisible
     losses.plot([row["step"] for row in train], [row["loss"] for row in train], marker=alone, color=_COLOURS[0])
-    accuracies.plot(*_percent(train), marker=alone, color=_COLOURS[0], label="train")
+    accuracies.plot(*_percent(train), marker=alone, color=_COLOURS[0], label=_after("train", train))
     val = [row for row in rows if row["event"] == "val"]
     losses.plot([row["step"] for row in val], [row["loss"] for row in val], color=_COLOURS[1], marker=".")
-    _curve(accuracies, val, _COLOURS[1], "val")
-    _label(losses, "outer step", "query loss after adaptation, nats")
-    _label(accuracies, "outer step", "query accuracy after adaptation, %", legend=True)
+    _curve(accuracies, val, _COLOURS[1], _after("val", val))
+    _label(losses, "outer step", "query loss, nats")
+    _label(accuracies, "outer step", "query accuracy, %", legend=True)
     for axes in (losses, accuracies):
         axes.locator_params(axis="x", integer=True)
     return _save(figure, run_dir / "curves.png")
@@ -105,12 +105,18 @@ def plot_comparison(result: Comparison, out: Path) -> list[Path]:
     ):
         values = [getattr(cost, key) for cost in costs.values()]
         bars = axes.barh(list(costs), values, color=[looks[name]["color"] for name in costs])
-        axes.bar_label(bars, fmt="{:.0f}", padding=3)
+        axes.bar_label(bars, labels=[_rounded(value) for value in values], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         _label(axes, what, "")
     paths.append(_save(figure, out / "costs.png"))
     return paths
+
+
+def _after(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A curve's name with the inner steps that its episodes take, which differ between training and validation."""
+    steps = len(rows[-1]["accuracy_by_step"]) - 1 if rows else 0
+    return f"{name}, {steps} inner step{'' if steps == 1 else 's'}" if steps else f"{name}, without adaptation"
 
 
 def _looks(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
@@ -123,6 +129,11 @@ def _looks(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
         else:
             looks[entry.name] = {"color": _COLOURS[len(looks) % len(_COLOURS)], "linestyle": "-", "label": entry.name}
     return looks
+
+
+def _rounded(value: float) -> str:
+    """With three digits, and with all of those before the point."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:

@@ -22,6 +22,7 @@ from mamldata.io.atomic import open_regular, write_atomic
 from mamldata.io.containers import reading_container
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.networks.networks import build_network
+from trainer.runs.content import fault_in, optimizer_state
 from trainer.settings import TrainSettings, pick_device, saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
@@ -75,9 +76,17 @@ class Checkpoint:
         """
         settings = saved_settings(self.settings, place)
         height, _, channels = self.data["image_shape"]
-        network = build_network(settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters)
-        network.to(device)
-        parameters = meta_parameters(network, settings.inner_loop())
+
+        def fresh(device: torch.device | None) -> tuple[nn.Module, MetaParameters]:
+            network = build_network(
+                settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters
+            )
+            network.to(device)
+            return network, meta_parameters(network, settings.inner_loop())
+
+        with torch.device("meta"):  # the numbers in the file may ask for more memory than there is
+            _require_shapes(all_weights(*fresh(None)), self.weights, place)
+        network, parameters = fresh(device)
         load_weights(network, parameters, self.weights, place)
         return network, parameters
 
@@ -104,6 +113,13 @@ def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parame
         RequestError: the weights are those of another network.
     """
     wanted = all_weights(network, parameters)
+    _require_shapes(wanted, weights, place)
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(weights[name])
+
+
+def _require_shapes(wanted: Parameters, weights: Parameters, place: Path) -> None:
     here = {name: value.shape for name, value in weights.items() if name in wanted or ":" not in name}
     need = {name: value.shape for name, value in wanted.items()}
     if wrong := sorted(name for name in here.keys() | need.keys() if here.get(name) != need.get(name)):
@@ -113,9 +129,27 @@ def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parame
             "in shape, are missing or are unexpected. The file is from another version of this trainer, or was "
             "changed; use that version, or another checkpoint."
         )
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(weights[name])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], place: Path) -> None:
+    """Restore the state of a fresh optimizer.
+
+    Args:
+        optimizer: of the same parameters.
+        saved: from ``state_dict``.
+        place: the checkpoint's file.
+
+    Raises:
+        RequestError: the state is that of another optimizer.
+    """
+    state = optimizer_state(saved, optimizer)
+    if state is None:
+        raise RequestError(
+            f"The optimizer in {place} is not that of a run with its settings. The file is from another version of "
+            "this trainer, or was changed; use that version, or remove the file: the run then resumes from the "
+            "checkpoint before it."
+        )
+    optimizer.load_state_dict(state)
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
@@ -151,18 +185,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
         stream.seek(0)
         try:
             content = torch.load(stream, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        except _UNPICKLING as error:
             raise RequestError(f"{path} is not a checkpoint of this trainer: it holds more than plain data.") from error
     known = {field.name for field in fields(Checkpoint)}
     if isinstance(content, dict):
         content.setdefault("window", {})  # missing from the first ones
-    if (
-        not isinstance(content, dict)
-        or content.pop("format", None) != _FORMAT
-        or content.keys() != known
-        or not all(isinstance(content[name], dict) for name in ("settings", "data", "weights"))
-    ):
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != known:
         raise RequestError(f"{path} is not a checkpoint of this trainer ({_FORMAT}).")
+    try:
+        fault = fault_in(content)
+    except RecursionError:
+        fault = "its values are nested too deep"
+    if fault:
+        raise RequestError(f"{path} is not a checkpoint of this trainer: {fault}.")
     return Checkpoint(**content)
 
 
@@ -199,6 +234,8 @@ def _require_stored(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
 
 
 _MOST_PICKLE = 1 << 22  # bytes; it describes 20,000 tensors, and each byte of it may take 64 of memory
+# What torch raises for a file that no torch.save wrote.
+_UNPICKLING = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError)
 _REMEDY = "Remove it: the run then resumes from the checkpoint before it."
 
 

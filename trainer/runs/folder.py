@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mamldata.io.digest import parse_json
 from mamldata.version import __version__
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
-from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
+from trainer.settings import CHANGEABLE, INNER_LR, TrainSettings, saved_settings
 from trainer.system.distributed import World
 
 CONFIG = "config.json"
@@ -128,6 +128,20 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
     return load_checkpoint(last) if last else None
 
 
+def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
+    """Settings to resume with: those given, but with the inner rate of a run that began when its default was another.
+
+    Raises:
+        DamagedError: ``config.json`` is damaged.
+    """
+    config = run_dir / CONFIG
+    if settings.inner_lr is None and settings.point.bn == "frozen" and config.exists():
+        there, _ = _saved(config)
+        if there.point.bn == "frozen" and there.inner_lr == INNER_LR:
+            return replace(settings, inner_lr=INNER_LR)
+    return settings
+
+
 def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """Write the run's settings and data, and drop metrics from after the checkpoint that it resumes from.
 
@@ -135,27 +149,65 @@ def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], chec
         WriteError: the folder cannot be written to.
     """
     write_atomic(run_dir / CONFIG, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
-    metrics.rewind(run_dir, checkpoint.step if checkpoint else 0)
+    if checkpoint is None:
+        metrics.rewind(run_dir, 0, -1)
+    else:
+        window = checkpoint.window.get("losses", ())  # steps that have no line yet
+        validated = checkpoint.step - (checkpoint.accuracy is None)
+        metrics.rewind(run_dir, checkpoint.step - len(window), validated)
 
 
 def _config(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
-    versions = {
+    return {"settings": settings.resolved(), "data": data, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    return {
         "mamldata": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    return {"settings": settings.resolved(), "data": data, "versions": versions}
+
+
+def environment(device: torch.device, world: World) -> dict[str, Any]:
+    """What a result was computed with, as values for JSON: versions, hardware, threads and processes.
+
+    Args:
+        device: that computed it.
+        world: the processes that computed it together.
+    """
+    return {
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "processes": world.world_size,
+    }
+
+
+def _processor() -> str:
+    """The processor's name; its architecture if the system does not tell the name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        if names := [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _saved(config: Path) -> tuple[TrainSettings, dict[str, Any]]:
+    """The settings of a run, in which one that did not exist then has its default, and its data."""
+    try:
+        saved = parse_json(read_whole(config, MOST_NOTE))
+        return saved_settings(saved["settings"], config), dict(saved["data"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
 
 
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
-    try:
-        saved = parse_json(read_whole(config, MOST_NOTE))
-        # Read as settings, so that a setting that did not exist then has its default.
-        there = saved_settings(saved["settings"], config).resolved()
-        pairs = [(there, settings.resolved(), CHANGEABLE), (saved["data"], data, _INCIDENTAL)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
+    there, its_data = _saved(config)
+    pairs = [(there.resolved(), settings.resolved(), CHANGEABLE), (its_data, data, _INCIDENTAL)]
     differences = [line for before, now, free in pairs for line in _differences(before, now, free)]
     if differences:
         raise RequestError(

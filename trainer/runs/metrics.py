@@ -35,16 +35,22 @@ def append(run_dir: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def rewind(run_dir: Path, step: int) -> None:
+def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
     """Drop the lines after ``step``, and incomplete lines of a killed process.
+
+    Args:
+        run_dir: the run's folder.
+        step: the last one whose training line is kept.
+        validated: the last one whose validation is kept; None: the same.
 
     Raises:
         WriteError: the file cannot be written to.
     """
+    last = {"val": step if validated is None else validated}
     path = run_dir / NAME
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_atomic(path, "".join(line for line in lines if _step(line) <= step).encode())
+        write_atomic(path, "".join(line for line in lines if _kept(line, step, last)).encode())
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -53,11 +59,12 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _step(line: str) -> float:
+def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return int(row["step"]) <= last.get(row.get("event"), step)
     except ValueError:
-        return float("inf")
+        return False
 
 
 class Window:

@@ -125,6 +125,15 @@ class World:
             dist.all_gather_object(things, thing)
         return things
 
+    def all(self, truth: bool) -> bool:
+        """Whether it is true on every rank. Called by all."""
+        if self.world_size == 1:
+            return truth
+        with _talking():
+            count = torch.tensor(int(truth))
+            dist.all_reduce(count)
+        return int(count) == self.world_size
+
     def average(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         """The mean over the episodes of all ranks, from each rank's mean over its own. Called by all.
 

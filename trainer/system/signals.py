@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ from types import FrameType
 
 # Most schedulers send SIGTERM; users of Slurm often choose SIGUSR1. Windows has only the first.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class BrokenOffError(Exception):
+    """Work was broken off because this process has been asked to stop."""
 
 
 @dataclass
@@ -26,33 +31,61 @@ class Stop:
     asked: str | None = None
     agreed: str | None = None
 
+    def break_off(self) -> None:
+        """Break off work that takes long and can be done again; any thread may ask.
+
+        Raises:
+            BrokenOffError: this process has been asked to stop.
+        """
+        if self.asked:
+            raise BrokenOffError
+
+
+_in_force: list[Stop] = []  # handlers are the process's, so a block within another one shares its Stop
+
 
 @contextmanager
-def stop_at_signals(*, keyboard: bool = False) -> Iterator[Stop]:
-    """Note SIGTERM and SIGUSR1 during the block instead of ending the process.
+def stop_at_signals(*, keyboard: bool = False, at_once: bool = False) -> Iterator[Stop]:
+    """Note SIGTERM and SIGUSR1 during the block instead of ending the process, and say so on stderr.
 
     Further ones have no effect, since a scheduler and torchrun may both send one. Python handles signals only in the
-    main thread; in another one nothing is noted.
+    main thread; in another one nothing is noted. A block within another one yields the Stop of that one.
 
     Args:
-        keyboard: also note the first SIGINT, and say on stderr that the next one acts as usual.
+        keyboard: also note the first SIGINT, and say that the next one acts as usual.
+        at_once: the next SIGINT ends the process whatever it is computing; for programs, not for notebooks, whose
+            process must live on.
     """
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield Stop()
         return
+    if _in_force:
+        yield _in_force[-1]
+        return
+    stop = Stop()
 
     def note(number: int, _: FrameType | None) -> None:
+        if stop.asked is None:
+            again = " Interrupt again to stop at once, without saving." if number == signal.SIGINT else ""
+            _say(f"{signal.Signals(number).name}: stopping as soon as the work so far is saved.{again}\n")
         stop.asked = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(number, before[number])
-            sys.stderr.write("Stopping after the current step. Interrupt again to stop at once, without saving it.\n")
+            # Python's own handler would wait for the end of a long operation of torch; the system's does not.
+            signal.signal(number, signal.SIG_DFL if at_once else before[number])
 
     # SIGINT stays ignored where it is, as in a shell's background job.
     interrupts = keyboard and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     before = {number: signal.signal(number, note) for number in [*_SIGNALS, *[signal.SIGINT] * interrupts]}
+    _in_force.append(stop)
     try:
         yield stop
     finally:
+        _in_force.remove(stop)
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _say(text: str) -> None:
+    # Not sys.stderr: the signal may have come while the process writes there.
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

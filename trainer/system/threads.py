@@ -96,7 +96,14 @@ def each_task(
 
     try:
         torch.set_num_threads(1)  # the caller works on the results meanwhile
-        with ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,)) as pool:
+        pool = ThreadPoolExecutor(crew, initializer=torch.set_num_threads, initargs=(threads // crew,))
+        wait = True
+        try:
             yield from pool.map(one, tasks)
+        except KeyboardInterrupt:
+            wait = False  # the tasks under way may take long
+            raise
+        finally:
+            pool.shutdown(wait, cancel_futures=True)
     finally:
         torch.set_num_threads(threads)  # new threads take the number set last in any thread

@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from synthetic import Synthetic
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
-from trainer.evaluation import Evaluation
 from trainer.intervals import student_quantile
 from trainer.loop import train
-from trainer.reports.compare import compare, paired_difference, table
+from trainer.reports.compare import compare, table
+from trainer.reports.costs import Costs
 from trainer.reports.plots import plot_comparison, plot_run
+from trainer.results import paired_difference, read_result
 from trainer.runs import metrics
 from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
@@ -104,18 +107,18 @@ def test_the_document(compared) -> None:
         assert Path(entry["run"]["best"]).is_file()
 
 
-def test_pairs_tell_more_than_two_intervals() -> None:
-    """Where hard episodes are hard for both, the interval of the difference is the narrower one."""
-    one, other = (0.9, 0.5, 0.7, 0.3), (0.8, 0.4, 0.6, 0.3)
-    ahead, interval = paired_difference(evaluation(one), evaluation(other))
-    assert ahead == pytest.approx(0.075)
-    assert interval == pytest.approx(3.182 * statistics.stdev([0.1, 0.1, 0.1, 0]) / 2, rel=2e-4)
-
-
-def evaluation(accuracies: tuple[float, ...]) -> Evaluation:
-    names = ("accuracy", "interval", "loss", "accuracy_by_step", "episodes", "bn", "inner_steps", "inner_lr", "rates")
-    rest = ("precision", "dataset", "split_scheme", "split", "n_way", "k_shot", "k_query")
-    return Evaluation(**dict.fromkeys((*names, *rest)), accuracy_by_episode=accuracies)  # type: ignore[arg-type]
+def test_differences_are_those_of_the_kept_results(compared) -> None:
+    """The file in each run's folder gives what the table says, and the accuracy of every episode."""
+    result, out = compared
+    kept = {}
+    for entry in result.entries:
+        [path] = (out / entry.name / "results").iterdir()
+        kept[entry.name] = read_result(path)
+        shares = [episode.right / 25 for episode in kept[entry.name].episodes]
+        assert shares == list(entry.evaluation.accuracy_by_episode)
+    for entry in result.entries:
+        assert paired_difference(kept[entry.name], kept["maml"]) == (entry.ahead, entry.ahead_interval)
+    assert result.entries[1].ahead == 0
 
 
 def test_pictures(compared) -> None:
@@ -130,6 +133,34 @@ def test_pictures(compared) -> None:
             assert picture.width > 600
             assert len(np.unique(np.asarray(picture.convert("L").reduce(4)))) > 10
     assert [path.read_bytes() for path in plot_comparison(result, out)] == first[:4]
+
+
+def texts(figure: Figure) -> list[str]:
+    """What a picture says."""
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_pictures_say_what_they_compare(compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner steps differ between training and validation, so curves name them; small costs keep their digits."""
+    result, out = compared
+    seen: dict[str, list[str]] = {}
+
+    def noted(figure: Figure, path: Path) -> Path:
+        seen[path.name] = texts(figure)
+        return path
+
+    monkeypatch.setattr("trainer.reports.plots._save", noted)
+    entries = {entry.name: entry for entry in result.entries}
+    plot_run(entries["maml"].run.run_dir)
+    assert {"train, 1 inner step", "val, 3 inner steps"} <= set(seen["curves.png"])
+    plot_run(entries["pretrain"].run.run_dir)
+    assert {"train, without adaptation", "val, 3 inner steps"} <= set(seen["curves.png"])
+    small = [
+        replace(entry, costs=Costs(milliseconds, 0, 0, 1.0))
+        for entry, milliseconds in zip(result.entries, (1.586, 2.001, 1234.5), strict=False)
+    ]
+    plot_comparison(replace(result, entries=tuple(small)), out)
+    assert {"1.59", "2.00", "1234"} <= set(seen["costs.png"])
 
 
 @pytest.mark.parametrize(
@@ -190,6 +221,14 @@ def test_divergence_names_the_algorithm(monkeypatch: pytest.MonkeyPatch, tmp_pat
     plans = {"maml": BASE, "wild": replace(BASE, algorithm="fomaml")}
     with pytest.raises(DivergedError, match=r"^wild: The training loss at step 1"):
         compare(plans, Synthetic(), tmp_path, episodes=4)
+
+
+def test_stopped_while_costs_are_measured(tmp_path: Path) -> None:
+    """Between two steps that are timed, before any training."""
+    with pytest.raises(StoppedError, match=rf"costs: stopped. {tmp_path} keeps what is done") as caught:
+        compare(PLANS, Synthetic(), tmp_path, notify=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert caught.value.exit_code == 75
+    assert not list(tmp_path.iterdir())
 
 
 def test_stopped_by_a_signal_it_goes_on(compared, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_name_says_algorithm_step_and_accuracy(tmp_path: Path) -> None:
 def test_one_without_a_validation(tmp_path: Path) -> None:
     """It is called after its step, and is kept beside the best one until the next one comes, at the same step, too."""
     save_checkpoint(tmp_path, checkpoint(step=10, accuracy=0.5))
-    between = replace(checkpoint(step=12, best_step=10), accuracy=None, window={"losses": torch.ones(2)})
+    window = {"losses": torch.ones(2), "accuracies": torch.ones(2, 1)}
+    between = replace(checkpoint(step=12, best_step=10), accuracy=None, window=window)
     loaded = load_checkpoint(save_checkpoint(tmp_path, between))
     assert loaded.accuracy is None
     assert torch.equal(loaded.window["losses"], torch.ones(2))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import job
@@ -17,8 +18,9 @@ import torch
 from synthetic import Synthetic
 
 from mamldata.errors import LostPeerError, MamldataError, RequestError
-from trainer.evaluation import evaluate
+from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train
+from trainer.results import read_result, result_of
 from trainer.runs.checkpoint import find_last, load_checkpoint
 from trainer.system.distributed import ALONE, World, joined, world_of
 
@@ -130,14 +132,18 @@ def test_as_with_one_process(tmp_path: Path, alone: Path, world_size: int) -> No
             assert row["images_per_second"] * row["ms_per_step"] / 1000 == pytest.approx(5 * 5 * 6)
         told = {(tmp_path / f"{name}.{rank}.json").read_text() for rank in range(world_size)}
         evaluation = evaluate_in_float64(tmp_path / name)
-        assert [json.loads(one) for one in told] == [evaluation]
+        assert [json.loads(one) for one in told] == [json.loads(json.dumps(evaluation.to_json()))]
+        [kept] = map(read_result, (tmp_path / name / "results").iterdir())
+        assert kept.environment["processes"] == world_size
+        here = result_of(evaluation)
+        assert replace(kept, environment=here.environment) == here
+        assert [episode.index for episode in kept.episodes] == list(range(14))
 
 
-def evaluate_in_float64(run_dir: Path) -> object:
+def evaluate_in_float64(run_dir: Path) -> Evaluation:
     torch.set_default_dtype(torch.float64)
     try:
-        evaluation = evaluate(run_dir, Synthetic(size=8), episodes=14, device="cpu")
-        return json.loads(json.dumps(evaluation.to_json()))
+        return evaluate(run_dir, Synthetic(size=8), episodes=14, device="cpu")
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -184,6 +190,23 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "undisturbed")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert rows(tmp_path / "run") == rows(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_breaks_a_validation_off_in_all(tmp_path: Path) -> None:
+    """Amid a validation: both leave it at the same step, which is saved; resumed, they end the same to the bit."""
+    processes = by_hand(2, tmp_path, "validating")
+    said = [process.communicate(timeout=PATIENCE)[0].splitlines()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75]
+    place = tmp_path / "run"
+    told = f"Stopped by SIGUSR1: step 10 of 20 is saved in {place}. It will be validated when the run is resumed."
+    assert said == [told, told]
+    assert [path.name for path in place.glob("*.pt")] == ["maml_step10.pt"]
+    for process in by_hand(2, tmp_path, "rest"):
+        finish(process)
+    ours, theirs = weights(place), weights(tmp_path / "undisturbed")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert rows(place) == rows(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

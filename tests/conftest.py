@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import filelock
 import fsspec
@@ -125,7 +126,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
 
     class Stream:
-        def __init__(self, device: object = None) -> None:
+        def __init__(self, *_: object) -> None:
             self.number = gpu.streams = gpu.streams + 1
 
         def wait_event(self, event: Event) -> None:
@@ -145,7 +146,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
             gpu.log.append(("wait", self.number, self.stream.number))
 
         def elapsed_time(self, later: Event) -> float:
-            assert self.timed and later.timed
+            assert self.timed
+            assert later.timed
             return 1000 * (later.at - self.at)
 
     default, here = Stream(), threading.local()
@@ -183,7 +185,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.Tensor, "to", fake_to)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch, "empty", fake_empty)
     return gpu
 

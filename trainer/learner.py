@@ -23,7 +23,7 @@ from trainer.settings import TrainSettings
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import enough_memory
 
-_LESS_MEMORY = "an outer step. Lower meta_batch_size, filters or inner_steps, or set checkpoint_inner or the engine loop."
+_LESS_MEMORY = "an outer step. Lower meta_batch_size, filters or inner_steps, or set the engine loop."
 
 
 class Learner:

@@ -1006,7 +1006,8 @@ class TestWithoutGpu:
         yield
         _copy_stream.cache_clear()
 
-    def test_the_same_meta_batches(self, folder, fake_gpu):
+    @pytest.mark.usefixtures("fake_gpu")
+    def test_the_same_meta_batches(self, folder):
         """Through the ring of page-locked buffers come the CPU's meta-batches, pass after pass, and two at once."""
         cuda = EpisodeStream(folder, batch_size=BATCH).to("cuda")
         expected = EpisodeStream(folder, batch_size=BATCH)
@@ -1052,7 +1053,8 @@ class TestWithoutGpu:
         assert {len(shape) for shape, _ in fake_gpu.moved} == {5, 1}  # images and indices
         assert not any(waited for _, waited in fake_gpu.moved)
 
-    def test_a_gpu_that_is_not_there(self, folder, fake_gpu):
+    @pytest.mark.usefixtures("fake_gpu")
+    def test_a_gpu_that_is_not_there(self, folder):
         """Is refused at once, by its number."""
         with pytest.raises(RequestError, match=r"There is no device cuda:7: the last GPU that torch finds is cuda:0\."):
             EpisodeStream(folder).to("cuda:7")

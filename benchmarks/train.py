@@ -224,9 +224,10 @@ def made_up(
     image: tuple[int, int, int] = (28, 28, 1),
     n_way: int = 5,
     shots: tuple[int, int] = (1, 15),
+    seed: int = 0,
 ) -> EpisodeBatch:
     """Random episodes with the memory layout of a stream's meta-batches."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     images = [
         torch.rand(episodes, n_way * k, *image, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in shots
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from cli.main import main
 from mamldata.errors import RequestError
+from mamldata.streaming.batch import EpisodeBatch
+from trainer.data import live_data
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.maml import choice
@@ -355,3 +358,39 @@ def test_fused_adam_on_cuda_only() -> None:
     learner.load(learner.weights(), saved, Path("x"))
     assert learner.optimizer.param_groups[0]["fused"] is None
     assert learner.optimizer.param_groups[0]["capturable"] is False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+class TestGpu:
+    @pytest.mark.parametrize("bn", BN_MODES)
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_a_graph_equals_vmap(self, order, bn) -> None:
+        """For new meta-batches and for parameters that have changed since the capture, and the host never waits."""
+        network, inner = small_convnet().cuda(), replace(BASE, order=order, bn=bn)
+        at, engine = meta_parameters(network, inner), Prepared(CudaGraphs())
+        method = method_of(network, inner, "graphed")
+        for seed in range(4):
+            tasks = EpisodeBatch(*(part.cuda() for part in batch(seed=seed)))
+            torch.cuda.set_sync_debug_mode("error" if seed else "default")
+            try:
+                outcome = engine(network, at, tasks, method, every_step=True)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            expected = run("vmap", network, at, tasks, inner, every_step=True)
+            torch.testing.assert_close(named(outcome.gradient), named(expected.gradient), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(outcome.loss, expected.loss)
+            with torch.no_grad():
+                for value in at.tensors():
+                    value.sub_(0.01)
+
+    def test_a_run(self, glyphs_root: Path, tmp_path: Path) -> None:
+        """With captures while episodes are read ahead; the log has the memory, and a resume goes on."""
+        data = live_data("glyphs", glyphs_root, {"k_query": 3})
+        settings = replace(SETTINGS, device="auto", meta_schedule="constant", engine="graphed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(replace(settings, steps=3), data, tmp_path / "run")
+            assert train(settings, data, tmp_path / "run", resume=True).step == settings.steps
+        rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["reserved_mib"] >= row["allocated_mib"] > 0 for row in rows if row["event"] == "train")

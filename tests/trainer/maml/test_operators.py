@@ -98,7 +98,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         masked = name in {"index", "index_put_"} and any(one is not None and one.dtype == torch.bool for one in args[1])
-        assert not (masked or name in WAITS), f"{name} makes the host wait for the device"
+        waits = masked or name in WAITS
+        assert not waits, f"{name} makes the host wait for the device"
         return func(*args, **(kwargs or {}))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from mamldata.archive.index import INDEX, AnyShard, ImageShard, Shard, shard_sizes
 from mamldata.archive.layout import END, Bytes, EpisodeLayout
 from mamldata.bank.checked import hash_and_note
-from mamldata.errors import DamagedError
+from mamldata.errors import DamagedError, enough_descriptors
 from mamldata.io.atomic import FileVersion, file_version
 from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
@@ -89,6 +89,15 @@ def open_shard(
     return mapped
 
 
+def changed_in_place(path: Path, version: FileVersion) -> bool:
+    """Whether a mapped shard's own file has changed since it was checked. A file renamed to its path is another one."""
+    try:
+        now = file_version(os.stat(path))  # noqa: PTH116  # half the time of Path.stat
+    except OSError:  # removed, which leaves the map as it is
+        return False
+    return now.inode == version.inode and now[:3] != version[:3]
+
+
 def open_images(
     path: Path, shard: ImageShard, image_shape: Sequence[int], *, verify: bool = False, remedy: str = REMEDY
 ) -> Bytes:
@@ -123,7 +132,7 @@ def open_images(
 def _map(path: Path, shard: AnyShard) -> tuple[Bytes, FileVersion]:
     """A file of the right length in memory: uint8 ``[bytes]``, read-only; and which version of it."""
     check_size(path, shard)
-    with path.open("rb") as stream:
+    with enough_descriptors(), path.open("rb") as stream:
         version = file_version(os.fstat(stream.fileno()))
         map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
     _maps.add(map_)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,7 +24,7 @@ from mamldata.bank.format import FORMAT, Bank, damage_of, described, described_b
 from mamldata.datasets.manifest import ImageRecipe, Manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
-from mamldata.fetching.receipts import fetch_command, verified_digests
+from mamldata.fetching.receipts import dataset_command, fetch_command, verified_digests
 from mamldata.io.atomic import commit, locked, make_folder, require_space, temporary, write_atomic, writing
 from mamldata.io.digest import canonical_json, sha256_bytes
 from mamldata.io.npy import npy_bytes, npy_header
@@ -79,7 +78,7 @@ def make_bank(
                 _make(manifest, folder, side, identity, workers, progress)
                 return open_bank(folder, side)  # hashed when it was made
     if not is_noted(bank.path, bank.sha256) and (problem := damage_of(bank.path, bank.sha256, progress)):
-        command = f"mamldata verify {shlex.quote(manifest.reference)}"
+        command = dataset_command("verify", manifest, root)
         raise DamagedError(f"{problem} To check the raw files too, run: {command}")
     return bank
 
@@ -125,14 +124,14 @@ def _make(
     faults = [*index.faults, *(index.images[row].fault(why) for row, why in sorted(damage.items()))]
     if fatal := manifest.reader.fatal(faults):
         temporary(path).unlink(missing_ok=True)
-        raise DatasetError(manifest.name, fatal, _advice(manifest, fatal))
+        raise DatasetError(manifest.name, fatal, _advice(manifest, folder.root, fatal))
     kept = ImageIndex(tuple(image for row, image in enumerate(index.images) if row not in damage))
     if damage:
         shape = _drop_rows(path, shape, damage)
     classes = kept.classes()
     with progress("hash", npy_bytes("|u1", shape), "B") as advance:
         digest, sums = _measure(temporary(path), shape, [count for _, _, count in classes], advance)
-    _check_known(manifest, side, digest, temporary(path))
+    _check_known(manifest, folder.root, side, digest, temporary(path))
     description = {
         "format": FORMAT,
         "name": manifest.name,
@@ -149,7 +148,7 @@ def _make(
     _finish(folder, side, description)
 
 
-def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
+def _advice(manifest: Manifest, root: Path, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
         return "Repair or remove these files, and run the same command again."
     if all(fault.of_one_image for fault in faults):
@@ -157,7 +156,7 @@ def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
             'Get these images again, or put damaged = "leave-out" under [reader] in a manifest of your own: the '
             "bank then lists the missing images."
         )
-    return f"Repair the files, and run: mamldata fetch {manifest.reference} --from FOLDER"
+    return f"Repair the files, and run: {fetch_command(manifest, root)} --from FOLDER"
 
 
 def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
@@ -362,12 +361,12 @@ def _current(folder: DatasetFolder, size: int, identity: dict[str, Any], known: 
     return None
 
 
-def _check_known(manifest: Manifest, size: int, digest: str, part: Path) -> None:
+def _check_known(manifest: Manifest, root: Path, size: int, digest: str, part: Path) -> None:
     known = manifest.image.bank_sha256.get(size)
     if known is not None and digest != known:
         part.unlink()
         raise DamagedError(
             f"{manifest.name} at {size} pixels has sha256 {digest}, but the known digest is {known}. "
-            f"Either a raw file is damaged (run: mamldata verify {manifest.reference}), or this Pillow "
+            f"Either a raw file is damaged (run: {dataset_command('verify', manifest, root)}), or this Pillow "
             f"({PIL.__version__}) computes other pixels: install another version of it."
         )

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mamldata.errors import RequestError
 from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.words import counted
 
 ROTATIONS = ("all", "train", "none")  # splits in which the rotations of a class are classes too
 QUARTER_TURNS = 4  # of a class, with rotations
@@ -261,15 +262,15 @@ def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
         raise RequestError(f"{place} has no classes. Request no episodes of it, or put classes into it.")
     if spec.n_way > len(table):
         raise RequestError(
-            f"{place} has {len(table)} classes, but n_way is {spec.n_way}. "
-            f"Lower n_way, or set the number of {spec.split} episodes to 0."
+            f"{place} has {counted(len(table), 'class', 'classes')}, but n_way is {spec.n_way}. "
+            f"Lower n_way, or use a split scheme that gives {spec.split} more classes."
         )
     need = spec.k_shot + spec.k_query
     short = np.flatnonzero(table.images < need)
     if len(short):
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         raise RequestError(
-            f"{place}, class {table.names[short[0]]!r}{others}: it has {table.images[short[0]]} images, but "
+            f"{place}, class {table.names[short[0]]!r}{others}: it has {counted(table.images[short[0]], 'image')}, but "
             f"k_shot + k_query = {spec.k_shot} + {spec.k_query} = {need}. Lower k_shot or k_query."
         )
 

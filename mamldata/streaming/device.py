@@ -228,7 +228,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     torch's allocator keeps the freed memory of each CUDA stream for that stream, so each further one would hold on to
     the meta-batches of a pass.
     """
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _hand_over(
@@ -272,7 +272,7 @@ def _require_gpu(device: torch.device) -> None:
 def why_no_gpu() -> str:
     """`` torch: <its reason>`` where it finds no GPU, such as a driver that is missing or too old."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return f" torch: {str(error).strip().splitlines()[0]}"
     return ""

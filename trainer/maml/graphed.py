@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Prepared:
         key = (network, precision_of(network), method.inner, objective, every_step, forms)
 
         def step(values: Sequence[Tensor]) -> list[Tensor]:
-            at, parts = parameters.like(values[:count]), EpisodeBatch(*values[count:], index)
+            at, parts = parameters.like(values[:count]), EpisodeBatch(*values[count : count + 4], index=index)
             outcome = vmap(network, at, parts, method, objective, every_step=every_step)
             return [*outcome.gradient.tensors(), outcome.loss, outcome.score]
 
@@ -82,7 +83,7 @@ def compiled(step: Step, _: Sequence[Tensor]) -> Step:
 
     def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         try:
-            return fast(inputs)  # type: ignore[no-any-return]
+            return fast(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise PreparationError(f"torch cannot compile this meta-gradient: {_first_line(error)}") from error
 
@@ -102,7 +103,7 @@ class CudaGraphs:
         self._then = then
         # One stream and one pool for all: torch's allocator keeps the memory of each apart.
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, step: Step, inputs: Sequence[Tensor]) -> Step:
         """The step as a graph.
@@ -133,14 +134,14 @@ class CudaGraphs:
             PreparationError: torch cannot capture it.
         """
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 work()
         current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
         try:
             # Only of this thread: another one reads meta-batches ahead, and allocates memory meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

@@ -57,12 +57,13 @@ def arithmetic(network: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    matmul, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, precision_of(network) == "tf32"
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    tf32, settings = precision_of(network) == "tf32", [(cudnn, "benchmark", True)]
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
-        places, name, value = (matmul, cudnn.conv), "fp32_precision", "tf32" if tf32 else "ieee"
+        settings += [(place, "fp32_precision", "tf32" if tf32 else "ieee") for place in (matmul, cudnn.conv)]
     else:
-        places, name, value = (matmul, cudnn), "allow_tf32", tf32
-    settings = [*((place, name, value) for place in places), (cudnn, "benchmark", True)]
+        settings += [(place, "allow_tf32", tf32) for place in (matmul, cudnn)]
     before = [getattr(place, key) for place, key, _ in settings]
     try:
         for place, key, wanted in settings:

@@ -128,13 +128,18 @@ _DATA: dict[str, _Check] = {
 def optimizer_state(saved: Mapping[str, Any], fresh: torch.optim.Optimizer) -> dict[str, Any] | None:
     """A saved state in the form that an optimizer loads; None if it is the state of another one.
 
-    Its groups are those of ``fresh``, since settings decide all that is in them.
+    Of its groups only the rate is taken, which a checkpoint of the same step has; settings decide the rest.
 
     Args:
         saved: from ``state_dict`` of an optimizer of the same kind and parameters.
         fresh: the optimizer, before its first step.
     """
-    groups = fresh.state_dict()["param_groups"]
+    groups, known = fresh.state_dict()["param_groups"], saved.get("param_groups")
+    if not isinstance(known, list) or len(known) != len(groups) or not all(isinstance(one, dict) for one in known):
+        return None
+    groups = [{**group, "lr": one.get("lr")} for group, one in zip(groups, known, strict=True)]
+    if not all(type(group["lr"]) in {int, float} and 0 <= group["lr"] < math.inf for group in groups):
+        return None
     values = [value for group in fresh.param_groups for value in group["params"]]
     states = saved.get("state")
     wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(fresh, torch.optim.Adam) else {"momentum_buffer"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,18 +24,17 @@ class Wait:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._begin = self._end = self._now()
+        self._begin: Any = self._now()
+        self._end = self._begin
 
     def end(self) -> None:
         """Now the next work is there."""
         self._end = self._now()
 
     def __float__(self) -> float:
-        if isinstance(self._begin, float) or isinstance(self._end, float):
-            return float(self._end) - float(self._begin)
-        return self._begin.elapsed_time(self._end) / 1000  # type: ignore[no-any-return]
+        return float(self._begin.elapsed_time(self._end) / 1000 if self._on_gpu else self._end - self._begin)
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:  # seconds, or an event
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -239,7 +239,7 @@ class TestAnswers:
     ):
         """No server can make us read a local file."""
         wire.answers = [answer(b"", "302 Found", Location="file:///etc/passwd", Content_Length=0)]
-        with pytest.raises(SourceError, match="No connection adapters"):
+        with pytest.raises(SourceError, match="redirects to, is invalid"):
             ask(session, wire.url, part)
         assert part.size == 0
 

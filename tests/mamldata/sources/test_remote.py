@@ -680,6 +680,19 @@ class TestCache:
         assert sorted(path.name[:64] for path in cache.own.glob("*.tar.part")) == [f"{2:064d}", f"{3:064d}"]
         assert len(list(cache.own.glob("*.tar"))) == 2
 
+    def test_a_folder_with_the_name_of_a_shard(self, folder, server, tmp_path):
+        """It is never removed; whoever needs the shard of that name gets an error that names the folder."""
+        shards = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 2 * shards[0].bytes, QUICK)
+        theirs = [cache.own / f"{'0' * 64}.tar", cache.own / f"{shards[3].sha256}.tar"]
+        for path in theirs:
+            path.mkdir()
+        for shard in shards[:3]:
+            cache.get(f"{server.url}/{shard.file}", shard)
+        with pytest.raises(WriteError, match=rf"{shards[3].sha256}\.tar .*Is a directory"):
+            cache.get(f"{server.url}/{shards[3].file}", shards[3])
+        assert all(path.is_dir() for path in theirs)
+
     def test_the_least_recently_used_goes_first(self, folder, server, tmp_path):
         """What was used just now is kept."""
         shards = read_archive(folder).split("train").shards

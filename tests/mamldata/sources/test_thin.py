@@ -302,7 +302,7 @@ class TestDamage:
     def test_hashed_once(self, copied, monkeypatch):
         """A shard that was found whole is not hashed again, unless that is asked for."""
         hashed: list[Path] = []
-        monkeypatch.setattr("mamldata.bank.checked._TICK_NS", -(10**12))
+        monkeypatch.setattr("mamldata.io.atomic._TICK_NS", -(10**12))
         monkeypatch.setattr(
             "mamldata.bank.checked.sha256_file", lambda path, *rest: hashed.append(path) or sha256_file(path, *rest)
         )

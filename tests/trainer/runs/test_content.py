@@ -177,18 +177,19 @@ def test_a_file_cannot_ask_for_memory(contents: list[dict[str, Any]], tmp_path: 
         load_run(tmp_path / "a.pt")
 
 
-def test_an_optimizer_keeps_its_own_rates() -> None:
-    """A saved state is loaded, but not the settings beside it; one of another shape is none."""
+def test_an_optimizer_keeps_its_own_settings() -> None:
+    """A saved state is loaded with its rate, but not the settings beside it; one of another shape is none."""
     value = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.Adam([value], lr=0.1)
     value.sum().backward()
     optimizer.step()
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["lr"] = "fast"
+    saved["param_groups"][0]["betas"] = "fast"
     fresh = torch.optim.Adam([value], lr=0.2)
     state = optimizer_state(saved, fresh)
     assert state is not None
-    assert state["param_groups"][0]["lr"] == 0.2
+    assert (state["param_groups"][0]["lr"], state["param_groups"][0]["betas"]) == (0.1, (0.9, 0.999))
     assert state["state"] is saved["state"]
+    assert optimizer_state({**saved, "param_groups": [{"lr": "fast"}]}, fresh) is None
     saved["state"][0]["exp_avg"] = torch.zeros(3)
     assert optimizer_state(saved, fresh) is None

@@ -61,7 +61,8 @@ class Prepared:
         key = (network, precision_of(network), method.inner, objective, every_step, forms)
 
         def step(values: Sequence[Tensor]) -> list[Tensor]:
-            at, parts = parameters.like(values[:count]), EpisodeBatch(*values[count : count + 4], index=index)
+            support_x, support_y, query_x, query_y = values[count:]
+            at, parts = parameters.like(values[:count]), EpisodeBatch(support_x, support_y, query_x, query_y, index)
             outcome = vmap(network, at, parts, method, objective, every_step=every_step)
             return [*outcome.gradient.tensors(), outcome.loss, outcome.score]
 
@@ -134,7 +135,8 @@ class CudaGraphs:
             PreparationError: torch cannot capture it.
         """
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

@@ -59,7 +59,8 @@ def arithmetic(network: nn.Module, device: torch.device) -> Iterator[None]:
         return
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    tf32, settings = precision_of(network) == "tf32", [(cudnn, "benchmark", True)]
+    tf32 = precision_of(network) == "tf32"
+    settings: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", True)]
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
         settings += [(place, "fp32_precision", "tf32" if tf32 else "ieee") for place in (matmul, cudnn.conv)]
     else:

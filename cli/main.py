@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -46,6 +47,10 @@ Example, without a network:
 """
 
 
+_NO_MEMORY = (
+    "There is not enough memory. Free some, or ask for less (fewer workers, smaller images or batches), and run the "
+    "same command again: finished work is kept."
+)
 _PATIENCE = 10  # seconds that a silent process waits for the one that shows the error
 
 
@@ -96,6 +101,10 @@ class Verbs(click.Group):
         # libgomp reads when torch is loaded, they still spin long enough to be awake for the next operation.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal may lack the letters of a name, and a name may be bytes that are no text.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
         except OSError as error:  # of what click itself prints, such as the help, to a full disk
@@ -132,7 +141,9 @@ class Verbs(click.Group):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+                raise click.ClickException(_NO_MEMORY) from error
             if error.errno in {None, errno.EPIPE}:
                 raise
             raise click.ClickException(printable(system_problem(error))) from error

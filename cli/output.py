@@ -79,7 +79,7 @@ def trainable(splits: Collection[str]) -> bool:
 
 
 def use_command(target: Path | str, splits: Collection[str]) -> list[object]:
-    """For ``next_command``: train on an archive, or show an episode of one that has no train or no val episodes."""
+    """For ``next_command``: train on an archive; where it has no train or no val episodes, show an episode of it."""
     if trainable(splits):
         return train_command(target)
     return ["preview", target, "--split", next(iter(splits)), "--out", f"{_name(target)}.png"]

@@ -43,7 +43,16 @@ from mamldata.fetching.http import (
     open_session,
     transfer,
 )
-from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
+from mamldata.io.atomic import (
+    commit,
+    file_version,
+    locked,
+    locked_if_free,
+    make_folder,
+    open_regular,
+    write_atomic,
+    writing,
+)
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
 from mamldata.io.scratch import scratch
 from mamldata.io.urls import is_http, join, require_address, shown_cause, shown_error, shown_place
@@ -203,7 +212,7 @@ def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, P
         final = own / found.name.removesuffix(".part")
         with suppress(FileNotFoundError):  # another process has just renamed or removed it
             if not found.is_file():
-                continue  # such as a folder of that name
+                continue  # such as a folder of that name, or a link in a circle
             if found == final:
                 known = _record(final) if _record(final).exists() else final
                 yield known.stat().st_mtime_ns, final.stat().st_size, final
@@ -238,7 +247,7 @@ def _version(path: Path) -> bytes:
 def _is_sound(path: Path, shard: AnyShard) -> bool:
     """Whether a cached shard has the right digest, by this user's record or by hashing it."""
     version = _version(path)
-    with suppress(OSError), _record(path).open("rb") as stream:
+    with suppress(OSError), open_regular(_record(path)) as stream:
         if os.fstat(stream.fileno()).st_uid == os.geteuid() and stream.read(len(version) + 1) == version:
             return True
     if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:

@@ -19,7 +19,6 @@ from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
 from mamldata.sampling.sampler import EpisodeSampler
 
-_MOST_POOL = 1 << 24  # upper bound on the numbers shuffled to draw an episode that a shard is compared with
 REMEDY = "Copy it again, or delete it and build the archive again."
 _maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
 
@@ -36,6 +35,8 @@ def check_size(path: Path, shard: AnyShard) -> None:
         raise DamagedError(
             f"The shard {path} is missing ({_range(shard)}). Copy it again, or build the archive again."
         ) from None
+    except OSError as error:
+        raise DamagedError(f"The shard {path} ({_range(shard)}) cannot be read ({error.strerror}). {REMEDY}") from error
     if got != shard.bytes:
         raise DamagedError(f"The shard {path} ({_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}")
 
@@ -169,13 +170,7 @@ def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) ->
 
 
 def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
-    """The index of the first or last episode of a shard if it is not the one that the sampler draws.
-
-    Also None if drawing one episode would take more than 64 MiB, because a forged ``archive.json`` can claim classes
-    of any size.
-    """
-    if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
-        return None
+    """The index of the first or last episode of a shard if it is not the one that the sampler draws."""
     stored = layout.view(mapped, layout.source)
     for place in (0, shard.episodes - 1):
         index = shard.first_episode + place

@@ -6,6 +6,7 @@ other, because each first writes under a name of its own. So correctness does no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -116,7 +117,7 @@ class FolderStore:
     def entries(self, folder: str = "") -> dict[str, int]:
         place = self.path / folder
         try:
-            with os.scandir(place) as entries:
+            with _looking(), os.scandir(place) as entries:
                 return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in entries}
         except NotADirectoryError:
             if place.exists():
@@ -127,18 +128,21 @@ class FolderStore:
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.path / name).stat().st_size
+            with _looking():
+                return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes | None:
         try:
-            return read_whole(self.path / name, MOST_INDEX_BYTES)
+            with _looking():
+                return read_whole(self.path / name, MOST_INDEX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def sha256(self, name: str) -> str:
-        return sha256_file(self.path / name)
+        with _looking():
+            return sha256_file(self.path / name)
 
     def prepare(self) -> None:
         make_folder(self.path / BUILD)
@@ -189,6 +193,25 @@ class FolderStore:
 
     def alone(self) -> AbstractContextManager[None]:
         return locked(self.path / _LOCK)
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """Name what is in the way of reading a folder: no permission, a folder or a pipe for a file, a link in a circle.
+
+    Raises:
+        WriteError: with that, and what to do.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+            raise  # nothing is in the way there
+        raise WriteError(
+            f"{error.filename} cannot be read ({error.strerror}). Move it elsewhere, or choose another folder."
+        ) from error
 
 
 @dataclass(frozen=True)

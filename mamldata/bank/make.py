@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +26,8 @@ from mamldata.datasets.manifest import ImageRecipe, Manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
 from mamldata.fetching.receipts import dataset_command, fetch_command, verified_digests
-from mamldata.io.atomic import commit, locked, make_folder, require_space, temporary, write_atomic, writing
-from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.io.atomic import commit, locked, make_folder, read_whole, require_space, temporary, write_atomic, writing
+from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
 from mamldata.io.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Advance, Progress, silent
@@ -37,6 +38,7 @@ from mamldata.readers.left_out import LeftOut, group
 _TASK_IMAGES = 4096  # opening a zip of 20,000 members takes as long as decoding some hundred images
 _TASK_BYTES = 64 << 20  # of the bank, mapped and written by one worker at a time
 _CHUNK_BYTES = 4 << 20
+_MOST_JOURNAL = 1 << 28  # bytes: enough for a million damaged images
 
 
 def make_bank(
@@ -117,6 +119,8 @@ def _left_out(index: ImageIndex, damaged: Sequence[str]) -> tuple[LeftOut, ...]:
 def _make(
     manifest: Manifest, folder: DatasetFolder, side: int, identity: dict[str, Any], workers: int, progress: Progress
 ) -> None:
+    if manifest.folder is None:
+        _require_unchanged(manifest, folder, progress)
     index = index_images(manifest.reader, _source_files(manifest, folder))
     path = folder.bank(side)
     shape = (len(index.images), side, side, manifest.image.channels)
@@ -146,6 +150,23 @@ def _make(
         **identity,
     }
     _finish(folder, side, description)
+
+
+def _require_unchanged(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> None:
+    """Hash the raw files again: a container without check sums gives other images after a single changed bit.
+
+    Raises:
+        DamagedError: one has changed since it was fetched.
+    """
+    for name, expected in raw_digests(manifest, folder).items():
+        path = folder.raw / name
+        with progress(name, path.stat().st_size, "B") as advance:
+            got = sha256_file(path, advance)
+        if got != expected:
+            raise DamagedError(
+                f"{path} has changed since it was fetched: sha256 {got}, expected {expected}. Delete it, and run: "
+                f"{fetch_command(manifest, folder.root)}"
+            )
 
 
 def _advice(manifest: Manifest, root: Path, faults: Iterable[Fault]) -> str:
@@ -254,13 +275,14 @@ def _resume(
     Otherwise start a new file.
     """
     key = sha256_bytes(canonical_json(work))
-    if part.is_file() and journal.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
-        first, *lines = journal.read_text().split("\n")
-        if first == key:
-            # Drop a half-written last line, so that the next one is not appended to it.
-            write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines[:-1]]).encode())
-            pieces = [json.loads(line) for line in lines[:-1]]
-            return {start: {int(row): why for row, why in damage.items()} for start, damage in pieces}
+    if part.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # nothing vouches for what a journal says
+            first, *lines, _ = read_whole(journal, _MOST_JOURNAL).decode().split("\n")  # the last line is half-written
+            pieces = [parse_json(line.encode()) for line in lines]
+            done = {int(start): {int(row): str(why) for row, why in damage.items()} for start, damage in pieces}
+            if first == key and all(row in range(shape[0]) for damage in done.values() for row in damage):
+                write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines]).encode())
+                return done
     journal.unlink(missing_ok=True)
     part.unlink(missing_ok=True)
     require_space(part.with_suffix(""), npy_bytes("|u1", shape))
@@ -334,8 +356,9 @@ def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> No
         description_path.unlink(missing_ok=True)
     with writing(path):
         commit(path)
+        # Before the description: once there is one, no build looks for a journal.
+        _journal(path).unlink(missing_ok=True)
     write_atomic(description_path, described(description))
-    _journal(path).unlink(missing_ok=True)
 
 
 def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _HEAD = 1 << 10  # bytes of a body that are checked for a web page
 _HEADWAY = 1 << 20  # bytes of progress after which a failed round does not count
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
 _MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
-_TAG = re.compile(r"[\x20-\x7e]+")  # what may be sent back to a server in a header
+_TAG = re.compile(r"[\x21-\x7e][\x20-\x7e]*")  # what may be sent back to a server in a header
 
 Result = TypeVar("Result")
 

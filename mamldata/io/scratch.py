@@ -73,10 +73,11 @@ def _machine() -> bytes:
 
 @lru_cache(maxsize=1)  # once in a process
 def _remove_stale(parent: str) -> None:
-    for folder in Path(parent).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # of another user, gone already, or without a lock
-            if folder.lstat().st_uid == os.geteuid():
-                _remove_if_free(folder)
+    with suppress(OSError):  # clearing up is no reason to fail: there may be too few file descriptors
+        for folder in Path(parent).glob(f"{_PREFIX}*"):
+            with suppress(OSError):  # of another user, gone already, or without a lock
+                if folder.lstat().st_uid == os.geteuid():
+                    _remove_if_free(folder)
 
 
 def _remove_if_free(folder: Path) -> None:
@@ -90,8 +91,9 @@ def _remove_if_free(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, its lock last, so that another process can finish this."""
-    for path in folder.iterdir():
-        if path.name != _LOCK:
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder, its lock last, so that another process can finish this, which it does if this one cannot."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -215,6 +215,8 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
         int64 ``[rows, draws]``; the first ``size`` of each row are distinct, others mean nothing.
     """
     width = int(sizes.max(initial=0))
+    if len(raw) * width > _MOST_POOL:
+        return _draw_from_many(raw, sizes)
     pool = np.tile(np.arange(width, dtype=np.int32), len(raw))
     place = np.arange(0, len(pool), max(width, 1))  # of draw j in each row's part of the pool
     drawn = np.empty(raw.shape, dtype=np.int64)
@@ -223,6 +225,27 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
         drawn[:, j] = pool[pick]
         pool[pick] = pool[place]
         place += 1
+    return drawn
+
+
+def _draw_from_many(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As ``_draw``, in memory that does not grow with the sizes, which a forged archive may claim as it likes.
+
+    Only the places of the shuffled ranges that have changed are kept: step i put ``moved[:, i]`` into ``picks[:, i]``.
+    """
+    picks, moved, drawn = (np.empty(raw.shape, dtype=np.int64) for _ in range(3))
+
+    def content(places: npt.NDArray[np.int64], steps: int) -> npt.NDArray[np.int64]:
+        """What stands in a place of each row after some steps."""
+        found = places.copy()
+        for i in range(steps):
+            np.copyto(found, moved[:, i], where=picks[:, i] == places)
+        return found
+
+    for j in range(raw.shape[1]):
+        picks[:, j] = j + (raw[:, j] % np.maximum(sizes - j, 1).astype(np.uint64)).astype(np.int64)
+        drawn[:, j] = content(picks[:, j], j)
+        moved[:, j] = content(np.full(len(raw), j), j)
     return drawn
 
 

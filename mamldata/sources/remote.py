@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -134,5 +135,8 @@ def temporary_folder(owner: object, ahead: Prefetch[Any, Any]) -> Path:
 
 def _remove(scratch: Scratch, owner: int, ahead: Prefetch[Any, Any]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
+        if ahead.is_here:  # collected in the middle of a job, which goes on
+            threading.Thread(target=_remove, args=(scratch, owner, ahead)).start()
+            return
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
         scratch.remove()

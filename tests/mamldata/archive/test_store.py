@@ -101,6 +101,21 @@ class TestPromises:
             store_at(below).entries()
         assert store.read("a") == b"thesis"
 
+    @pytest.mark.parametrize("kind", ["folder", "pipe", "circle"])
+    def test_what_is_not_a_file(self, kind, tmp_path):
+        """A folder, a pipe or a link in a circle in place of a file is an error that says so, and is not waited for."""
+        store = FolderStore(tmp_path)
+        path = tmp_path / "a"
+        make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "circle": lambda: path.symlink_to("a")}
+        make[kind]()
+        for look in (store.read, store.sha256):
+            with pytest.raises(WriteError, match=rf"{path} cannot be read \(.*\)\. Move it elsewhere"):
+                look("a")
+        if kind == "circle":
+            for look in (lambda: store.size("a"), store.entries):
+                with pytest.raises(WriteError, match="Too many levels of symbolic links"):
+                    look()
+
     def test_a_folder_that_was_cleared_meanwhile(self, tmp_path):
         """Who writes after another process cleared up is told so, and makes no new unfinished build."""
         store = FolderStore(tmp_path)

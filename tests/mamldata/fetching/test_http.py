@@ -96,7 +96,17 @@ class TestRequests:
         assert part.path.read_bytes() == DATA
 
     @pytest.mark.parametrize(
-        "note", [b"", b"{", b"[]", b'{"url": 1}', b'{"url": "U", "validator": "a\\r\\nX: y"}', b"\xff"]
+        "note",
+        [
+            b"",
+            b"{",
+            b"[]",
+            b'{"url": 1}',
+            b'{"url": "U", "validator": "a\\r\\nX: y"}',
+            b'{"url": "U", "validator": " "}',
+            b'{"url": "U", "validator": " a"}',
+            b"\xff",
+        ],
     )
     def test_a_damaged_note_is_no_note(
         self, note: bytes, wire: Wire, answer: Callable[..., bytes], session: requests.Session, part: Part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -116,3 +117,21 @@ def test_what_is_not_proven_to_be_ours_stays(
     Scratch().remove()
     assert (kept / "content" / "shard.tar").exists()
     assert gone == kept or not gone.exists()
+
+
+def test_too_few_descriptors_to_clear_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be cleared up is left to the next process; it hides no error of the one that uses the folder."""
+
+    def full(*_: object) -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", full)
+        made = Scratch()
+        patch.setattr(Path, "iterdir", full)
+        patch.setattr(os, "open", full)
+        made.remove()
+    assert not list(place.glob("*/content"))
+    scratch_module._remove_stale.cache_clear()
+    with scratch():
+        assert len(list(place.iterdir())) == 1

@@ -547,6 +547,17 @@ def occupied(folder, *patterns):
 
 
 class TestAhead:
+    def test_a_source_that_ends_in_its_own_thread(self, server):
+        """Garbage collection may find a source in the middle of one of its jobs; its folder is removed all the same."""
+        sources = [remote(server)]
+        place, ahead = sources[0].cache.folder, sources[0]._prefetched
+        ahead.start(0, sources.clear)
+        ahead.join(30)
+        deadline = time.monotonic() + 30
+        while place.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not place.exists()
+
     def test_shards_come_several_at_a_time(self, server):
         """The first and the next two are under way together; none is asked for twice."""
         meeting = threading.Barrier(3, timeout=30)
@@ -722,6 +733,19 @@ class TestCache:
         made = {path.name for path in tmp_path.iterdir()} - {name.partition("/")[0] for name in [*names, "temporary"]}
         assert not made, "everything of the cache lies in its own folder"
         assert (tmp_path / OWN / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+
+    def test_what_is_not_a_file_is_passed_over(self, folder, server, tmp_path):
+        """A link in a circle under a shard's name has no length, and a pipe in place of a record is not waited for."""
+        first, second, *_ = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 2 * first.bytes, QUICK)
+        circle = cache.own / f"{0:064d}.tar"
+        circle.symlink_to(circle.name)
+        path = cache.get(f"{server.url}/{first.file}", first)
+        path.with_suffix(".json").unlink()
+        os.mkfifo(path.with_suffix(".json"))
+        assert cache.get(f"{server.url}/{first.file}", first) == path
+        assert cache.get(f"{server.url}/{second.file}", second).is_file()
+        assert len(server.asked) == 2
 
     def test_what_is_being_opened_stays(self, folder, server, tmp_path):
         """Another process that needs room removes no shard before it is open, nor waits until it is."""

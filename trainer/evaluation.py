@@ -32,10 +32,12 @@ from trainer.runs.checkpoint import Checkpoint, find_checkpoint
 from trainer.runs.folder import environment
 from trainer.settings import pick_device, saved_settings
 from trainer.system.distributed import ALONE, World
+from trainer.system.gpu import enough_memory
 from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import BrokenOffError, Stop, stop_at_signals
 from trainer.system.threads import each_task, limited_threads
 
+_LESS_MEMORY = "adapting to an episode. Free some of it, or evaluate on the device cpu."
 AT_ONCE = {"cuda"}  # kinds of devices that are faster with all episodes of a meta-batch at once
 # Of an inner loop that does not diverge. Trained networks have logits below a hundred and losses below guessing.
 LARGEST_LOGIT, LARGEST_LOSS = 1e4, 10.0  # the loss is in times that of guessing, ln(n_way)
@@ -200,7 +202,8 @@ def evaluate_network(
             after their part of the same meta-batch.
 
     Raises:
-        RequestError: there are fewer than two episodes, too few for an interval.
+        RequestError: there are fewer than two episodes, too few for an interval; or a GPU has too little memory for
+            one.
         StoppedError: a process was asked to stop.
     """
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
@@ -226,7 +229,7 @@ def evaluate_network(
         with world.together(stop):
             batch = next(rounds, None)
             if batch is not None:
-                with suppress(BrokenOffError), arithmetic(network, device):
+                with suppress(BrokenOffError), arithmetic(network, device), enough_memory(_LESS_MEMORY):
                     parts += _answers(batch, measured(batch)) if len(batch.index) else []
         done = world.all(batch is None)
         if stop.agreed and not done:

@@ -291,3 +291,6 @@ def test_all_episodes_of_a_meta_batch_at_once(algorithm, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.func, "vmap", too_large)
     assert found() == expected
+    monkeypatch.setattr("trainer.evaluation.each_task", too_large)
+    with pytest.raises(RequestError, match="The GPU has too little memory for adapting to an episode"):
+        found()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamldata.errors import MamldataError
+from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.adapt import Method
 from trainer.maml.engines import FINAL, Outcome, vmap
@@ -23,7 +23,7 @@ MOST_STEPS = 4  # that are kept: with and without the scores of each inner step,
 WARM_UPS = 3  # calls before a capture, in which libraries choose algorithms and take their workspaces
 
 
-class PreparationError(MamldataError):
+class PreparationError(RequestError):
     """torch cannot compile or capture the meta-gradient of these settings."""
 
 

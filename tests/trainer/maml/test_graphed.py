@@ -230,6 +230,7 @@ def test_how_a_step_is_captured(fake_gpu, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="older compilers do not know all of torch.func")
 def test_compiled_equals_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one graph of operators with all derivatives, to the bit; without Inductor's kernels, which take minutes."""
     compile_, calls = torch.compile, []
@@ -343,13 +344,13 @@ def test_too_little_memory_names_what_to_lower(monkeypatch: pytest.MonkeyPatch) 
         learner.gradient(Synthetic().batch("train", [0, 1]), 0, every_step=False)
 
 
-def test_fused_adam_on_cuda_only() -> None:
+def test_fused_adam_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is no part of a checkpoint: a run from a GPU goes on with the kernels of the machine that it is on."""
     from trainer.learner import _optimizer
 
-    values = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    there, here = (_optimizer(SETTINGS, values, device) for device in (CUDA, CPU))
-    assert [one.param_groups[0]["fused"] for one in (there, here)] == [True, None]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", lambda *_, **more: more["fused"])  # older ones refuse it without a GPU
+        assert [_optimizer(SETTINGS, [], device) for device in (CUDA, CPU)] == [True, None]
     learner = Learner(SETTINGS, Synthetic(), Synthetic().describe(), CPU)
     outcome = learner.gradient(Synthetic().batch("train", [0, 1]), 0, every_step=False)
     learner.descend(outcome, 0)

@@ -15,6 +15,7 @@ from trainer.maml.adapt import Method
 from trainer.maml.engines import FINAL, Outcome, vmap
 from trainer.maml.objective import Objective
 from trainer.maml.parameters import MetaParameters
+from trainer.maml.variants import method_of
 from trainer.networks.precision import precision_of
 
 Step = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # pure; the last two results are the loss and the score
@@ -50,12 +51,12 @@ class Prepared:
         *,
         every_step: bool = False,
     ) -> Outcome:
-        """See ``loop``.
+        """See ``loop``; ``method`` only says how to adapt, its parts are those of ``vmap``.
 
         Raises:
             PreparationError: torch cannot compile or capture this.
         """
-        count, index = len(parameters.tensors()), batch.index
+        count, index, method = len(parameters.tensors()), batch.index, method_of(network, method.inner, "vmap")
         inputs = [*(value.detach() for value in parameters.tensors()), *batch[:4]]
         forms = tuple((value.shape, value.dtype, value.device) for value in inputs)
         key = (network, precision_of(network), method.inner, objective, every_step, forms)

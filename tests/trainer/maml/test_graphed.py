@@ -247,6 +247,17 @@ def test_compiled_equals_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(True, False)]
 
 
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_a_compiled_run_has_the_parts_of_vmap(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever engine the settings name; the compiler is left out here."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    data, outcomes = Synthetic(), []
+    for settings in (replace(SETTINGS, engine=engine, compile=True), replace(SETTINGS, engine="vmap")):
+        learner = Learner(settings, data, data.describe(), CPU)
+        outcomes.append(learner.gradient(data.batch("train", [0, 1]), 0, every_step=True))
+    assert same(*outcomes)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason of torch's compiler in one line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -76,12 +77,15 @@ class Prepared:
         return Outcome(parameters.like(slopes), loss, score)
 
 
-def compiled(step: Step, _: Sequence[Tensor]) -> Step:
+def compiled(step: Any, _: Sequence[Tensor]) -> Step:
     """The step compiled by torch's Inductor, at its first call; takes minutes.
 
     Possible because ``torch.func`` takes all derivatives inside the step; Inductor has no second derivatives.
     """
-    fast = torch.compile(step, fullgraph=True, dynamic=False)
+    # A code object of its own: torch's compiler gives up at the ninth step that shares one, and a run with changing
+    # weights of the multi-step loss has more.
+    own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+    fast = torch.compile(own, fullgraph=True, dynamic=False)
 
     def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         try:

@@ -259,6 +259,20 @@ def test_a_compiled_run_has_the_parts_of_vmap(engine: str, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+def test_more_steps_are_compiled_than_share_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run compiles at every change of the multi-step weights; torch's compiler gives up after eight of one code."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **more: compile_(step, backend="eager", **more))
+
+    def times(factor: float) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        return lambda values: [value * factor for value in values]
+
+    for factor in range(12):
+        (found,) = compiled(times(float(factor)), [])([torch.ones(())])
+        assert found == factor
+
+
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason of torch's compiler in one line."""
 

@@ -85,7 +85,7 @@ def compiled(step: Any, _: Sequence[Tensor]) -> Step:
     # A code object of its own: torch's compiler gives up at the ninth step that shares one, and a run with changing
     # weights of the multi-step loss has more.
     own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
-    fast = torch.compile(own, fullgraph=True, dynamic=False)
+    fast: Step = torch.compile(own, fullgraph=True, dynamic=False)
 
     def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         try:

@@ -1,7 +1,7 @@
 """Augmentation of training episodes: each image gets parameters of its own, and all of an episode are changed at once.
 
-The same with torchvision's transforms, which draw one set of parameters for each call, would take a call for each
-image.
+Torchvision's transforms draw one set of parameters for each call, so they would take a call for each image. They
+would also make torchvision a requirement of training.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from trainer.intervals import half_width
 FOLDER = "results"
 _FORMAT = "mamldata-result/1"
 _MOST_BYTES, _MOST_VALUES = 1 << 28, 1 << 26
-# Keys of the target's description that are not of its evaluated episodes: place, normalization, training.
-_INCIDENTAL = ("source", "normalisation", "remix")
+# Keys of the target's description that do not tell its evaluated episodes from others.
+_INCIDENTAL = ("source", "normalisation", "image", "remix")
 
 
 class EpisodeResult(NamedTuple):

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamldata.datasets.manifest import UNKNOWN, ImageRecipe
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import open_regular, write_atomic
 from mamldata.io.containers import reading_container
@@ -253,6 +254,23 @@ class TrainedRun(NamedTuple):
     parameters: MetaParameters
     settings: TrainSettings
     data: dict[str, Any]
+
+    @property
+    def image(self) -> ImageRecipe:
+        """How the training images were prepared, for ``mamldata.prepare_image``.
+
+        Raises:
+            RequestError: the run does not record it.
+        """
+        recorded = self.data.get("image", UNKNOWN)
+        if recorded == UNKNOWN:
+            height, width, channels = self.data["image_shape"]
+            raise RequestError(
+                f"The run does not record how its images of {height}x{width} pixels in {channels} "
+                f"channel{'s' if channels > 1 else ''} were prepared. Give an ImageRecipe of your own with their "
+                "resampling, inversion and turning."
+            )
+        return ImageRecipe(**recorded, bank_sha256={})
 
 
 def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:

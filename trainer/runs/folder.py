@@ -27,8 +27,8 @@ CONFIG = "config.json"
 COMPARISON = "compare.json"
 
 _KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that identifies it
-# Keys of the data's description that may differ: the place, and one that follows from the rest, which early runs lack.
-_INCIDENTAL = frozenset({"source", "normalisation"})
+# Keys of the data's description that may differ: the place, and those that follow from the rest, which early runs lack.
+_INCIDENTAL = frozenset({"source", "normalisation", "image"})
 
 
 @dataclass(frozen=True)

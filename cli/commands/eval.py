@@ -14,6 +14,7 @@ from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
+from mamldata.errors import RequestError
 from mamldata.pipeline import build_benchmark
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
@@ -52,7 +53,7 @@ def command(
     missing.
     """
     from trainer.evaluation import evaluate
-    from trainer.results import save_result
+    from trainer.results import class_interval, result_of, save_result
     from trainer.system.distributed import joined
     from trainer.system.signals import stop_at_signals
 
@@ -75,8 +76,15 @@ def command(
     digest = data.describe()["digest"]
     known = benchmark_named(benchmark) if benchmark else benchmark_of(digest)
     complete = known is not None and result.episodes == known.episodes
+    other_classes: float | None = None
+    try:
+        other_classes = class_interval(result_of(result))
+        about_classes = f"For other classes, of which these are a sample: ± {100 * other_classes:.2f} (95 % interval)"
+    except RequestError as error:
+        about_classes = f"No interval for other classes: {error}"
     if as_json:
-        print_json({**result.to_json(), "benchmark": known.name if known and complete else None, "digest": digest})
+        named = known.name if known and complete else None
+        print_json({**result.to_json(), "class_interval": other_classes, "benchmark": named, "digest": digest})
     else:
         click.echo(str(result))
         if known:
@@ -87,7 +95,10 @@ def command(
             )
             click.echo(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
         steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
+        say(about_classes)
         say(f"Accuracy before adaptation and after each inner step: {steps} %")
+        losses = result.answers.losses.mean(0).tolist() if result.answers else ()
+        say(f"Loss before adaptation and after each inner step: {' → '.join(f'{loss:.3f}' for loss in losses)} nats")
     if result.doubt:
         say(result.doubt)
     say(f"Every answer: {save_result(result)}")

@@ -28,6 +28,7 @@ from trainer.settings import SETTINGS
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
+@click.option("--disjoint", is_flag=True, help="Draw live episodes that share no image: as many as the images allow.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
@@ -39,6 +40,7 @@ def command(
     benchmark: str | None,
     split: str | None,
     count: int | None,
+    disjoint: bool,
     inner_steps: int | None,
     device: str,
     episodes: dict[str, Any],
@@ -59,6 +61,7 @@ def command(
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
+        episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
             target, split = _built(benchmark, checkpoint, root)

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import mamldata
 from cli.main import VERBS, main
 from cli.output import train_command
 from mamldata.datasets.toml import builtin_names

@@ -22,6 +22,13 @@ from cli.train_options import begin, setting_options
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="RUN|CHECKPOINT",
+    help="Start from the weights of another run, in place of random ones.",
+)
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or start it if there is none.")
 @episode_options(seed=False)
 @root_option
@@ -29,6 +36,7 @@ from cli.train_options import begin, setting_options
 def command(
     target: str,
     out: Path,
+    start: Path | None,
     resume: bool,
     chosen: dict[str, Any],
     episodes: dict[str, Any],
@@ -54,10 +62,10 @@ def command(
     with world.together():
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
-    start = time.monotonic()
+    begun = time.monotonic()
     try:
         with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-            result = train(settings, data, out, resume=resume, notify=say, world=world)
+            result = train(settings, data, out, resume=resume, start=start, notify=say, world=world)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
     except RunExistsError as error:
@@ -72,5 +80,5 @@ def command(
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return
     click.echo(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
-    say(f"Done in {(time.monotonic() - start) / 60:.1f} min.")
+    say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
     next_command(["eval", result.best, target, *as_words(episodes)])

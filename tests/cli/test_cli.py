@@ -538,6 +538,18 @@ def test_evaluation_on_episodes_that_share_no_image(trained: Path, archive: Path
     refused(run("eval", trained, archive, "--disjoint"), 2, "--disjoint: the episodes of the archive")
 
 
+def test_training_starts_from_another_run(trained: Path, archive: Path, tmp_path: Path) -> None:
+    """``--from`` takes a run's folder; the new run records its checkpoint, and goes on with it alone."""
+    options = ("--steps", 2, "--meta-batch-size", 2, "--device", "cpu", "--meta-lr", 0.01)
+    command = ("train", archive, "--out", tmp_path / "next", *options)
+    begun = run(*command, "--from", trained)
+    assert begun.exit_code == 0, begun.output
+    record = json.loads((tmp_path / "next" / "config.json").read_text())["start"]
+    assert Path(record["file"]).parent == trained
+    assert run(*command, "--from", trained, "--resume").exit_code == 0
+    refused(run(*command, "--from", tmp_path / "next", "--resume"), 2, "holds another run, which started from")
+
+
 def test_train_remixes_an_archive_unless_told_not_to(archive: Path, trained: Path, tmp_path: Path):
     """The run records whether its episodes were remixed, and does not go on otherwise; live episodes have no choice."""
     assert json.loads((trained / "config.json").read_text())["data"]["remix"] is True

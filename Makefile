@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# More or fewer tries of `make storm`.
+STORM_SCALE ?= 1
+
 # Two processes: tests wait for files, servers and processes of their own, so that one leaves a processor idle.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo quick test lint bench clean
+.PHONY: help demo quick test storm lint bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +29,9 @@ quick: $(READY)  ## Run the tests without those marked slow or real_data: at eve
 test: $(READY)  ## Run all tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
 	$(PYTEST)
 
+storm: $(READY)  ## Kill, damage and starve everything by the thousand, half an hour long; goes on where it stopped
+	$(BIN)/python -m tests.storm --scale $(STORM_SCALE) --write docs/reliability.md
+
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +41,7 @@ bench: $(READY)  ## Run every benchmark on the embedded data; each prints JSON
 	for name in preprocess build stream train memory; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis storm
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mamldata needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Choose one with: make PYTHON=python3.12 ...")'

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError
+from cli.output import drop_output, say
+from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError, did_you_mean, system_problem
+from mamldata.io.urls import is_remote, shown_place
 from mamldata.version import __version__
+from mamldata.words import printable
 
 # Each verb and its line in the overview. The module of the same name in ``cli.commands`` defines it as ``command``.
 VERBS = {
@@ -41,6 +47,10 @@ Example, without a network:
 """
 
 
+_NO_MEMORY = (
+    "There is not enough memory. Free some, or ask for less (fewer workers, smaller images or batches), and run the "
+    "same command again: finished work is kept."
+)
 _PATIENCE = 10  # seconds that a silent process waits for the one that shows the error
 
 
@@ -58,6 +68,19 @@ class Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """All verbs, in the order in which they are used."""
         return list(VERBS)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options of the group, and keep all words for ``_hide_keys``."""
+        ctx.meta["words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; if it is misspelt, suggest one."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}.{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import a verb."""
@@ -78,8 +101,16 @@ class Verbs(click.Group):
         # libgomp reads when torch is loaded, they still spin long enough to be awake for the next operation.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal may lack the letters of a name, and a name may be bytes that are no text.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
+        except OSError as error:  # of what click itself prints, such as the help, to a full disk
+            drop_output()
+            click.echo(f"Error: The output cannot be written: {system_problem(error)}", err=True)
+            sys.exit(1)
         except SystemExit as end:
             if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
                 # If gloo's threads free their last tensors while the interpreter shuts down, the process sometimes
@@ -99,25 +130,38 @@ class Verbs(click.Group):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             if isinstance(error, StoppedError):  # the user asked for it, so it is not shown as an error
-                click.echo(str(error), err=True)
+                say(str(error))
                 raise click.exceptions.Exit(error.exit_code) from error
             raise Failure(error) from error
         except click.UsageError as error:
+            hidden = _hide_keys(error.message, ctx.meta["words"])
+            error.message = printable(hidden, keep="\n")  # type: ignore[misc]  # it is shown from there
             _tell_torchrun(error)
             if not _shows(error):
                 _let_others_speak(error)
                 raise click.exceptions.Exit(error.exit_code) from error
             raise
-        except OSError as error:
-            if error.filename is None:
+        except (OSError, MemoryError) as error:
+            if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+                raise click.ClickException(_NO_MEMORY) from error
+            if error.errno in {None, errno.EPIPE}:
                 raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
+            raise click.ClickException(printable(system_problem(error))) from error
         except KeyboardInterrupt as error:
             if not _shows(error):
                 raise click.exceptions.Exit(1) from None
             raise click.ClickException(
                 "Interrupted. Run the same command again (train: with --resume) to continue."
             ) from None
+
+
+def _hide_keys(message: str, words: Iterable[str]) -> str:
+    """A message of click, which repeats words of the command line, with their addresses as they may be shown."""
+    for word in words:
+        for place in filter(is_remote, (word.partition("=")[2], word)):
+            for text in (place, repr(place)[1:-1]):
+                message = message.replace(text, shown_place(place))
+    return message
 
 
 def _shows(error: BaseException) -> bool:

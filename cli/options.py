@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from mamldata.io.urls import is_remote, shown_place
 from mamldata.sampling.sampler import ROTATIONS
 
-if TYPE_CHECKING:
-    pass
+
+class LocalPath(click.Path):
+    """A path on this machine; an address is refused, which would become folders named after its parts."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check a value."""
+        if is_remote(value):
+            self.fail(f"{shown_place(value)} is an address. Give a path on this machine.", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 root_option = click.option(
     "--root",
-    type=click.Path(file_okay=False),
+    type=LocalPath(file_okay=False),
     envvar="MAMLDATA_ROOT",
     show_envvar=True,
     help="The folder of all datasets.  [default: the user's cache folder]",

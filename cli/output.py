@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from tqdm import tqdm
 
-from mamldata.io.urls import is_remote, shown_place
-
-if TYPE_CHECKING:
-    pass
 from cli.options import as_words
+from mamldata.errors import WriteError, system_problem
+from mamldata.io.urls import is_remote, shown_place
+from mamldata.words import printable
+
+
+def show(line: str) -> None:
+    """Print a line of a result on stdout. It may have names from files, whose control characters are escaped."""
+    _write(printable(line))
 
 
 def say(message: str) -> None:
-    """Print a message for people on stderr."""
-    click.echo(message, err=True)
+    """Print a message for people on stderr, escaped as by ``show``, but for the ends of lines."""
+    _write(printable(message, keep="\n"), err=True)
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    """Print a text.
+
+    Raises:
+        WriteError: the output cannot be written, such as to a full disk.
+    """
+    try:
+        click.echo(text, err=err)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # click ends quietly if the reader has gone
+            raise
+        drop_output()
+        raise WriteError(f"The output cannot be written: {system_problem(error)}") from error
+
+
+def drop_output() -> None:
+    """Send all further output nowhere: Python would try to write the rest again as it ends, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):  # a test's stream has no descriptor
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def next_command(*commands: Sequence[object]) -> None:
@@ -37,6 +71,18 @@ def next_command(*commands: Sequence[object]) -> None:
     root = ["--root", context.params["root"]] if given_root else []
     lines = [shlex.join(["mamldata", *(shown_place(str(word)) for word in words), *root]) for words in commands]
     say(f"Next: {' && '.join(lines)}")
+
+
+def trainable(splits: Collection[str]) -> bool:
+    """Whether an archive with these splits has all that training needs."""
+    return {"train", "val"} <= set(splits)
+
+
+def use_command(target: Path | str, splits: Collection[str]) -> list[object]:
+    """For ``next_command``: train on an archive; where it has no train or no val episodes, show an episode of it."""
+    if trainable(splits):
+        return train_command(target)
+    return ["preview", target, "--split", next(iter(splits)), "--out", f"{_name(target)}.png"]
 
 
 def train_command(target: Path | str, episodes: Mapping[str, Any] = MappingProxyType({})) -> list[object]:
@@ -66,7 +112,7 @@ def build_command(dataset: str) -> list[object]:
 
 def print_json(value: Any) -> None:
     """Print a result for programs on stdout."""
-    click.echo(json.dumps(value, indent=2))
+    _write(json.dumps(value, indent=2))
 
 
 @contextmanager
@@ -75,7 +121,7 @@ def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int]
     scale = unit == "B"
     with tqdm(
         total=total,
-        desc=label,
+        desc=printable(label),
         unit=unit if scale else f" {unit}",
         unit_scale=scale,
         unit_divisor=1024,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamldata.archive.index import Archive, image_shard_file, is_archive
+from mamldata.archive.index import PLAN, image_shard_file, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError, did_you_mean
@@ -36,17 +36,12 @@ def archive_folder(target: str) -> Path | str | None:
         return None
     if path.is_dir():
         # A damaged or unfinished archive counts as one: reading it reports what is wrong.
-        traces = ((path / ".build").is_dir(), any(path.glob("*-00000.tar")), (path / image_shard_file(0)).exists())
+        traces = ((path / PLAN).is_file(), any(path.glob("*-00000.tar")), (path / image_shard_file(0)).exists())
         return path if any(traces) else None
     raise RequestError(
         f"{target!r} is neither the folder of an archive nor a dataset.{did_you_mean(target, builtin_names())} "
         f"Datasets: {', '.join(builtin_names())}, or the path of a .toml file or of a folder of images."
     )
-
-
-def trains(archive: Archive | None) -> bool:
-    """Whether there are episodes to train and to validate on; of a dataset, None, this is assumed."""
-    return archive is None or {"train", "val"} <= archive.splits.keys()
 
 
 def archive_cache(folder: Path | str, root: str | None) -> Path | None:

@@ -5,7 +5,7 @@
 Some points of a sinusoid are given, and the whole curve must be predicted; amplitudes and phases vary. A network
 trained on all sinusoids jointly learns their mean, and a few points do not move it far. MAML learns weights from which
 one gradient step comes close to any sinusoid, even away from the points.
-Needs matplotlib: pip install 'mamldata[plots]'.
+Needs matplotlib: pip install '.[plots]'.
 """
 
 from __future__ import annotations

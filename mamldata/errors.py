@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from mamldata.words import counted, printable, shortened
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -14,9 +19,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class MamldataError(Exception):
-    """A failure that a user can understand and fix. The message says what is wrong, where, and how to fix it."""
+    """A failure that a user can understand and fix. The message says what is wrong, where, and how to fix it.
+
+    Names in it may come from files and servers, so control characters are escaped, except the ends of lines.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, keep="\n"))
 
 
 class RequestError(MamldataError):
@@ -34,14 +45,13 @@ class ManifestError(RequestError):
 
     Args:
         source: the manifest's file, as shown to the user.
-        faults: one line each, ``place: what is wrong``.
+        faults: one line each, ``place: what is wrong``; the message has the first 20.
     """
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
         self.faults = tuple(faults)
-        noun = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__(f"{source} has {noun}:\n" + "\n".join(f"  {fault}" for fault in self.faults))
+        super().__init__("\n".join([f"{source} has {counted(len(self.faults), 'fault')}:", *_first(self.faults)]))
 
 
 class DataMissingError(MamldataError):
@@ -88,6 +98,30 @@ class LostPeerError(MamldataError):
     """Another process of the same job ended without reporting an error."""
 
 
+def system_problem(error: OSError) -> str:
+    """What the operating system refused, and how to mend it where that is known."""
+    said = error.strerror or str(error) or type(error).__name__
+    place = f" ({error.filename})" if error.filename is not None else ""
+    if error.errno in _TOO_MANY:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{said}{place}. This process may open {limit}; raise that, such as with: ulimit -n 4096"
+    return f"{said}{place}."
+
+
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
+
+
+@contextmanager
+def enough_descriptors() -> Iterator[None]:
+    """Raise a ``MamldataError`` if the process may not open another file; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _TOO_MANY:
+            raise MamldataError(system_problem(error)) from error
+        raise
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with a dataset's raw files.
@@ -120,16 +154,19 @@ class DatasetError(DamagedError):
 
     def __init__(self, dataset: str, faults: Sequence[Fault], advice: str) -> None:
         self.faults = tuple(faults)
-        noun = "1 fault" if len(self.faults) == 1 else f"{len(self.faults):,} faults"
-        super().__init__("\n".join([f"{dataset} has {noun}:", *_shown(self.faults), advice]))
+        shown = [
+            line
+            for kind in dict.fromkeys(fault.kind for fault in faults)
+            for line in _first([fault.text for fault in faults if fault.kind == kind])
+        ]
+        super().__init__("\n".join([f"{dataset} has {counted(len(self.faults), 'fault')}:", *shown, advice]))
 
 
 _MOST_SHOWN = 20  # of one kind
 
 
-def _shown(faults: Sequence[Fault]) -> Iterator[str]:
-    for kind in dict.fromkeys(fault.kind for fault in faults):
-        alike = [fault for fault in faults if fault.kind == kind]
-        yield from (f"  {fault.text}" for fault in alike[:_MOST_SHOWN])
-        if len(alike) > _MOST_SHOWN:
-            yield f"  … and {len(alike) - _MOST_SHOWN:,} more like these"
+def _first(faults: Sequence[str]) -> Iterator[str]:
+    """The lines of faults in a message. Each may quote a file, which may have words of any length."""
+    yield from (f"  {shortened(fault)}" for fault in faults[:_MOST_SHOWN])
+    if len(faults) > _MOST_SHOWN:
+        yield f"  … and {len(faults) - _MOST_SHOWN:,} more like these"

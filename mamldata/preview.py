@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mamldata.errors import RequestError
 from mamldata.io.atomic import commit, make_folder, temporary, writing
 from mamldata.sources.source import Source
+from mamldata.words import counted
 
 Images = npt.NDArray[np.uint8]
 
@@ -37,7 +38,9 @@ def episode(source: Source, index: int) -> tuple[Images, list[Images], list[str]
         RequestError: there is no such episode.
     """
     if index < 0 or (source.episodes is not None and index >= source.episodes):
-        raise RequestError(f"There is no episode {index}: split {source.info.split!r} has {source.episodes} episodes.")
+        raise RequestError(
+            f"There is no episode {index}: split {source.info.split!r} has {counted(source.episodes or 0, 'episode')}."
+        )
     info = source.info
     shapes = [(info.n_way, k, *info.image_shape) for k in (info.k_shot, info.k_query)]
     support, query = (np.empty(shape, dtype=np.uint8) for shape in shapes)

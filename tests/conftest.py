@@ -376,64 +376,71 @@ test = {test}
 """
 
 
+def make_tiny(
+    place: Path,
+    *,
+    name: str = "tiny",
+    sizes: Mapping[str, int] = UNEQUAL,
+    side: int = 12,
+    size: int = 8,
+    channels: int = 1,
+    invert: bool = True,
+    fetched: bool = True,
+) -> TinyDataset:
+    """Make a tiny dataset below ``place``: PNGs of noise in a zip, with a manifest.
+
+    Args:
+        place: an existing folder.
+        name: of the dataset.
+        sizes: the number of images of each class (two folders deep). The first half of the classes is train, the next
+            quarter val, the rest test.
+        side, size: of the raw images, and of the bank's.
+        channels, invert: as in manifests.
+        fetched: whether the zip is in the root.
+    """
+    mirror = place / f"{name}-mirror"
+    mirror.mkdir()
+    archive = mirror / f"{name}.zip"
+    chance = np.random.default_rng(0)
+    shape = (side, side) if channels == 1 else (side, side, 3)
+    pixels = {
+        (class_name, f"{image:03d}.png"): chance.integers(0, 256, shape, dtype=np.uint8)
+        for class_name, count in sizes.items()
+        for image in range(count)
+    }
+    members = list(pixels.items())
+    random.Random(0).shuffle(members)  # no container promises an order
+    with zipfile.ZipFile(archive, "w") as container:
+        for (class_name, file), image in members:
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, "PNG")
+            container.writestr(zipfile.ZipInfo(f"{name}/{class_name}/{file}"), encoded.getvalue())
+    classes = sorted(sizes)
+    first, second = len(classes) // 2, len(classes) * 3 // 4
+    data = archive.read_bytes()
+    manifest_path = place / f"{name}.toml"
+    manifest_path.write_text(
+        TINY_MANIFEST.format(
+            name=name,
+            archive=archive.name,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            size=size,
+            channels=channels,
+            invert=str(invert).lower(),
+            train=classes[:first],
+            val=classes[first:second],
+            test=classes[second:],
+        )
+    )
+    root = place / "root"
+    manifest = load_manifest(str(manifest_path))
+    if fetched:
+        add_raw(DatasetFolder(root, name), archive)
+    return TinyDataset(manifest_path, manifest, archive, root, pixels)
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., TinyDataset]:
-    """Makes a tiny dataset below ``tmp_path``: PNGs of noise in a zip, with a manifest.
-
-    Arguments, all by keyword: ``name``; ``sizes``, the number of images of each class (two folders deep); ``side`` of
-    the raw images; ``size`` of the bank's; ``channels``; ``invert``; ``fetched``, whether the zip is in the root. The
-    first half of the classes is train, the next quarter val, the rest test.
-    """
-
-    def make(
-        *,
-        name: str = "tiny",
-        sizes: Mapping[str, int] = UNEQUAL,
-        side: int = 12,
-        size: int = 8,
-        channels: int = 1,
-        invert: bool = True,
-        fetched: bool = True,
-    ) -> TinyDataset:
-        mirror = tmp_path / f"{name}-mirror"
-        mirror.mkdir()
-        archive = mirror / f"{name}.zip"
-        chance = np.random.default_rng(0)
-        shape = (side, side) if channels == 1 else (side, side, 3)
-        pixels = {
-            (class_name, f"{image:03d}.png"): chance.integers(0, 256, shape, dtype=np.uint8)
-            for class_name, count in sizes.items()
-            for image in range(count)
-        }
-        members = list(pixels.items())
-        random.Random(0).shuffle(members)  # no container promises an order
-        with zipfile.ZipFile(archive, "w") as container:
-            for (class_name, file), image in members:
-                encoded = io.BytesIO()
-                Image.fromarray(image).save(encoded, "PNG")
-                container.writestr(zipfile.ZipInfo(f"{name}/{class_name}/{file}"), encoded.getvalue())
-        classes = sorted(sizes)
-        first, second = len(classes) // 2, len(classes) * 3 // 4
-        data = archive.read_bytes()
-        manifest_path = tmp_path / f"{name}.toml"
-        manifest_path.write_text(
-            TINY_MANIFEST.format(
-                name=name,
-                archive=archive.name,
-                bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-                size=size,
-                channels=channels,
-                invert=str(invert).lower(),
-                train=classes[:first],
-                val=classes[first:second],
-                test=classes[second:],
-            )
-        )
-        root = tmp_path / "root"
-        manifest = load_manifest(str(manifest_path))
-        if fetched:
-            add_raw(DatasetFolder(root, name), archive)
-        return TinyDataset(manifest_path, manifest, archive, root, pixels)
-
-    return make
+    """Makes a tiny dataset below ``tmp_path``; arguments by keyword, see ``make_tiny``."""
+    return partial(make_tiny, tmp_path)

@@ -23,6 +23,7 @@ from mamldata.sources.source import Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
+from mamldata.words import counted
 
 OpenSource = Callable[[str], SplitSource]
 
@@ -100,7 +101,9 @@ class EpisodeData:
         """
         source = self._source(split)
         if source.episodes is not None and source.episodes < episodes:
-            raise RequestError(f"{self.place} has {source.episodes} {split} episodes, but {episodes} were requested.")
+            raise RequestError(
+                f"{self.place} has {counted(source.episodes, f'{split} episode')}, but {episodes} were requested."
+            )
         stream = EpisodeStream(
             source.view(episodes),
             batch_size=batch_size,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mamldata.errors import RequestError, StoppedError
 from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
+from mamldata.words import counted
 from trainer.intervals import half_width
 from trainer.maml.adapt import Method, adaptation
 from trainer.maml.algorithms import InnerLoop
@@ -160,9 +161,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         return (
-            f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, {self.episodes} episodes): "
+            f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, "
+            f"{counted(self.episodes, 'episode')}): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
-            f"{self.inner_steps} inner step{'' if self.inner_steps == 1 else 's'}, batch norm {self.bn}, "
+            f"{counted(self.inner_steps, 'inner step')}, batch norm {self.bn}, "
             f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
         )
 

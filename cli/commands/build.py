@@ -13,8 +13,8 @@ import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
 from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option
-from cli.output import bars, next_command, print_json, say, train_command
-from cli.targets import refuse_with_benchmark, trains
+from cli.output import bars, next_command, print_json, say, show, use_command
+from cli.targets import refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
@@ -24,6 +24,7 @@ from mamldata.datasets.paths import data_root
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.pipeline import build_benchmark
+from mamldata.words import counted
 
 
 def _portion(_context: click.Context, _option: click.Parameter, value: str | None) -> Portion | None:
@@ -110,7 +111,8 @@ def command(
         bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=bars)
         left_out = files_left_out(manifest, bank, data_root(root))
         if not as_json:
-            say(f"{manifest.reference}: {bank.shape[0]:,} images of {len(bank.class_names):,} classes")
+            classes = counted(len(bank.class_names), "class", "classes")
+            say(f"{manifest.reference}: {counted(bank.shape[0], 'image')} of {classes}")
             say_left_out(left_out)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
         if shards is not None:
@@ -119,8 +121,8 @@ def command(
                 portion = {"archive": shown, "portion": str(shards), **vars(built)}
                 print_json({**portion, "left_out": left_out_values(left_out)})
                 return
-            share = f"{built.shards} of {built.of_shards} shards"
-            click.echo(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
+            share = f"{built.shards} of {counted(built.of_shards, 'shard')}"
+            show(f"{shown}: portion {shards}, {share}, {built.written} of them written by this call")
             say(f"Done in {time.monotonic() - start:.1f} s.")
             say("When all portions are done, run the same command without --shards to close the archive.")
             return
@@ -130,8 +132,7 @@ def command(
         return
     print_archive(archive, shown)
     say(f"Done in {time.monotonic() - start:.1f} s.")
-    if trains(archive):
-        next_command(train_command(shown))
+    next_command(use_command(shown, archive.splits))
 
 
 def _build_benchmark(
@@ -159,5 +160,5 @@ def _executor(dask: str | None) -> Iterator[Executor | None]:
     from mamldata.archive.dask import dask_executor
 
     with dask_executor(dask) as (executor, workers):
-        say(f"The Dask cluster at {dask} has {'1 worker' if workers == 1 else f'{workers} workers'}.")
+        say(f"The Dask cluster at {shown_place(dask)} has {counted(workers, 'worker')}.")
         yield executor

@@ -11,12 +11,13 @@ from typing import Any
 
 import click
 
-from cli.options import as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say, show
 from cli.targets import evaluated_episodes
 from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
+from mamldata.words import install_command
 from trainer.maml.algorithms import ALGORITHMS
 from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
 
@@ -41,7 +42,7 @@ _OF_ONE = (
     "  mamldata compare glyphs-5w1s --algorithms maml,reptile --set reptile.inner_lr=0.1 --steps 40 --out other",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder for all runs.")
+@click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The folder for all runs.")
 @click.option("--algorithms", default=_DEFAULT, show_default=True, help="Algorithms to compare, separated by commas.")
 @click.option(
     "--set", "own", multiple=True, metavar="ALGORITHM.SETTING=VALUE", help="A setting of one algorithm.  [repeatable]"
@@ -99,11 +100,12 @@ def command(
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")
     else:
-        say("For pictures, install matplotlib (pip install 'mamldata[plots]') and run the same command again.")
+        say(f"For pictures, install matplotlib ({install_command('plots')}) and run the same command again.")
     if as_json:
         print_json(result.to_json())
         return
-    click.echo(table(result))
+    for line in table(result).splitlines():
+        show(line)
     say(f"Done in {(time.monotonic() - start) / 60:.1f} min. The numbers are in {out / RESULT}.")
     next_command(["eval", result.entries[0].run.best, target, *as_words(episodes)])
 

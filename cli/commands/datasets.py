@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cli.options import json_option, root_option
-from cli.output import next_command, print_json
+from cli.output import next_command, print_json, show
 from mamldata.bank.inventory import list_datasets
 from mamldata.datasets.paths import data_root
 
@@ -24,10 +24,10 @@ def command(root: str | None, as_json: bool) -> None:
     for entry in entries:
         have = f"{entry['files_here']} of {entry['files']} raw files"
         banks = "".join(f", bank at {size} pixels" for size in entry["banks"])
-        click.echo(f"{entry['name']}: {entry['title']}")
-        click.echo(f"    here: {have}{banks}")
+        show(f"{entry['name']}: {entry['title']}")
+        show(f"    here: {have}{banks}")
         for scheme in entry["split_schemes"]:
             mark = " (default)" if scheme["default"] else ""
-            click.echo(f"    split scheme {scheme['name']}{mark}: {scheme['description']}")
-    click.echo(f"Kept in {data_root(root)}")
+            show(f"    split scheme {scheme['name']}{mark}: {scheme['description']}")
+    show(f"Kept in {data_root(root)}")
     next_command(["fetch", "glyphs"])  # glyphs needs no network

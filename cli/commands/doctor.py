@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cli.options import json_option, root_option
-from cli.output import print_json, size_text
+from cli.output import print_json, show, size_text
 from mamldata.datasets.paths import data_root
 from mamldata.doctor import examine
 
@@ -30,4 +30,4 @@ def command(root: str | None, as_json: bool) -> None:
             value = size_text(int(value))
         elif isinstance(value, list):
             value = "; ".join(value) or "none"
-        click.echo(f"{key.replace('_', ' ')}: {value}")
+        show(f"{key.replace('_', ' ')}: {value}")

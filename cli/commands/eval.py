@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from cli.options import benchmark_option, episode_options, given, json_option, root_option
-from cli.output import bars, print_json, say
+from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
+from cli.output import bars, print_json, say, show
 from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
@@ -23,7 +23,7 @@ from trainer.settings import SETTINGS
 @click.command(
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s",
 )
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
 @click.argument("target", metavar="[NAME|FOLDER|ARCHIVE]", required=False)
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
@@ -89,14 +89,14 @@ def command(
         named = known.name if known and complete else None
         print_json({**result.to_json(), "class_interval": other_classes, "benchmark": named, "digest": digest})
     else:
-        click.echo(str(result))
+        show(str(result))
         if known:
             part = (
                 "benchmark"
                 if complete
                 else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
             )
-            click.echo(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
+            show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
         steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
         say(about_classes)
         say(f"Accuracy before adaptation and after each inner step: {steps} %")

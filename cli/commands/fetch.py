@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cli.options import json_option, root_option
-from cli.output import bars, build_command, next_command, print_json, say, size_text
+from cli.output import bars, build_command, next_command, print_json, say, show, size_text
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root
@@ -16,6 +16,7 @@ from mamldata.errors import FetchError
 from mamldata.fetching.act import Fetched, fetch
 from mamldata.fetching.plan import Action, plan
 from mamldata.io.urls import shown_place
+from mamldata.words import counted
 
 
 @click.command(
@@ -48,8 +49,8 @@ def command(name: str, places: tuple[str, ...], offline: bool, dry_run: bool, ro
         print_json([asdict(result) for result in results])
         return
     for result in results:
-        click.echo(_line(result))
-    click.echo(f"{manifest.name} is in {manifest.home(home).raw}")
+        show(_line(result))
+    show(f"{manifest.name} is in {manifest.home(home).raw}")
     next_command(build_command(name))
 
 
@@ -57,7 +58,7 @@ def _line(result: Fetched) -> str:
     if result.images is not None:
         how = f"collected from {result.source}" if result.source else "here already"
         digest = f"content digest {result.content_sha256}, pinned"
-        return f"{result.name}: {how}, {result.images:,} images, {size_text(result.bytes)}, {digest}"
+        return f"{result.name}: {how}, {counted(result.images, 'image')}, {size_text(result.bytes)}, {digest}"
     if result.how == "had":
         return f"{result.name}: here already, {size_text(result.bytes)}, verified when it was fetched"
     if result.how == "checked":
@@ -85,9 +86,9 @@ def _show_plan(manifest: Manifest, root: Path, actions: list[Action], as_json: b
     else:
         for action in actions:
             size = f", {size_text(action.file.bytes)}" if action.file.bytes else ""
-            click.echo(f"{action.file.name}: {action.kind}{size}")
+            show(f"{action.file.name}: {action.kind}{size}")
             for source in action.sources:
-                click.echo(f"    {shown_place(source)}")
-        click.echo(f"into {manifest.home(root).raw}")
+                show(f"    {shown_place(source)}")
+        show(f"into {manifest.home(root).raw}")
     if missing := [action.file.name for action in actions if action.kind == "missing"]:
         raise FetchError(f"Without the network there is no source for: {', '.join(missing)}. Give one with --from.")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cli.options import json_option, root_option
-from cli.output import next_command, print_json, say, size_text
+from cli.output import next_command, print_json, say, show, size_text
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.index import AnyShard, Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
@@ -17,6 +17,7 @@ from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
 from mamldata.pipeline import read_archive
 from mamldata.readers.left_out import LeftOut
+from mamldata.words import counted
 
 
 @click.command(
@@ -103,19 +104,20 @@ def _stored(shards: Sequence[AnyShard]) -> str:
 def print_archive(archive: Archive, folder: Path | str) -> None:
     """Print an archive for people."""
     height, width, channels = archive.image_shape
-    click.echo(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")
-    click.echo(
+    show(f"{folder}: {archive.dataset} (version {archive.dataset_version}), split scheme {archive.split_scheme}")
+    show(
         f"  {archive.n_way}-way {archive.k_shot}-shot, {archive.k_query} queries per class, images "
         f"{height}x{width}x{channels}, rotations {archive.rotations}, seed {archive.seed}"
     )
     for name, split in archive.splits.items():
         stored = "" if archive.thin else f", {_stored(split.shards)}"
-        classes = f"{len(split.classes):5,} classes ({_images(split):,} images)"
-        click.echo(f"  {name:5} {split.episodes:7,} episodes of {classes}{stored}")
+        episodes = counted(split.episodes, "episode")
+        classes = f"{counted(len(split.classes), 'class', 'classes'):>13} ({counted(_images(split), 'image')})"
+        show(f"  {name:5} {episodes:>16} of {classes}{stored}")
     if archive.thin:
         images = sum(shard.rows for shard in archive.images)
-        click.echo(f"  thin: {images:,} images, {_stored(archive.images)}; episodes are drawn when they are read")
-    click.echo(f"  bank   sha256:{archive.bank_sha256}")
-    click.echo(f"  digest sha256:{archive.digest}")
+        show(f"  thin: {counted(images, 'image')}, {_stored(archive.images)}; episodes are drawn when they are read")
+    show(f"  bank   sha256:{archive.bank_sha256}")
+    show(f"  digest sha256:{archive.digest}")
     if known := benchmark_of(archive.digest):
-        click.echo(f"  benchmark {known.name}")
+        show(f"  benchmark {known.name}")

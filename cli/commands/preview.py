@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from cli.options import episode_options, json_option, root_option
-from cli.output import next_command, print_json, train_command
-from cli.targets import archive_cache, archive_folder, refuse_with_archive, trains
+from cli.options import LocalPath, episode_options, json_option, root_option
+from cli.output import next_command, print_json, show, train_command, trainable
+from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
 from mamldata.pipeline import read_archive
@@ -24,7 +24,7 @@ from mamldata.sources.source import Source
     epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
+@click.option("--out", type=LocalPath(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The episode's split.")
 @click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="The episode's index.")
 @episode_options()
@@ -44,14 +44,15 @@ def command(
     source: Source
     if folder is None:
         source = live(target, split, root=root, workers=default_workers(), **episodes)
+        following = train_command(target, episodes)
     else:
         refuse_with_archive(folder, episodes)
         source = open_archive(folder, split, verify=not is_remote(folder), cache_dir=archive_cache(folder, root))
+        following = train_command(target) if trainable(read_archive(folder).splits) else ["inspect", target]
     support, query, names = episode(source, index)
     save(contact_sheet(support, query, names, title(source, index)), out)
     if as_json:
         print_json({"out": str(out), "classes": names})
         return
-    click.echo(f"{out}: {title(source, index)}")
-    if trains(read_archive(folder) if folder else None):
-        next_command(train_command(target, episodes))
+    show(f"{out}: {title(source, index)}")
+    next_command(following)

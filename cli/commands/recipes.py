@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from cli.options import json_option
-from cli.output import next_command, print_json
+from cli.output import next_command, print_json, show
 from mamldata.datasets.toml import builtin_names
 from trainer.runs.recipe import load_recipe, recipe_names
 
@@ -24,13 +24,13 @@ def command(name: str | None, as_json: bool) -> None:
         print_json([asdict(recipe) for recipe in recipes])
         return
     for recipe in recipes:
-        click.echo(f"{recipe.name}: {recipe.title}, published: {recipe.published}")
+        show(f"{recipe.name}: {recipe.title}, published: {recipe.published}")
         if name:
-            click.echo(f"  source: {recipe.source}")
+            show(f"  source: {recipe.source}")
             if recipe.notes:
-                click.echo(f"  notes: {recipe.notes}")
+                show(f"  notes: {recipe.notes}")
             for key, value in {**recipe.episodes, **recipe.settings}.items():
-                click.echo(f"  {key} = {value}")
+                show(f"  {key} = {value}")
     if not name:
         next_command(["recipes", recipes[0].name])
     elif recipes[0].dataset in builtin_names():

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from cli.options import as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option
+from cli.output import next_command, print_json, say, show
 from cli.train_options import begin, setting_options
+from mamldata.words import install_command
 
 
 @click.command(
@@ -20,12 +21,12 @@ from cli.train_options import begin, setting_options
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run folder.")
+@click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
 @click.option(
     "--from",
     "start",
-    type=click.Path(exists=True, path_type=Path),
+    type=LocalPath(exists=True, path_type=Path),
     metavar="RUN|CHECKPOINT",
     help="Start from the weights of another run, in place of random ones.",
 )
@@ -75,10 +76,10 @@ def command(
     if have_matplotlib():
         plot_run(result.run_dir)
     else:
-        say("For curves.png, install matplotlib: pip install 'mamldata[plots]'")
+        say(f"For curves.png, install matplotlib: {install_command('plots')}")
     if as_json:
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return
-    click.echo(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
+    show(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
     say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
     next_command(["eval", result.best, target, *as_words(episodes)])

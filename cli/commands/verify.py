@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from cli.options import json_option, root_option
-from cli.output import bars, build_command, next_command, print_json, train_command
-from cli.targets import archive_folder, trains
+from cli.output import bars, build_command, next_command, print_json, show, use_command
+from cli.targets import archive_folder
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.verify import verify_archive
 from mamldata.bank.verify import verify_dataset
@@ -36,15 +36,12 @@ def command(target: str, digest: str | None, root: str | None, as_json: bool) ->
         print_json({"target": shown_place(target), "whole": not problems, "problems": problems})
     else:
         for problem in problems:
-            click.echo(problem)
+            show(problem)
         if not problems:
             archive = None if folder is None else read_archive(folder)
             known = benchmark_of(archive.digest) if archive else None
             digest_shown = f", digest {archive.digest}" if archive else ""
-            click.echo(f"{shown_place(target)} is whole{digest_shown}{f', benchmark {known.name}' if known else ''}")
-            if archive is None:
-                next_command(build_command(target))
-            elif trains(archive):
-                next_command(train_command(target))
+            show(f"{shown_place(target)} is whole{digest_shown}{f', benchmark {known.name}' if known else ''}")
+            next_command(use_command(target, archive.splits) if archive else build_command(target))
     if problems:
         raise click.exceptions.Exit(1)

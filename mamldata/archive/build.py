@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamldata.archive.index import INDEX, INDEX_SUM, Archive, check_archive, index_sum
+from mamldata.archive.index import BUILD, INDEX, INDEX_SUM, PLAN, Archive, check_archive, index_sum
 from mamldata.archive.plan import BuildRequest, plan_archive
-from mamldata.archive.store import BUILD, OURS, Store, store_at
-from mamldata.archive.write import PLAN, ShardMade, ShardTask, make_shard, receipt
+from mamldata.archive.store import OURS, Store, foreign_in_build, store_at
+from mamldata.archive.write import ShardMade, ShardTask, make_shard, receipt
 from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError, WriteError
@@ -148,14 +148,14 @@ def _refuse_other_content(store: Store, plan: Archive) -> None:
                 f"{store} holds an unfinished build of another archive ({other}). Choose another folder, or delete "
                 "this one."
             )
-    elif strangers:
+    elif strangers or foreign_in_build(store):
         raise RequestError(f"{store} is not empty and not an archive. Choose another folder.")
 
 
 def _started_difference(started: bytes, plan: Archive, store: Store) -> str:
     try:
         return _difference(json.loads(started), plan)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{PLAN} in {store} is damaged"
 
 

@@ -8,7 +8,8 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 from mamldata.errors import MamldataError, RequestError
-from mamldata.io.urls import shown_error, shown_place
+from mamldata.io.urls import shown_cause, shown_error, shown_place
+from mamldata.words import install_command
 
 _SECONDS = 10.0  # to wait for the scheduler's answer
 
@@ -32,39 +33,39 @@ def dask_executor(address: str, seconds: float = _SECONDS) -> Iterator[tuple[Exe
         from distributed import Client, KilledWorker
         from distributed.comm import CommClosedError, resolve_address
     except ImportError as error:
-        raise RequestError(
-            f"A Dask cluster needs another package ({error}). Run: pip install 'mamldata[dask]'"
-        ) from error
+        raise RequestError(f"A Dask cluster needs another package ({error}). Run: {install_command('dask')}") from error
     try:
         resolve_address(address)  # for an unknown host, a client fails only after half a minute
         client = Client(address, timeout=seconds, set_as_default=False)
     except ValueError as error:
         raise RequestError(
-            f"{shown!r} is not a Dask scheduler's address ({shown_error(error)}). Give tcp://host:8786."
-        ) from error
+            f"{shown!r} is not a Dask scheduler's address ({shown_error(error, address)}). Give tcp://host:8786."
+        ) from shown_cause(error, address)
     except OSError as error:
         raise MamldataError(
-            f"No Dask scheduler answers at {shown} ({shown_error(error)}). Check that it runs, and its address."
-        ) from error
+            f"No Dask scheduler answers at {shown} ({shown_error(error, address)}). Check that it runs, and its "
+            "address."
+        ) from shown_cause(error, address)
     with _quiet(), client:
         try:
             yield client.get_executor(), len(client.nthreads())
         except KilledWorker as error:
             raise MamldataError(
-                f"Several workers of the Dask cluster at {shown} died on the same shard ({shown_error(error)}). Check "
-                "their logs (out of memory?), and run the same command again: it continues from the finished shards."
-            ) from error
+                f"Several workers of the Dask cluster at {shown} died on the same shard "
+                f"({shown_error(error, address)}). Check their logs (out of memory?), and run the same command again: "
+                "it continues from the finished shards."
+            ) from shown_cause(error, address)
         except CommClosedError as error:
             raise MamldataError(
-                f"The Dask scheduler at {address} is gone. Start the cluster, and run the same command again: it "
+                f"The Dask scheduler at {shown} is gone. Start the cluster, and run the same command again: it "
                 "continues from the finished shards."
-            ) from error
+            ) from shown_cause(error, address)
         except (ImportError, RuntimeError) as error:  # RuntimeError: the scheduler lacks our modules
             raise MamldataError(
-                f"The Dask cluster at {address} cannot run this build "
-                f"({shown_error(error).partition(chr(10))[0]}). Install "
-                "mamldata[dask] in the same versions for the scheduler and all workers."
-            ) from error
+                f"The Dask cluster at {shown} cannot run this build "
+                f"({shown_error(error, address).partition(chr(10))[0]}). Install "
+                "mamldata and distributed in the same versions for the scheduler and all workers."
+            ) from shown_cause(error, address)
 
 
 @contextmanager

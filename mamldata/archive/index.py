@@ -21,11 +21,14 @@ from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from mamldata.io.npy import npy_bytes
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
-from mamldata.sampling.splits import SPLITS
+from mamldata.sampling.splits import SPLITS, require_split
+from mamldata.words import quoted
 
 FORMAT = "mamldata/1"
 THIN = "mamldata-thin/1"
 INDEX = "archive.json"
+BUILD = ".build"  # the folder of what only an unfinished build needs
+PLAN = f"{BUILD}/plan.json"
 INDEX_SUM = "archive.json.sha256"
 MOST_INDEX_BYTES = 1 << 28  # of archive.json: enough for 10**6 classes with names of 200 characters
 MOST_SUM_BYTES = 1 << 10
@@ -149,7 +152,7 @@ class Archive:
         Raises:
             RequestError: the archive has no episodes of it.
         """
-        if name not in self.splits:
+        if require_split(name) not in self.splits:
             raise RequestError(
                 f"The archive has no episodes of split {name!r}; it has {', '.join(self.splits)}. Build one that "
                 f"has {name} episodes: training validates on val, and evaluation uses test."
@@ -254,10 +257,9 @@ def read_archive(folder: Path) -> Archive:
     """
     path = folder / INDEX
     if not path.is_file():
-        unfinished = (folder / ".build").is_dir()
         raise RequestError(
             f"{folder} is an unfinished build. Run the same mamldata build again to finish it."
-            if unfinished
+            if (folder / PLAN).is_file()
             else f"{folder} is not an archive: it has no {INDEX}. Make one with: mamldata build NAME --out DIR"
         )
     digest_file = folder / INDEX_SUM
@@ -310,7 +312,7 @@ def parse_archive(data: bytes) -> Archive:
         raise DamagedError(f"not the description of an archive ({error}).") from error
     if declared not in (FORMAT, THIN):
         known = f"{FORMAT!r} and {THIN!r}"
-        raise DamagedError(f"its format is {declared!r:.{_MOST_SHOWN}}; this version of mamldata reads {known}.")
+        raise DamagedError(f"its format is {quoted(declared)}; this version of mamldata reads {known}.")
     try:
         archive = _from_json(document)
         sound = archive.to_json() == data and _plain(archive) and _consistent(archive)

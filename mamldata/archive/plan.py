@@ -12,7 +12,7 @@ from mamldata.bank.format import Bank
 from mamldata.datasets.manifest import Manifest
 from mamldata.errors import RequestError
 from mamldata.sampling.sampler import ROTATIONS, EpisodeSampler, class_table, quarter_turns
-from mamldata.sampling.splits import SPLITS, Division, SplitScheme, divide
+from mamldata.sampling.splits import SPLITS, Division, SplitScheme, divide, require_split
 
 DEFAULT_EPISODES = {"train": 2000, "val": 200, "test": 600}
 _SHARD_BYTES = 64 << 20  # a shard's default size: small enough to share out, large enough to stream
@@ -46,10 +46,8 @@ class BuildRequest:
     query_alpha: int | None = None
 
     def __post_init__(self) -> None:
-        unknown = set(self.episodes) - set(SPLITS)
-        if unknown:
-            raise RequestError(f"There is no split {sorted(unknown)[0]!r}; the splits are {', '.join(SPLITS)}.")
         for split, count in self.episodes.items():
+            require_split(split)
             if not 0 <= count < MOST_EPISODES:
                 raise RequestError(f"{split} must have from 0 to {MOST_EPISODES - 1:,} episodes, not {count:,}.")
         if not any(self.episodes.values()):

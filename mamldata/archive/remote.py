@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -44,9 +43,19 @@ from mamldata.fetching.http import (
     open_session,
     transfer,
 )
-from mamldata.io.atomic import commit, file_version, locked, locked_if_free, make_folder, write_atomic, writing
+from mamldata.io.atomic import (
+    commit,
+    file_version,
+    locked,
+    locked_if_free,
+    make_folder,
+    open_regular,
+    write_atomic,
+    writing,
+)
 from mamldata.io.digest import canonical_json, chunks, sha256_bytes, sha256_file
-from mamldata.io.urls import is_http, join, require_address, shown_error, shown_place
+from mamldata.io.scratch import scratch
+from mamldata.io.urls import is_http, join, require_address, shown_cause, shown_error, shown_place
 
 _log = logging.getLogger(__name__)  # by default Python shows its warnings on stderr
 Opened = TypeVar("Opened")
@@ -71,10 +80,10 @@ def read_remote_archive(url: str, network: Network | None = None) -> Archive:
     """
     require_address(url)
     shown = shown_place(join(url, INDEX))
-    with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
+    with scratch() as place:
         found = []
         for name, bound in ((INDEX, MOST_INDEX_BYTES), (INDEX_SUM, MOST_SUM_BYTES)):
-            path = Path(place) / name
+            path = place / name
             _obtain(join(url, name), Part(path), path, bound, lambda: None, network or Network(), lasting=False)
             found.append(path.read_bytes())
     data, digest = found
@@ -124,6 +133,10 @@ class ShardCache:
         """The subfolder that only the cache uses."""
         return self.folder / "mamldata-shards"
 
+    def path(self, shard: AnyShard) -> Path:
+        """Where a shard is, once it has been fetched."""
+        return self.own / f"{shard.sha256}.tar"
+
     def get(self, url: str, shard: AnyShard) -> Path:
         """A shard's file, if no other process uses the cache; see ``open``."""
         return self.open(url, shard, Path)
@@ -141,7 +154,7 @@ class ShardCache:
             WriteError: the folder cannot be written to.
             DamagedError: ``opener`` refused the shard, even after it was fetched again.
         """
-        path = self.own / f"{shard.sha256}.tar"
+        path = self.path(shard)
         with locked(path.with_suffix(".lock")):
             if path.is_file():
                 if _is_sound(path, shard):
@@ -198,6 +211,8 @@ def _evictable(own: Path, coming: Container[Path]) -> Iterator[tuple[int, int, P
             continue
         final = own / found.name.removesuffix(".part")
         with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            if not found.is_file():
+                continue  # such as a folder of that name, or a link in a circle
             if found == final:
                 known = _record(final) if _record(final).exists() else final
                 yield known.stat().st_mtime_ns, final.stat().st_size, final
@@ -213,8 +228,9 @@ def _evict(found: Path) -> bool:
     final = found.with_name(found.name.removesuffix(".part"))
     with locked_if_free(final.with_suffix(".lock")) as free:
         if free:
-            for path in (final, _record(final)):
-                path.unlink(missing_ok=True)
+            with writing(final):
+                for path in (final, _record(final)):
+                    path.unlink(missing_ok=True)
             Part(final).drop()
         return free
 
@@ -225,13 +241,13 @@ def _record(path: Path) -> Path:
 
 
 def _version(path: Path) -> bytes:
-    return canonical_json(dict(zip(("bytes", "inode", "mtime", "ctime"), file_version(path.stat()), strict=True)))
+    return canonical_json(file_version(path.stat())._asdict())
 
 
 def _is_sound(path: Path, shard: AnyShard) -> bool:
     """Whether a cached shard has the right digest, by this user's record or by hashing it."""
     version = _version(path)
-    with suppress(OSError), _record(path).open("rb") as stream:
+    with suppress(OSError), open_regular(_record(path)) as stream:
         if os.fstat(stream.fileno()).st_uid == os.geteuid() and stream.read(len(version) + 1) == version:
             return True
     if path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
@@ -358,21 +374,21 @@ def _attempt(url: str, part: Part, bound: int, network: Network) -> None:
         stream = fsspec.open(url, "rb").open()
     except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = isinstance(error, FileNotFoundError | PermissionError)
-        raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error
+        raise SourceError(f"it cannot be read ({shown_error(error, url)})", final=final) from shown_cause(error, url)
     with stream, part.writer(had) as target:
-        for chunk in _remaining(stream, had):
+        for chunk in _remaining(stream, url, had):
             had += len(chunk)
             if had > bound:
                 raise SourceError(f"it is longer than the allowed {bound:,} bytes", final=True)
             target.write(chunk)
 
 
-def _remaining(stream: Any, start: int) -> Any:
+def _remaining(stream: Any, url: str, start: int) -> Any:
     try:
         stream.seek(start)
         yield from chunks(stream)
     except Exception as error:  # as above
-        raise SourceError(f"reading it failed ({shown_error(error)})") from error
+        raise SourceError(f"reading it failed ({shown_error(error, url)})") from shown_cause(error, url)
 
 
 def _require_digest(part: _HashedPart, shard: AnyShard) -> None:

@@ -13,13 +13,12 @@ import numpy as np
 from mamldata.archive.index import INDEX, AnyShard, ImageShard, Shard, shard_sizes
 from mamldata.archive.layout import END, Bytes, EpisodeLayout
 from mamldata.bank.checked import hash_and_note
-from mamldata.errors import DamagedError
+from mamldata.errors import DamagedError, enough_descriptors
 from mamldata.io.atomic import FileVersion, file_version
 from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
 from mamldata.sampling.sampler import EpisodeSampler
 
-_MOST_POOL = 1 << 24  # upper bound on the numbers shuffled to draw an episode that a shard is compared with
 REMEDY = "Copy it again, or delete it and build the archive again."
 _maps: WeakSet[mmap.mmap] = WeakSet()  # of shards, in this process
 
@@ -36,6 +35,8 @@ def check_size(path: Path, shard: AnyShard) -> None:
         raise DamagedError(
             f"The shard {path} is missing ({_range(shard)}). Copy it again, or build the archive again."
         ) from None
+    except OSError as error:
+        raise DamagedError(f"The shard {path} ({_range(shard)}) cannot be read ({error.strerror}). {REMEDY}") from error
     if got != shard.bytes:
         raise DamagedError(f"The shard {path} ({_range(shard)}) has {got:,} bytes, expected {shard.bytes:,}. {REMEDY}")
 
@@ -89,6 +90,15 @@ def open_shard(
     return mapped
 
 
+def changed_in_place(path: Path, version: FileVersion) -> bool:
+    """Whether a mapped shard's own file has changed since it was checked. A file renamed to its path is another one."""
+    try:
+        now = file_version(os.stat(path))  # noqa: PTH116  # half the time of Path.stat
+    except OSError:  # removed, which leaves the map as it is
+        return False
+    return now.inode == version.inode and now[:3] != version[:3]
+
+
 def open_images(
     path: Path, shard: ImageShard, image_shape: Sequence[int], *, verify: bool = False, remedy: str = REMEDY
 ) -> Bytes:
@@ -123,7 +133,7 @@ def open_images(
 def _map(path: Path, shard: AnyShard) -> tuple[Bytes, FileVersion]:
     """A file of the right length in memory: uint8 ``[bytes]``, read-only; and which version of it."""
     check_size(path, shard)
-    with path.open("rb") as stream:
+    with enough_descriptors(), path.open("rb") as stream:
         version = file_version(os.fstat(stream.fileno()))
         map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
     _maps.add(map_)
@@ -160,13 +170,7 @@ def _first_broken_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout) ->
 
 
 def _first_other_episode(mapped: Bytes, shard: Shard, layout: EpisodeLayout, sampler: EpisodeSampler) -> int | None:
-    """The index of the first or last episode of a shard if it is not the one that the sampler draws.
-
-    Also None if drawing one episode would take more than 64 MiB, because a forged ``archive.json`` can claim classes
-    of any size.
-    """
-    if sampler.spec.n_way * int(sampler.table.images.max()) > _MOST_POOL:
-        return None
+    """The index of the first or last episode of a shard if it is not the one that the sampler draws."""
     stored = layout.view(mapped, layout.source)
     for place in (0, shard.episodes - 1):
         index = shard.first_episode + place

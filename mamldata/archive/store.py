@@ -6,26 +6,28 @@ other, because each first writes under a name of its own. So correctness does no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import shutil
-import tempfile
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mamldata.archive.index import MOST_INDEX_BYTES
+from mamldata.archive.index import BUILD, MOST_INDEX_BYTES
 from mamldata.errors import MamldataError, RequestError, WriteError
 from mamldata.io.atomic import locked, make_folder, publish, read_whole, writing
 from mamldata.io.digest import chunks, sha256_file
-from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_error, shown_place
+from mamldata.io.scratch import scratch
+from mamldata.io.urls import is_http, is_remote, local_address, require_address, shown_cause, shown_error, shown_place
 
-BUILD = ".build"  # what only an unfinished build needs
 _LOCK = ".lock"
 OURS = frozenset({BUILD, _LOCK})  # names that only an unfinished build has
+# Names in .build. A user may have a folder of that name, whose files are never removed.
+_IN_BUILD = re.compile(r"plan\.json|[a-z]+-\d+\.(tar|npy)\.sha256|.+\.[0-9a-f]{32}\.part")
 
 # These file systems show an object only when it is whole; on any other, a file grows under its name.
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "hf"}
@@ -44,8 +46,8 @@ class Store(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def entries(self) -> dict[str, int]:
-        """Names at the top, with lengths in bytes (0 for folders); empty if the place does not exist."""
+    def entries(self, folder: str = "") -> dict[str, int]:
+        """Names at the top, or in a folder, with lengths in bytes (0 for folders); empty if it does not exist."""
 
     def size(self, name: str) -> int | None:
         """A file's length in bytes, None if it is missing."""
@@ -73,7 +75,7 @@ class Store(Protocol):
         """Remove a file, if it exists."""
 
     def clear(self) -> None:
-        """Remove what only an unfinished build needs."""
+        """Remove what only an unfinished build needs: files of our names, and folders that are empty then."""
 
     def alone(self) -> AbstractContextManager[None]:
         """Wait for other builds of the whole archive, to avoid doing the work twice. Correctness does not need it."""
@@ -98,6 +100,11 @@ def store_at(place: Path | str) -> Store:
     return AddressStore(url) if local is None else FolderStore(local.absolute())
 
 
+def foreign_in_build(store: Store) -> bool:
+    """Whether ``.build`` there has files that no build of ours has made."""
+    return any(not _IN_BUILD.fullmatch(name) for name in store.entries(BUILD))
+
+
 @dataclass(frozen=True)
 class FolderStore:
     """A folder, on this machine or on a file system that machines share."""
@@ -107,31 +114,35 @@ class FolderStore:
     def __str__(self) -> str:
         return str(self.path)
 
-    def entries(self) -> dict[str, int]:
+    def entries(self, folder: str = "") -> dict[str, int]:
+        place = self.path / folder
         try:
-            with os.scandir(self.path) as entries:
+            with _looking(), os.scandir(place) as entries:
                 return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in entries}
         except NotADirectoryError:
-            if self.path.exists():
-                raise WriteError(f"{self} is a file. Choose a folder for the archive.") from None
+            if place.exists():
+                raise WriteError(f"{place} is a file. Choose a folder for the archive.") from None
             return {}  # a parent is a file, which making the folder reports
         except FileNotFoundError:
             return {}
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.path / name).stat().st_size
+            with _looking():
+                return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes | None:
         try:
-            return read_whole(self.path / name, MOST_INDEX_BYTES)
+            with _looking():
+                return read_whole(self.path / name, MOST_INDEX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def sha256(self, name: str) -> str:
-        return sha256_file(self.path / name)
+        with _looking():
+            return sha256_file(self.path / name)
 
     def prepare(self) -> None:
         make_folder(self.path / BUILD)
@@ -175,17 +186,39 @@ class FolderStore:
     def clear(self) -> None:
         # In this order: if this process dies in between, the next build sees .build and clears up.
         (self.path / _LOCK).unlink(missing_ok=True)
-        shutil.rmtree(self.path / BUILD, ignore_errors=True)
+        with suppress(OSError):
+            for name in filter(_IN_BUILD.fullmatch, self.entries(BUILD)):
+                self.remove(f"{BUILD}/{name}")
+            (self.path / BUILD).rmdir()
 
     def alone(self) -> AbstractContextManager[None]:
         return locked(self.path / _LOCK)
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    """Name what is in the way of reading a folder: no permission, a folder or a pipe for a file, a link in a circle.
+
+    Raises:
+        WriteError: with that, and what to do.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+            raise  # nothing is in the way there
+        raise WriteError(
+            f"{error.filename} cannot be read ({error.strerror}). Move it elsewhere, or choose another folder."
+        ) from error
 
 
 @dataclass(frozen=True)
 class AddressStore:
     """An address that fsspec can write to. A file is written on this machine first, and then uploaded."""
 
-    url: str
+    url: str = field(repr=False)  # it may have a password, and workers log their tasks
 
     def __str__(self) -> str:
         return shown_place(self.url)
@@ -198,9 +231,10 @@ class AddressStore:
         system.invalidate_cache()
         return system, root.rstrip("/")
 
-    def entries(self) -> dict[str, int]:
+    def entries(self, folder: str = "") -> dict[str, int]:
         with self._talking():
             system, root = self._open()
+            root = f"{root}/{folder}" if folder else root
             try:
                 entries: list[dict[str, Any]] = system.ls(root, detail=True)
             except FileNotFoundError:
@@ -247,8 +281,8 @@ class AddressStore:
                 system.makedirs(f"{root}/{BUILD}", exist_ok=True)
 
     def write(self, name: str, pieces: Pieces) -> None:
-        with tempfile.TemporaryDirectory(prefix="mamldata-") as place:
-            part = Path(place) / "part"
+        with scratch() as place:
+            part = place / "part"
             with writing(part), part.open("wb") as stream:
                 stream.writelines(pieces)
             with self._talking():
@@ -284,8 +318,15 @@ class AddressStore:
     def clear(self) -> None:
         with self._talking():
             system, root = self._open()
-            if system.exists(f"{root}/{BUILD}"):
-                system.rm(f"{root}/{BUILD}", recursive=True)
+            names = list(filter(_IN_BUILD.fullmatch, found := self.entries(BUILD)))
+            paths = [f"{root}/{BUILD}/{name}" for name in names]
+            if paths and _shows_whole_objects(system):
+                system.rm(paths)  # a thousand with each request
+            else:
+                for path in paths:
+                    system.rm_file(path)
+            if len(names) == len(found) and system.isdir(f"{root}/{BUILD}"):
+                system.rmdir(f"{root}/{BUILD}")
 
     def alone(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -303,9 +344,9 @@ class AddressStore:
             raise
         except Exception as error:
             raise WriteError(
-                f"{self} cannot be used ({shown_error(error)}). Check the address, your credentials "
+                f"{self} cannot be used ({shown_error(error, self.url)}). Check the address, your credentials "
                 "and the network, and run the same command again: it continues from the finished shards."
-            ) from error
+            ) from shown_cause(error, self.url)
 
 
 def _shows_whole_objects(system: Any) -> bool:

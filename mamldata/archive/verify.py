@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from mamldata.archive.remote import ShardCache, read_remote_archive
 from mamldata.archive.shard import open_images, open_shard
 from mamldata.errors import DamagedError, FetchError, RequestError
 from mamldata.io.npy import npy_header
+from mamldata.io.scratch import scratch
 from mamldata.io.urls import is_remote, join, shown_place
 from mamldata.progress import Advance, Progress, silent
 from mamldata.sampling.sampler import EpisodeSampler
@@ -58,8 +58,8 @@ def _verify_remote(url: str, progress: Progress, digest: str | None) -> list[str
     except DamagedError as error:
         return [str(error)]
     largest = max(shard.bytes for shard in archive.shards())
-    with TemporaryDirectory(prefix="mamldata-") as place:
-        cache = ShardCache(Path(place), largest, lasting=False)
+    with scratch() as place:
+        cache = ShardCache(place, largest, lasting=False)
         problems = _check_digest(shown_place(url), archive, digest)
         return problems + _check_shards(
             shown_place(join(url, INDEX)), archive, progress, lambda shard: cache.get(join(url, shard.file), shard)

@@ -10,9 +10,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mamldata.archive.index import INDEX, AnyShard, Archive, ImageShard, Shard, parse_archive, parse_plan, shard_sizes
+from mamldata.archive.index import (
+    BUILD,
+    INDEX,
+    PLAN,
+    AnyShard,
+    Archive,
+    ImageShard,
+    Shard,
+    parse_archive,
+    parse_plan,
+    shard_sizes,
+)
 from mamldata.archive.layout import END, EpisodeLayout
-from mamldata.archive.store import BUILD, Store
+from mamldata.archive.store import Store
 from mamldata.bank.format import Images, open_images
 from mamldata.errors import DataMissingError, MamldataError, WriteError
 from mamldata.io.digest import sha256_bytes
@@ -20,7 +31,6 @@ from mamldata.io.npy import npy_header
 from mamldata.sampling.sampler import EpisodeSampler, gather
 from mamldata.version import __version__
 
-PLAN = f"{BUILD}/plan.json"
 _CHUNK_BYTES = 8 << 20  # generated at a time, in memory
 
 

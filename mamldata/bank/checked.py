@@ -14,18 +14,15 @@ from pathlib import Path
 
 from mamldata.datasets.paths import cache_folder
 from mamldata.errors import WriteError
-from mamldata.io.atomic import make_folder, write_atomic
+from mamldata.io.atomic import FileVersion, file_version, make_folder, write_atomic
 from mamldata.io.digest import canonical_json, sha256_file
 from mamldata.progress import Advance
-
-# Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
-_TICK_NS = 2_000_000_000
 
 
 def is_noted(path: Path, sha256: str) -> bool:
     """Whether this user has verified the file's digest, and its length, inode and times have not changed since."""
     try:
-        wanted = _note(path, path.stat(), sha256)
+        wanted = _note(path, file_version(path.stat()), sha256)
         with _place(path).open("rb") as stream:
             return stream.read(len(wanted) + 1) == wanted
     except (OSError, RuntimeError):
@@ -35,8 +32,8 @@ def is_noted(path: Path, sha256: str) -> bool:
 def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> str:
     """Hash a file regardless of its note. If the digest is the expected one, note it; if not, remove the note.
 
-    A file that changed within the last two seconds is not noted, because a later change could leave the same time
-    (Git's "racy" rule). Without a note, or if it cannot be written, the file is hashed again the next time.
+    A file that changed within the last two seconds is not noted, see ``FileVersion.settled``. Without a note, or if it
+    cannot be written, the file is hashed again the next time.
 
     Args:
         path: the file.
@@ -49,31 +46,21 @@ def hash_and_note(path: Path, sha256: str, advance: Advance | None = None) -> st
     Raises:
         OSError: the file cannot be read.
     """
-    now, status = time.time_ns(), path.stat()
+    now, version = time.time_ns(), file_version(path.stat())
     got = sha256_file(path, advance)
     with suppress(OSError, RuntimeError, WriteError):
         place = _place(path)
         if got != sha256:
             place.unlink(missing_ok=True)
-        elif max(status.st_mtime_ns, status.st_ctime_ns) + _TICK_NS < now:
+        elif version.settled(now):
             make_folder(place.parent)
             # Without a lock: a note garbled by two processes writing at once is ignored.
-            write_atomic(place, _note(path, status, sha256), lasting=False)
+            write_atomic(place, _note(path, version, sha256), lasting=False)
     return got
 
 
-def _note(path: Path, status: os.stat_result, sha256: str) -> bytes:
-    # Without the device, whose number changes with every mount of a network file system.
-    return canonical_json(
-        {
-            "path": str(path.absolute()),
-            "bytes": status.st_size,
-            "inode": status.st_ino,
-            "mtime_ns": status.st_mtime_ns,
-            "ctime_ns": status.st_ctime_ns,
-            "sha256": sha256,
-        }
-    )
+def _note(path: Path, version: FileVersion, sha256: str) -> bytes:
+    return canonical_json({"path": str(path.absolute()), **version._asdict(), "sha256": sha256})
 
 
 def _place(path: Path) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 from mamldata.errors import DamagedError, DatasetError, Fault
-from mamldata.io.atomic import MOST_NOTE, NOT_REGULAR, locked, make_folder, read_whole, write_atomic
+from mamldata.io.atomic import MOST_NOTE, NOT_REGULAR, file_version, locked, make_folder, read_whole, write_atomic
 from mamldata.io.containers import MOST_IMAGE_BYTES, list_members
 from mamldata.io.content_digest import digest_of_contents
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
@@ -18,8 +19,9 @@ from mamldata.readers.image import is_image
 def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) -> str:
     """The content digest of a folder's images (see ``mamldata.io.content_digest.content_sha256``).
 
-    Hashing a large folder takes a while, so the digest is noted beside the bank, with the name, length and mtime of
-    every file, and used while these do not change. Without a writable place for the note, it is computed each time.
+    Hashing a large folder takes a while, so the digest is noted beside the bank, with the name and version of every
+    file (``FileVersion``), and used while these do not change. It is not noted if a file changed within the last two
+    seconds. Without a writable place for the note, it is computed each time.
 
     Args:
         folder: the user's own, which is only read.
@@ -32,7 +34,8 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
         WriteError: the note cannot be written.
     """
     names = [member.name for member in list_members(folder) if is_image(member.name)]
-    listing = _listing(folder, names)
+    now = time.time_ns()
+    listing, settled = _listing(folder, names, now)
     if note is None:
         return _hash(folder, names, progress)
     if noted := _noted(note, listing):
@@ -44,8 +47,9 @@ def folder_sha256(folder: Path, note: Path | None, progress: Progress = silent) 
     with locked(note.with_suffix(".lock")):
         if not (content := _noted(note, listing)):
             content = _hash(folder, names, progress)
-            # With the listing from before the hashing, so that a change meanwhile is noticed the next time.
-            write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
+            if settled:
+                # With the listing from before the hashing, so that a change meanwhile is noticed the next time.
+                write_atomic(note, canonical_json({"listing_sha256": listing, "content_sha256": content}))
     return content
 
 
@@ -68,8 +72,9 @@ def _noted(note: Path, listing: str) -> str:
         return ""
 
 
-def _listing(folder: Path, names: list[str]) -> str:
-    entries, faults = [], []
+def _listing(folder: Path, names: list[str], now: int) -> tuple[str, bool]:
+    """The digest of the names and versions of files, and whether all of them are settled."""
+    entries, faults, settled = [], [], True
     for name in names:
         try:
             status = (folder / name).stat()
@@ -80,7 +85,9 @@ def _listing(folder: Path, names: list[str]) -> str:
         elif status.st_size > MOST_IMAGE_BYTES:
             size = f"{status.st_size:,} bytes; the limit for an image is {MOST_IMAGE_BYTES:,}"
             faults.append(Fault("image", f"{folder / name}: it has {size}"))
-        entries.append([name, status.st_size, status.st_mtime_ns])
+        version = file_version(status)
+        settled &= version.settled(now)
+        entries.append([name, *version])
     if faults:  # before hashing any of them, which may never end
         raise DatasetError(folder.name, faults, "Repair or remove these files, and run the same command again.")
-    return sha256_bytes(canonical_json(entries))
+    return sha256_bytes(canonical_json(entries)), settled

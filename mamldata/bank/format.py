@@ -104,7 +104,13 @@ def described_bank(path: Path, description: dict[str, Any]) -> Bank:
     """
     _require_right_to_read(path)
     shape: tuple[int, int, int, int] = tuple(description["shape"])
-    expected, got = npy_bytes("|u1", shape), path.stat().st_size
+    expected = npy_bytes("|u1", shape)
+    try:
+        got = path.stat().st_size
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # such as a link that leads in a circle
+        raise DamagedError(f"{path} cannot be read ({error.strerror}). Delete it and run the command again.") from error
     if got != expected:
         raise DamagedError(f"{path} has {got:,} bytes, expected {expected:,}. Delete it and run the command again.")
     return Bank(

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +25,9 @@ from mamldata.bank.format import FORMAT, Bank, damage_of, described, described_b
 from mamldata.datasets.manifest import ImageRecipe, Manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, Fault, RequestError
-from mamldata.fetching.receipts import fetch_command, verified_digests
-from mamldata.io.atomic import commit, locked, make_folder, require_space, temporary, write_atomic, writing
-from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.fetching.receipts import dataset_command, fetch_command, verified_digests
+from mamldata.io.atomic import commit, locked, make_folder, read_whole, require_space, temporary, write_atomic, writing
+from mamldata.io.digest import canonical_json, parse_json, sha256_bytes, sha256_file
 from mamldata.io.npy import npy_bytes, npy_header
 from mamldata.parallel import run_tasks
 from mamldata.progress import Advance, Progress, silent
@@ -38,6 +38,7 @@ from mamldata.readers.left_out import LeftOut, group
 _TASK_IMAGES = 4096  # opening a zip of 20,000 members takes as long as decoding some hundred images
 _TASK_BYTES = 64 << 20  # of the bank, mapped and written by one worker at a time
 _CHUNK_BYTES = 4 << 20
+_MOST_JOURNAL = 1 << 28  # bytes: enough for a million damaged images
 
 
 def make_bank(
@@ -79,7 +80,7 @@ def make_bank(
                 _make(manifest, folder, side, identity, workers, progress)
                 return open_bank(folder, side)  # hashed when it was made
     if not is_noted(bank.path, bank.sha256) and (problem := damage_of(bank.path, bank.sha256, progress)):
-        command = f"mamldata verify {shlex.quote(manifest.reference)}"
+        command = dataset_command("verify", manifest, root)
         raise DamagedError(f"{problem} To check the raw files too, run: {command}")
     return bank
 
@@ -118,6 +119,8 @@ def _left_out(index: ImageIndex, damaged: Sequence[str]) -> tuple[LeftOut, ...]:
 def _make(
     manifest: Manifest, folder: DatasetFolder, side: int, identity: dict[str, Any], workers: int, progress: Progress
 ) -> None:
+    if manifest.folder is None:
+        _require_unchanged(manifest, folder, progress)
     index = index_images(manifest.reader, _source_files(manifest, folder))
     path = folder.bank(side)
     shape = (len(index.images), side, side, manifest.image.channels)
@@ -125,14 +128,14 @@ def _make(
     faults = [*index.faults, *(index.images[row].fault(why) for row, why in sorted(damage.items()))]
     if fatal := manifest.reader.fatal(faults):
         temporary(path).unlink(missing_ok=True)
-        raise DatasetError(manifest.name, fatal, _advice(manifest, fatal))
+        raise DatasetError(manifest.name, fatal, _advice(manifest, folder.root, fatal))
     kept = ImageIndex(tuple(image for row, image in enumerate(index.images) if row not in damage))
     if damage:
         shape = _drop_rows(path, shape, damage)
     classes = kept.classes()
     with progress("hash", npy_bytes("|u1", shape), "B") as advance:
         digest, sums = _measure(temporary(path), shape, [count for _, _, count in classes], advance)
-    _check_known(manifest, side, digest, temporary(path))
+    _check_known(manifest, folder.root, side, digest, temporary(path))
     description = {
         "format": FORMAT,
         "name": manifest.name,
@@ -149,7 +152,24 @@ def _make(
     _finish(folder, side, description)
 
 
-def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
+def _require_unchanged(manifest: Manifest, folder: DatasetFolder, progress: Progress) -> None:
+    """Hash the raw files again: a container without check sums gives other images after a single changed bit.
+
+    Raises:
+        DamagedError: one has changed since it was fetched.
+    """
+    for name, expected in raw_digests(manifest, folder).items():
+        path = folder.raw / name
+        with progress(name, path.stat().st_size, "B") as advance:
+            got = sha256_file(path, advance)
+        if got != expected:
+            raise DamagedError(
+                f"{path} has changed since it was fetched: sha256 {got}, expected {expected}. Delete it, and run: "
+                f"{fetch_command(manifest, folder.root)}"
+            )
+
+
+def _advice(manifest: Manifest, root: Path, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
         return "Repair or remove these files, and run the same command again."
     if all(fault.of_one_image for fault in faults):
@@ -157,7 +177,7 @@ def _advice(manifest: Manifest, faults: Iterable[Fault]) -> str:
             'Get these images again, or put damaged = "leave-out" under [reader] in a manifest of your own: the '
             "bank then lists the missing images."
         )
-    return f"Repair the files, and run: mamldata fetch {manifest.reference} --from FOLDER"
+    return f"Repair the files, and run: {fetch_command(manifest, root)} --from FOLDER"
 
 
 def raw_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str]:
@@ -255,13 +275,14 @@ def _resume(
     Otherwise start a new file.
     """
     key = sha256_bytes(canonical_json(work))
-    if part.is_file() and journal.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
-        first, *lines = journal.read_text().split("\n")
-        if first == key:
-            # Drop a half-written last line, so that the next one is not appended to it.
-            write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines[:-1]]).encode())
-            pieces = [json.loads(line) for line in lines[:-1]]
-            return {start: {int(row): why for row, why in damage.items()} for start, damage in pieces}
+    if part.is_file() and part.stat().st_size == npy_bytes("|u1", shape):
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # nothing vouches for what a journal says
+            first, *lines, _ = read_whole(journal, _MOST_JOURNAL).decode().split("\n")  # the last line is half-written
+            pieces = [parse_json(line.encode()) for line in lines]
+            done = {int(start): {int(row): str(why) for row, why in damage.items()} for start, damage in pieces}
+            if first == key and all(row in range(shape[0]) for damage in done.values() for row in damage):
+                write_atomic(journal, "".join(f"{line}\n" for line in [key, *lines]).encode())
+                return done
     journal.unlink(missing_ok=True)
     part.unlink(missing_ok=True)
     require_space(part.with_suffix(""), npy_bytes("|u1", shape))
@@ -335,8 +356,9 @@ def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> No
         description_path.unlink(missing_ok=True)
     with writing(path):
         commit(path)
+        # Before the description: once there is one, no build looks for a journal.
+        _journal(path).unlink(missing_ok=True)
     write_atomic(description_path, described(description))
-    _journal(path).unlink(missing_ok=True)
 
 
 def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[str, Any]:
@@ -361,12 +383,12 @@ def _current(folder: DatasetFolder, size: int, identity: dict[str, Any], known: 
     return None
 
 
-def _check_known(manifest: Manifest, size: int, digest: str, part: Path) -> None:
+def _check_known(manifest: Manifest, root: Path, size: int, digest: str, part: Path) -> None:
     known = manifest.image.bank_sha256.get(size)
     if known is not None and digest != known:
         part.unlink()
         raise DamagedError(
             f"{manifest.name} at {size} pixels has sha256 {digest}, but the known digest is {known}. "
-            f"Either a raw file is damaged (run: mamldata verify {manifest.reference}), or this Pillow "
+            f"Either a raw file is damaged (run: {dataset_command('verify', manifest, root)}), or this Pillow "
             f"({PIL.__version__}) computes other pixels: install another version of it."
         )

@@ -9,6 +9,7 @@ from mamldata.bank.format import check_bank, read_description
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import DataMissingError
+from mamldata.fetching.receipts import dataset_command, fetch_command
 from mamldata.fetching.verify import check_raw
 from mamldata.progress import Progress, silent
 
@@ -28,9 +29,7 @@ def verify_dataset(manifest: Manifest, root: Path, progress: Progress = silent) 
     banks = sorted(folder.path.glob(f"{manifest.name}-*.json"))
     arrays = sorted(folder.path.glob(f"{manifest.name}-*.npy"))
     if not banks and not folder.raw.is_dir():
-        raise DataMissingError(
-            f"There is nothing of {manifest.name} in {root}. Run: mamldata fetch {manifest.reference}"
-        )
+        raise DataMissingError(f"There is nothing of {manifest.name} in {root}. Run: {fetch_command(manifest, root)}")
     problems = check_raw(manifest, root, progress)
     for description in banks:
         problems += check_bank(description, progress)
@@ -46,7 +45,8 @@ def _verify_folder(manifest: Manifest, folder: DatasetFolder, progress: Progress
     banks = sorted(folder.path.glob(f"{folder.name}-*.json"))
     if not banks:
         raise DataMissingError(
-            f"There is no bank of {manifest.folder} yet. Run: mamldata build {manifest.reference} --out ARCHIVE"
+            f"There is no bank of {manifest.folder} yet. "
+            f"Run: {dataset_command('build', manifest, folder.root)} --out ARCHIVE"
         )
     digest = folder_sha256(manifest.folder, None, progress)
     problems = []

@@ -13,6 +13,7 @@ from mamldata.io.containers import Member, list_members
 from mamldata.readers.image import ReaderRecipe, as_text, is_image, why_not
 from mamldata.readers.left_out import Tally
 from mamldata.sampling.splits import SPLITS, SplitScheme
+from mamldata.words import counted
 
 # How the images of a folder are stored in a bank.
 FOLDER_IMAGES = ImageRecipe(84, 3, "lanczos", invert=False, bank_sha256={}, upright=True)
@@ -108,8 +109,8 @@ def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:
 def _seeded(folder: Path, classes: int, members: Iterable[Member]) -> SplitScheme:
     if classes < len(SPLITS):
         raise RequestError(
-            f"{folder} has images of {classes} classes; train, val and test need at least one each, and n_way classes "
-            f"each to build episodes.{_others(members)}"
+            f"{folder} has images of {counted(classes, 'class', 'classes')}; train, val and test need at "
+            f"least one each, and n_way classes each to build episodes.{_others(members)}"
         )
     counts = seeded_counts(classes)
     return SplitScheme("seeded", f"{_counted(counts)} classes at random, seed 0", {}, counts, seed=0)

@@ -10,6 +10,7 @@ from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.toml import builtin_names, parse_manifest
 from mamldata.errors import ManifestError, RequestError, did_you_mean
 from mamldata.io.atomic import MOST_NOTE, read_whole
+from mamldata.io.urls import shown_place
 
 
 def load_manifest(name_or_path: str) -> Manifest:
@@ -25,7 +26,7 @@ def load_manifest(name_or_path: str) -> Manifest:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise RequestError(f"There is no manifest file {path}.")
+            raise RequestError(f"There is no manifest file {shown_place(name_or_path)}.")
         try:
             data = read_whole(path, MOST_NOTE)
         except OSError as error:
@@ -36,8 +37,8 @@ def load_manifest(name_or_path: str) -> Manifest:
         if Path(name_or_path).is_dir():
             return folder_manifest(Path(name_or_path))
         raise RequestError(
-            f"There is no dataset {name_or_path!r}.{did_you_mean(name_or_path, names)} The built-in datasets "
-            f"are {', '.join(names)}; for your own, give the path of its .toml file or its folder of images."
+            f"There is no dataset {shown_place(name_or_path)!r}.{did_you_mean(name_or_path, names)} The built-in "
+            f"datasets are {', '.join(names)}; for your own, give the path of its .toml file or its folder of images."
         )
     folder = resources.files("manifests")
     file = f"{name_or_path}.toml"

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import platformdirs
 
+from mamldata.io.urls import local_folder
+
 ENVIRONMENT = "MAMLDATA_ROOT"
 CACHE_ENVIRONMENT = "MAMLDATA_CACHE"
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The root folder: ``root``, else ``MAMLDATA_ROOT``, else the platform's user cache folder."""
+    """The root folder: ``root``, else ``MAMLDATA_ROOT``, else the platform's user cache folder.
+
+    Raises:
+        RequestError: it is an address.
+    """
     chosen = root or os.environ.get(ENVIRONMENT) or platformdirs.user_cache_dir("mamldata")
-    return Path(chosen).expanduser().absolute()
+    return local_folder(chosen).expanduser().absolute()
 
 
 def cache_folder() -> Path:

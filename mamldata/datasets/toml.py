@@ -8,16 +8,17 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from mamldata.datasets.manifest import COLLECTED, PIN, ImageCollection, ImageForm, ImageRecipe, Manifest, SourceFile
 from mamldata.errors import ManifestError
 from mamldata.io.atomic import MOST_TEXT, read_whole
 from mamldata.io.toml import Table, read_toml, toml_names
+from mamldata.io.urls import is_http, shown_place, web_problem
 from mamldata.readers.image import DAMAGED, ReaderRecipe
 from mamldata.readers.index import READERS
 from mamldata.sampling.sampler import ROTATIONS
 from mamldata.sampling.splits import SPLITS, SplitScheme
+from mamldata.words import quoted
 
 FORMAT = "mamldata-manifest/1"
 BENCHMARKS = "benchmarks"  # the TOML file among the manifests that is none; see ``mamldata.archive.benchmarks``
@@ -57,7 +58,7 @@ def parse_manifest(data: bytes, source: str, folder: Traversable, reference: str
 
 def _manifest(top: Table, folder: Traversable, reference: str) -> Manifest:
     if (declared := top.text("format")) not in {"", FORMAT}:
-        top.fault("format", f"is {declared!r}; this version reads {FORMAT!r}")
+        top.fault("format", f"is {quoted(declared)}; this version reads {FORMAT!r}")
     schemes = _schemes(top.table("splits"), folder)
     manifest = Manifest(
         reference=reference,
@@ -81,7 +82,7 @@ def _manifest(top: Table, folder: Traversable, reference: str) -> Manifest:
 
 def _dataset_name(name: str) -> str | None:
     good = re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
-    return None if good else f"{name!r} may only have lowercase letters, digits and single hyphens between them"
+    return None if good else f"{quoted(name)} may only have lowercase letters, digits and single hyphens between them"
 
 
 def sha256_fault(text: str) -> str | None:
@@ -96,7 +97,7 @@ def _md5(text: str) -> str | None:
 def _plain_name(name: str) -> str | None:
     ours = name.endswith((".part", ".sha256")) or name in {COLLECTED, PIN}
     good = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and not ours
-    return None if good else f"{name!r} must be a plain file name"
+    return None if good else f"{quoted(name)} must be a plain file name"
 
 
 def _files(top: Table) -> tuple[SourceFile, ...]:
@@ -116,20 +117,14 @@ def _files(top: Table) -> tuple[SourceFile, ...]:
     return tuple(files)
 
 
-def _is_web_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return False
-    return parts.scheme in {"http", "https"} and bool(parts.hostname)
-
-
 def _file(table: Table) -> SourceFile:
     generator = table.choice("generator", GENERATORS, default="") or None
     urls = table.take("urls", list, [], required=False)
     for url in urls:
-        if not isinstance(url, str) or not _is_web_address(url):
-            table.fault("urls", f"{url!r} is not an http(s) address")
+        if not isinstance(url, str) or not is_http(url) or web_problem(url):
+            table.fault(
+                "urls", f"{quoted(shown_place(url) if isinstance(url, str) else url)} is not an http(s) address"
+            )
     content = table.text("content_sha256", sha256_fault, required=False) or None
     if "md5" in table.values and "sha256" in table.values:
         table.fault("md5", "is not needed if there is a sha256; leave it out")
@@ -275,12 +270,12 @@ def _classes(split: str, table: Table, folder: Traversable) -> tuple[str, ...]:
 def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        table.fault(split, f"{name!r} must be a path below the manifest's folder")
+        table.fault(split, f"{quoted(name)} must be a path below the manifest's folder")
         return ()
     try:
         place = folder.joinpath(*path.parts)
         text = (read_whole(place, MOST_TEXT) if isinstance(place, Path) else place.read_bytes()).decode("utf-8")
     except (OSError, ValueError) as error:
-        table.fault(split, f"cannot read the class list {name!r} ({error})")
+        table.fault(split, f"cannot read the class list {quoted(name)} ({error})")
         return ()
     return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))

@@ -25,7 +25,7 @@ from mamldata.errors import RequestError
 from mamldata.fetching.deadlines import TimedAdapter
 from mamldata.io.atomic import MOST_NOTE, read_whole, temporary, write_atomic, writing
 from mamldata.io.digest import parse_json
-from mamldata.io.urls import shown_place, shown_text
+from mamldata.io.urls import shown_cause, shown_error, shown_place, shown_text
 from mamldata.progress import Advance, Notify
 from mamldata.version import __version__
 
@@ -36,7 +36,7 @@ _HEAD = 1 << 10  # bytes of a body that are checked for a web page
 _HEADWAY = 1 << 20  # bytes of progress after which a failed round does not count
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html[\s>])", re.IGNORECASE)
 _MAYBE_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*(<|\Z)")
-_TAG = re.compile(r"[\x20-\x7e]+")  # what may be sent back to a server in a header
+_TAG = re.compile(r"[\x21-\x7e][\x20-\x7e]*")  # what may be sent back to a server in a header
 
 Result = TypeVar("Result")
 
@@ -269,7 +269,7 @@ def transfer(session: requests.Session, url: str, part: Part, bound: int, networ
     asked = part.size
     timeout = (network.connect_timeout, network.read_timeout)
     with (
-        _plain_failures(network),
+        _plain_failures(network, url),
         session.get(url, headers=_range(asked, part.validator(url)), stream=True, timeout=timeout) as response,
     ):
         headers = response.headers
@@ -383,8 +383,12 @@ def _body(response: requests.Response, allowance: int, network: Network) -> Iter
             waited, got = 0.0, 0
 
 
+# What requests raises if a server redirects to an address with an impossible host or port.
+_ODD_ADDRESS = (requests.exceptions.InvalidURL, ValueError, OverflowError, AttributeError, TypeError)
+
+
 @contextmanager
-def _plain_failures(network: Network) -> Iterator[None]:
+def _plain_failures(network: Network, url: str) -> Iterator[None]:
     """Turn the errors of requests and urllib3 into one short line.
 
     Raises:
@@ -393,20 +397,30 @@ def _plain_failures(network: Network) -> Iterator[None]:
     try:
         yield
     except requests.ConnectTimeout as error:
-        raise SourceError(f"no connection within {network.connect_timeout:g} s") from error
+        why, cause = f"no connection within {network.connect_timeout:g} s", shown_cause(error, url)
     except requests.TooManyRedirects as error:
-        raise SourceError("it redirects in a circle, or too often") from error
-    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: an invalid Location
-        root = _root_cause(error)
+        why, cause = "it redirects in a circle, or too often", shown_cause(error, url)
+    except _ODD_ADDRESS:
+        # Their messages quote parts of it.
+        why, cause = "the connection failed (the address, or one that it redirects to, is invalid)", None
+    except (requests.RequestException, HTTPError) as error:
+        root, cause = _root_cause(error), shown_cause(error, url)
         if isinstance(root, TimeoutError):
-            raise SourceError(f"nothing of the file came for {network.read_timeout:g} s") from error
-        why = _said(shown_text(str(root))) or type(root).__name__
-        raise SourceError(f"the connection failed ({why})") from error
+            why = f"nothing of the file came for {network.read_timeout:g} s"
+        else:
+            why = f"the connection failed ({_said(shown_error(root, url)) or type(root).__name__})"
+    else:
+        return
+    raise SourceError(why) from cause
 
 
 def _said(text: str) -> str:
-    """A server's text made safe for a message: one short line without control characters."""
-    return "".join(mark if mark.isprintable() else "?" for mark in text[:_SAID])
+    """A server's text made safe for a message: one short line without control characters, and without keys.
+
+    A library names an address to which it was redirected, or parts of one, such as ``/path?key``.
+    """
+    keyless = re.sub(r"[^\s'\"]+@", "…@", re.sub(r"[?#][^\s'\"]+", "?…", shown_text(text)))
+    return "".join(mark if mark.isprintable() else "?" for mark in keyless[:_SAID])
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -21,7 +21,7 @@ from mamldata.fetching.http import (
 )
 from mamldata.fetching.receipts import Verdict, most_bytes, verify_file
 from mamldata.io.digest import chunks
-from mamldata.io.urls import is_http, is_local, open_source, shown_error, shown_place
+from mamldata.io.urls import is_http, is_local, open_source, shown_cause, shown_error, shown_place
 from mamldata.progress import Advance, Notify
 
 
@@ -189,4 +189,6 @@ def _source_chunks(source: str) -> Iterator[bytes]:
             yield from chunks(stream)
     except Exception as error:  # each of fsspec's file systems has its own exceptions
         final = is_local(source) or isinstance(error, FileNotFoundError)
-        raise SourceError(f"it cannot be read ({shown_error(error)})", final=final) from error
+        raise SourceError(f"it cannot be read ({shown_error(error, source)})", final=final) from shown_cause(
+            error, source
+        )

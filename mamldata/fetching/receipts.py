@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +14,7 @@ from mamldata.io.atomic import MOST_NOTE, read_whole, write_atomic
 from mamldata.io.content_digest import content_sha256
 from mamldata.io.digest import canonical_json, md5_file, parse_json, sha256_file
 from mamldata.progress import Advance
+from mamldata.words import mamldata_command
 
 CheckedBy = Literal["sha256", "md5", "content_sha256"]
 
@@ -220,4 +220,9 @@ def verified_digests(manifest: Manifest, folder: DatasetFolder) -> dict[str, str
 
 def fetch_command(manifest: Manifest, root: Path) -> str:
     """The command that fetches the dataset into this root."""
-    return f"mamldata fetch {shlex.quote(manifest.reference)} --root {shlex.quote(str(root))}"
+    return dataset_command("fetch", manifest, root)
+
+
+def dataset_command(verb: str, manifest: Manifest, root: Path) -> str:
+    """The command that does something with the dataset under this root."""
+    return mamldata_command(verb, manifest.reference, "--root", root)

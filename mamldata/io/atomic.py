@@ -9,18 +9,35 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from mamldata.errors import WriteError
+from mamldata.errors import WriteError, enough_descriptors, system_problem
 
-FileVersion = tuple[int, int, int, int]
+# Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
+_TICK_NS = 2_000_000_000
+
+
+class FileVersion(NamedTuple):
+    """What changes with a file's content, even if its mtime is set back: notes about a file hold while this is equal.
+
+    Without the device, whose number changes with every mount of a network file system.
+    """
+
+    bytes: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    def settled(self, now: int) -> bool:
+        """Whether any change after ``now`` (ns) gives it another time (Git's "racy" rule)."""
+        return max(self.mtime_ns, self.ctime_ns) + _TICK_NS < now
 
 
 def file_version(status: os.stat_result) -> FileVersion:
-    """(bytes, inode, mtime, ctime) of a file, times in ns. It changes with the content even if mtime is set back."""
-    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    """The version of a file."""
+    return FileVersion(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -28,8 +45,10 @@ def open_regular(path: Path) -> IO[bytes]:
 
     Raises:
         OSError: ``open`` raised it, or the file is not a regular file.
+        MamldataError: this process has too many files open.
     """
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    with enough_descriptors():
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
@@ -129,6 +148,8 @@ def writing(place: Path) -> Iterator[None]:
             raise WriteError(
                 f"Cannot write {place} ({error.strerror}). Make the folder writable, or choose another one."
             ) from error
+        if error.errno not in {None, errno.ENOENT}:  # callers notice themselves that a folder is gone
+            raise WriteError(f"Cannot write {place}: {system_problem(error)}") from error
         raise
 
 

@@ -107,8 +107,11 @@ def zip_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, container: str) -
     """An entry of an open zip; None for a folder. A link's target is its content.
 
     Raises:
-        DamagedError: it is neither stored nor deflated: Python unpacks the other methods without a limit.
+        DamagedError: it has no name, or is neither stored nor deflated: Python unpacks the other methods without a
+            limit.
     """
+    if not info.filename:
+        raise DamagedError(f"{container}: a damaged container (a member has no name).")
     if info.is_dir():
         return None
     if info.compress_type not in _METHODS:
@@ -321,6 +324,8 @@ def _read_zip(container: Path, wanted: list[Member]) -> Iterator[tuple[Member, b
                     # One byte more, to reach the end, where the CRC is checked; but never the whole stream: the length
                     # in the directory may be false.
                     data: bytes | str = stream.read(member.size + 1)
+                if len(data) != member.size:
+                    data = f"it has {len(data):,} bytes, and the directory says {member.size:,}"
             except DamagedError as error:
                 data = str(error.__cause__ or error)
             yield member, data

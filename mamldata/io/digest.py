@@ -15,8 +15,15 @@ CHUNK = 1 << 20
 
 
 def canonical_json(value: Any) -> bytes:
-    """``value`` as canonical JSON: sorted keys, no spaces, ASCII, one final newline."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """``value`` as canonical JSON: sorted keys, no spaces, ASCII, one final newline.
+
+    Raises:
+        ValueError: it has a number that is not finite, or is nested too deeply.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
     return text.encode("ascii") + b"\n"
 
 

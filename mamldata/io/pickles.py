@@ -23,7 +23,8 @@ import numpy.typing as npt
 from mamldata.errors import DamagedError
 
 _LARGE = 1 << 8  # bytes; data of this length or more stays in the file
-_MOST_AXES = 64  # NumPy's own limit
+_MOST_AXES = 32  # what all versions of NumPy allow
+_MOST_ELEMENTS = 1 << 48  # in an array
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ class StoredArray:
             raise pickle.UnpicklingError(f"an array of {what}; only whole numbers are read")
         if isinstance(data, str):  # Python 2's strings
             data = data.encode("latin-1")
-        sides = shape if isinstance(shape, tuple) and len(shape) <= _MOST_AXES else (None,)
-        whole = all(isinstance(side, int) and side >= 0 for side in sides)
-        if not whole or not isinstance(data, bytes | bytearray | Span):
+        sides = shape if isinstance(shape, tuple) and 0 < len(shape) <= _MOST_AXES else (None,)
+        whole = all(isinstance(side, int) and 0 <= side < _MOST_ELEMENTS for side in sides)
+        # NumPy multiplies the other sides of an empty array, too.
+        fits = whole and math.prod(max(side, 1) for side in sides) < _MOST_ELEMENTS
+        if not fits or not isinstance(data, bytes | bytearray | Span):
             raise pickle.UnpicklingError("an array with an invalid shape or data")
         if fortran and len(shape) > 1:
             raise pickle.UnpicklingError("an array in Fortran order; store it again in C order")

@@ -8,6 +8,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from mamldata.errors import ManifestError, did_you_mean
+from mamldata.words import quoted
 
 
 def toml_names(folder: Traversable) -> list[str]:
@@ -23,7 +24,7 @@ def read_toml(data: bytes, source: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or a number of too many digits
         raise ManifestError(source, [f"not valid TOML: {error}"]) from error
 
 
@@ -59,7 +60,7 @@ class Table:
             return default
         value = self.values[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            self.fault(key, f"must be {_KINDS[kind]}, not {value!r}")
+            self.fault(key, f"must be {_KINDS[kind]}, not {quoted(value)}")
             return default
         return value
 
@@ -78,14 +79,14 @@ class Table:
         value: int = self.take(key, int, minimum, required=required)
         if value < minimum or (maximum is not None and value > maximum):
             limits = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-            self.fault(key, f"must be {limits}, not {value}")
+            self.fault(key, f"must be {limits}, not {quoted(value)}")
         return value
 
     def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
         """One of several words; it may be missing if there is a default."""
         value: str = self.take(key, str, default or "", required=default is None)
         if value and value not in choices:
-            self.fault(key, f"{value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
+            self.fault(key, f"{quoted(value)} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
         return value
 
     def table(self, key: str, *, required: bool = True) -> Table:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mamldata.errors import RequestError
 from mamldata.io.digest import canonical_json, sha256_bytes
+from mamldata.words import counted
 
 ROTATIONS = ("all", "train", "none")  # splits in which the rotations of a class are classes too
 QUARTER_TURNS = 4  # of a class, with rotations
@@ -214,6 +215,8 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
         int64 ``[rows, draws]``; the first ``size`` of each row are distinct, others mean nothing.
     """
     width = int(sizes.max(initial=0))
+    if len(raw) * width > _MOST_POOL:
+        return _draw_from_many(raw, sizes)
     pool = np.tile(np.arange(width, dtype=np.int32), len(raw))
     place = np.arange(0, len(pool), max(width, 1))  # of draw j in each row's part of the pool
     drawn = np.empty(raw.shape, dtype=np.int64)
@@ -222,6 +225,27 @@ def _draw(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDAr
         drawn[:, j] = pool[pick]
         pool[pick] = pool[place]
         place += 1
+    return drawn
+
+
+def _draw_from_many(raw: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As ``_draw``, in memory that does not grow with the sizes, which a forged archive may claim as it likes.
+
+    Only the places of the shuffled ranges that have changed are kept: step i put ``moved[:, i]`` into ``picks[:, i]``.
+    """
+    picks, moved, drawn = (np.empty(raw.shape, dtype=np.int64) for _ in range(3))
+
+    def content(places: npt.NDArray[np.int64], steps: int) -> npt.NDArray[np.int64]:
+        """What stands in a place of each row after some steps."""
+        found = places.copy()
+        for i in range(steps):
+            np.copyto(found, moved[:, i], where=picks[:, i] == places)
+        return found
+
+    for j in range(raw.shape[1]):
+        picks[:, j] = j + (raw[:, j] % np.maximum(sizes - j, 1).astype(np.uint64)).astype(np.int64)
+        drawn[:, j] = content(picks[:, j], j)
+        moved[:, j] = content(np.full(len(raw), j), j)
     return drawn
 
 
@@ -261,15 +285,15 @@ def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
         raise RequestError(f"{place} has no classes. Request no episodes of it, or put classes into it.")
     if spec.n_way > len(table):
         raise RequestError(
-            f"{place} has {len(table)} classes, but n_way is {spec.n_way}. "
-            f"Lower n_way, or set the number of {spec.split} episodes to 0."
+            f"{place} has {counted(len(table), 'class', 'classes')}, but n_way is {spec.n_way}. "
+            f"Lower n_way, or use a split scheme that gives {spec.split} more classes."
         )
     need = spec.k_shot + spec.k_query
     short = np.flatnonzero(table.images < need)
     if len(short):
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         raise RequestError(
-            f"{place}, class {table.names[short[0]]!r}{others}: it has {table.images[short[0]]} images, but "
+            f"{place}, class {table.names[short[0]]!r}{others}: it has {counted(table.images[short[0]], 'image')}, but "
             f"k_shot + k_query = {spec.k_shot} + {spec.k_query} = {need}. Lower k_shot or k_query."
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mamldata.errors import RequestError, did_you_mean
+from mamldata.words import counted
 
 SPLITS = ("train", "val", "test")
 
@@ -32,6 +33,18 @@ class SplitScheme:
     counts: Mapping[str, int]
     seed: int = 0
     by_files: bool = False
+
+
+def require_split(name: str) -> str:
+    """``name``, if it is that of a split.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if name not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise RequestError(f"There is no split {name!r}; the splits are {known}.{did_you_mean(str(name), SPLITS)}")
+    return name
 
 
 def divide(scheme: SplitScheme, class_names: Sequence[str], dataset: str, class_splits: Sequence[str] = ()) -> Division:
@@ -64,8 +77,8 @@ def _seeded(scheme: SplitScheme, class_names: Sequence[str], dataset: str) -> Di
     wanted = sum(scheme.counts.values())
     if wanted > len(class_names):
         raise RequestError(
-            f"{dataset}, split scheme {scheme.name!r} needs {wanted} classes; the bank has {len(class_names)}. "
-            "Lower the counts in the manifest."
+            f"{dataset}, split scheme {scheme.name!r} needs {counted(wanted, 'class', 'classes')}; the bank has "
+            f"{len(class_names)}. Lower the counts in the manifest."
         )
     shuffled = sorted(range(len(class_names)), key=lambda c: division_key(scheme.seed, class_names[c]))
     division, start = {}, 0

@@ -39,12 +39,16 @@ class Prefetch(Generic[Key, Result]):
         return sum(thread.is_alive() for thread in self._threads)
 
     def start(self, key: Key, job: Callable[[], Result]) -> None:
-        """Start a job under a key that is not in use."""
+        """Start a job under a key that is not in use; do it at once if this process may not have another thread."""
         future: Future[Result] = Future()
-        self._jobs[key] = future
         thread = threading.Thread(target=_run, args=(future, job), name="mamldata-ahead", daemon=True)
         self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
-        thread.start()
+        self._jobs[key] = future
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.remove(thread)
+            _run(future, job)
 
     def take(self, key: Key) -> Result:
         """Wait for a job, forget it, and give its result.
@@ -69,10 +73,16 @@ class Prefetch(Generic[Key, Result]):
         for key in [key for key in self._jobs if key not in keys]:
             del self._jobs[key]
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the current thread runs one of the jobs: garbage collection may call anything in it."""
+        return threading.current_thread() in self._threads
+
     def join(self, seconds: float) -> None:
-        """Wait for each thread, up to ``seconds``."""
+        """Wait for each thread, up to ``seconds``; not for the current one."""
         for thread in self._threads:
-            thread.join(seconds)
+            if thread is not threading.current_thread():
+                thread.join(seconds)
 
     def __getstate__(self) -> dict[str, Any]:
         # Threads cannot be pickled: another process starts without jobs.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +15,8 @@ from mamldata.archive.layout import Bytes
 from mamldata.archive.remote import WRONG_COPY, ShardCache, read_remote_archive
 from mamldata.errors import RequestError
 from mamldata.fetching.http import Network
-from mamldata.io.urls import join, shown_place
+from mamldata.io.scratch import Scratch
+from mamldata.io.urls import join, local_folder, shown_place
 from mamldata.sources.prefetch import Prefetch
 from mamldata.sources.stored import StoredSource
 
@@ -74,10 +73,9 @@ class RemoteSource(StoredSource):
                 f"({2 * largest:,} bytes)."
             )
         if cache_dir is None:
-            folder = temporary_folder(self, self._prefetched)
-            self.cache = ShardCache(Path(folder), _WINDOW * largest, network, lasting=False)
+            self.cache = ShardCache(temporary_folder(self, self._prefetched), _WINDOW * largest, network, lasting=False)
         else:
-            self.cache = ShardCache(Path(cache_dir), cache_bytes, network)
+            self.cache = ShardCache(local_folder(cache_dir), cache_bytes, network)
         self.window = 1 + (_AHEAD if cache_bytes is None else min(_AHEAD, cache_bytes // largest - 1))
 
     @property
@@ -121,19 +119,24 @@ class RemoteSource(StoredSource):
             del self._open[next(iter(self._open))]
         return self._keep(number, mapped)
 
+    def _path(self, number: int) -> Path:
+        return self.cache.path(self._split.shards[number])
+
     def _mapped_bytes(self) -> int:
         return sum(self._split.shards[number].bytes for number in self._open)
 
 
-def temporary_folder(owner: object, ahead: Prefetch[Any, Any]) -> str:
+def temporary_folder(owner: object, ahead: Prefetch[Any, Any]) -> Path:
     """A folder for shards that is removed with its owner, after the threads that write to it have had a second."""
-    folder = tempfile.mkdtemp(prefix="mamldata-")
-    weakref.finalize(owner, _remove, folder, os.getpid(), ahead)
-    return folder
+    scratch = Scratch()
+    weakref.finalize(owner, _remove, scratch, os.getpid(), ahead)
+    return scratch.path
 
 
-def _remove(folder: str, owner: int, ahead: Prefetch[Any, Any]) -> None:
+def _remove(scratch: Scratch, owner: int, ahead: Prefetch[Any, Any]) -> None:
     if os.getpid() == owner:  # not in a worker that was forked from it
+        if ahead.is_here:  # collected in the middle of a job, which goes on
+            threading.Thread(target=_remove, args=(scratch, owner, ahead)).start()
+            return
         ahead.join(1)  # a job that has just started would create the folder again, for its lock
-        with suppress(OSError):  # renamed, so that no thread that still waits for a server writes into it
-            shutil.rmtree(Path(folder).rename(f"{folder}.gone"))
+        scratch.remove()

@@ -6,8 +6,9 @@ import copy
 import math
 import os
 import resource
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from mamldata.archive.index import INDEX, Archive, Shard, read_archive
 from mamldata.archive.layout import Bytes
-from mamldata.archive.shard import REMEDY, check_size, open_maps, open_shard
+from mamldata.archive.shard import REMEDY, changed_in_place, check_size, open_maps, open_shard
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import FileVersion
 from mamldata.sampling.order import Indices
@@ -26,6 +27,7 @@ from mamldata.sampling.sampler import ClassTable, EpisodeSampler
 from mamldata.sources.source import EpisodeInfo, Images, at_most, episode_info, require_narrower
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
+_LOOK_EVERY = 5.0  # seconds; a look costs a few microseconds for each shard, which is much for every meta-batch
 
 
 class StoredSource(ABC):
@@ -62,12 +64,32 @@ class StoredSource(ABC):
         self._episodes = at_most(episodes, self._split.episodes)
         self._starts = np.array([shard.first_episode for shard in self._split.shards], dtype=np.int64)
         self._open: dict[int, memoryview] = {}
+        self._unchanged: set[int] = set()  # shards whose files were looked at since a few seconds ago
+        self._look_again = 0.0
         self._checked: dict[Path, FileVersion] = {}
         self._whole: StoredSource | None = None  # the source of a view, whose temporary folder must stay
 
     @abstractmethod
     def _open_shard(self, number: int) -> memoryview:
         """Map a shard, check it, and keep it in ``_open``."""
+
+    @abstractmethod
+    def _path(self, number: int) -> Path:
+        """The file of a shard on this machine."""
+
+    def _close_changed(self, shards: Iterable[int]) -> None:
+        """Close the maps of shards whose files have changed in place: they are checked again before they are read.
+
+        Each file is looked at every few seconds. A shard that is cut in between, or while it is being read, still ends
+        the process (SIGBUS): only a signal handler in C could prevent that.
+        """
+        if (now := time.monotonic()) >= self._look_again:
+            self._unchanged, self._look_again = set(), now + _LOOK_EVERY
+        for number in set(shards) - self._unchanged:
+            self._unchanged.add(number)
+            if number in self._open and changed_in_place(path := self._path(number), self._checked[path]):
+                with suppress(KeyError):  # a thread with a view may close it too
+                    del self._open[number]
 
     def _opener(self, shard: Shard, remedy: str = REMEDY) -> Callable[[Path], Bytes]:
         """A function that maps and checks a shard's file, and does not keep this source alive; see ``open_shard``."""
@@ -130,7 +152,8 @@ class StoredSource(ABC):
         offsets = (index - self._starts[shards]) * layout.stride
         to_support, to_query = support.data, query.data
         s = q = 0
-        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+        self._close_changed(numbers := shards.tolist())
+        for shard, offset in zip(numbers, offsets.tolist(), strict=True):
             episodes = self._open.get(shard) or self._open_shard(shard)
             start = offset + support_at
             to_support[s : s + support_bytes] = episodes[start : start + support_bytes]
@@ -172,7 +195,8 @@ class StoredSource(ABC):
         query_at = (offsets + layout.query.data + places * query_step).tolist()
         to_support, to_query = support.data, query.data
         s = q = 0
-        for shard, from_support, from_query in zip(shards.tolist(), support_at, query_at, strict=True):
+        self._close_changed(numbers := shards.tolist())
+        for shard, from_support, from_query in zip(numbers, support_at, query_at, strict=True):
             episodes = self._open.get(shard) or self._open_shard(shard)
             to_support[s : s + support_bytes] = episodes[from_support : from_support + support_bytes]
             s += support_bytes
@@ -187,6 +211,7 @@ class StoredSource(ABC):
         layout = self.archive.layout
         shards = range(self._shard_of(self._episodes - 1) + 1)  # only those that are read
         found = []
+        self._close_changed(shards)
         for number in shards:
             self.prefetch(shards[number:])
             mapped = np.frombuffer(self._open.get(number) or self._open_shard(number), dtype=np.uint8)
@@ -245,7 +270,7 @@ class StoredSource(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process maps and checks shards itself: pickling the maps would copy the archive.
-        return {**self.__dict__, "_open": {}, "_checked": {}}
+        return {**self.__dict__, "_open": {}, "_checked": {}, "_look_again": 0.0}
 
 
 class ArchiveSource(StoredSource):
@@ -273,8 +298,10 @@ class ArchiveSource(StoredSource):
             check_size(self.folder / shard.file, shard)
 
     def _open_shard(self, number: int) -> memoryview:
-        shard = self._split.shards[number]
-        return self._keep(number, self._opener(shard)(self.folder / shard.file))
+        return self._keep(number, self._opener(self._split.shards[number])(self._path(number)))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / self._split.shards[number].file
 
 
 def _most_maps() -> int:

@@ -17,7 +17,7 @@ from mamldata.archive.shard import REMEDY, check_size, open_images
 from mamldata.bank.checked import is_noted
 from mamldata.errors import DamagedError, RequestError
 from mamldata.fetching.http import Network
-from mamldata.io.urls import join, shown_place
+from mamldata.io.urls import join, local_folder, shown_place
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
 from mamldata.sources.drawn import ThinSource
 from mamldata.sources.pixels import Rows
@@ -116,7 +116,7 @@ class _Fetched:
         self.needed: list[int] = []
         self._url, self._archive, self._verify = url, archive, verify
         self._ahead: Prefetch[int, Images] = Prefetch()
-        folder = Path(temporary_folder(self, self._ahead) if cache_dir is None else cache_dir)
+        folder = temporary_folder(self, self._ahead) if cache_dir is None else local_folder(cache_dir)
         self._cache = ShardCache(folder, cache_bytes, network, lasting=cache_dir is not None)
         self._opened: dict[int, Images] = {}
         self._lock = threading.Lock()

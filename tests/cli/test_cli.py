@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -959,6 +960,31 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("cli.commands.datasets.list_datasets", interrupt)
     refused(run("datasets"), 1, "Interrupted", "to continue")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))], ids=["own", "mmap"]
+)
+def test_too_little_memory(error: BaseException, monkeypatch: pytest.MonkeyPatch):
+    """It is told in a sentence, whether Python or the system ran out of it."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cli.commands.datasets.list_datasets", fail)
+    refused(run("datasets"), 1, "not enough memory", "finished work is kept")
+
+
+@pytest.mark.slow
+def test_letters_that_a_terminal_lacks(tmp_path: Path, glyphs_root: Path):
+    """A name that the terminal's encoding does not have is printed with escapes, and is not a traceback."""
+    out = tmp_path / "中文"
+    words = ["build", "glyphs", f"--root={glyphs_root}", f"--out={out}", *["--train", "1", "--val", "0", "--test", "0"]]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "mamldata", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e2d\\u6587: glyphs" in done.stdout
 
 
 def test_an_error_of_ours_has_its_exit_code(monkeypatch: pytest.MonkeyPatch):

@@ -19,12 +19,14 @@ class Wire:
     Attributes:
         answers: whole responses, status line and all; the connection is closed after each.
         requests: the headers of each request that came.
+        paths: their paths.
         reset: close with a reset (RST) in place of a plain end.
     """
 
     def __init__(self) -> None:
         self.answers: list[bytes] = []
         self.requests: list[Message] = []
+        self.paths: list[str] = []
         self.reset = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._run)
@@ -56,16 +58,21 @@ class Wire:
             if not got:
                 return
             head += got
-        self.requests.append(BytesHeaderParser().parsebytes(head.partition(b"\r\n")[2]))
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        line, _, headers = head.partition(b"\r\n")
+        self.paths.append(line.split()[1].decode())
+        self.requests.append(BytesHeaderParser().parsebytes(headers))
         try:
-            connection.sendall(answer)
+            self.send(connection)
             if self.reset:
                 # What was sent must have been read before, or the reset would discard it.
                 connection.settimeout(5)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except OSError:
             pass  # whoever asked hung up: it may
+
+    def send(self, connection: socket.socket) -> None:
+        """Answer the request that was noted last."""
+        connection.sendall(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ class TestEvaluation:
         """The archive's own message, also when another split is open."""
         data = archive_data(archive)
         data.available("val")
-        with pytest.raises(RequestError, match="no episodes of split 'other'; it has train, val, test"):
+        with pytest.raises(RequestError, match="no split 'other'; the splits are train, val, test"):
             data.available("other")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
+from mamldata.words import install_command
 from trainer.maml.adapt import Method, adapt
 from trainer.maml.losses import inner_loss_of
 from trainer.maml.objective import Measured, Objective, meta_loss
@@ -169,7 +170,7 @@ def _import_higher() -> Any:
     try:
         return importlib.import_module("higher")
     except ModuleNotFoundError as error:
-        raise RequestError("The engine higher needs the package higher: pip install 'mamldata[higher]'.") from error
+        raise RequestError(f"The engine higher needs the package higher: {install_command('higher')}.") from error
 
 
 class Engine(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamldata.errors import RequestError
+from mamldata.words import install_command
 from trainer.networks.norms import Norm, batch_statistics
 
 
@@ -169,7 +170,7 @@ def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # n
     try:
         models = importlib.import_module("torchvision.models")
     except ModuleNotFoundError as error:
-        raise RequestError("The network resnet18 needs torchvision: pip install 'mamldata[resnet]'.") from error
+        raise RequestError(f"The network resnet18 needs torchvision: {install_command('resnet')}.") from error
     with torch.random.fork_rng(devices=[]):  # torchvision draws weights, which build_network replaces
         body = models.resnet18(norm_layer=ToldNorm)
     body.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False, device="meta").to_empty(device="cpu")

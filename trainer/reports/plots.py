@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamldata.errors import RequestError
 from mamldata.io.atomic import write_atomic
+from mamldata.words import install_command
 from trainer.maml.algorithms import ALGORITHMS
 from trainer.runs import metrics
 
@@ -138,7 +139,7 @@ def _rounded(value: float) -> str:
 
 def _figure(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
     if not have_matplotlib():
-        raise RequestError("Pictures need matplotlib: pip install 'mamldata[plots]'.")
+        raise RequestError(f"Pictures need matplotlib: {install_command('plots')}.")
     # Not pyplot, which keeps global state and may want a display.
     from matplotlib.figure import Figure
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mamldata.errors import DivergedError
 from mamldata.io.atomic import write_atomic, writing
+from mamldata.io.digest import parse_json
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome
 
@@ -36,7 +37,7 @@ def append(run_dir: Path, row: dict[str, Any]) -> None:
 
 
 def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
-    """Drop the lines after ``step``, and incomplete lines of a killed process.
+    """Drop the lines after ``step``, and those that are incomplete, as a killed process leaves them, or damaged.
 
     Args:
         run_dir: the run's folder.
@@ -49,7 +50,7 @@ def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
     last = {"val": step if validated is None else validated}
     path = run_dir / NAME
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_atomic(path, "".join(line for line in lines if _kept(line, step, last)).encode())
 
 
@@ -61,9 +62,9 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
 
 def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
     try:
-        row = json.loads(line)
+        row = parse_json(line.encode())
         return int(row["step"]) <= last.get(row.get("event"), step)
-    except ValueError:
+    except (ValueError, TypeError, KeyError, OverflowError):
         return False
 
 

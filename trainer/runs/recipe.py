@@ -11,6 +11,7 @@ from typing import Any
 from mamldata.errors import ManifestError, RequestError, did_you_mean
 from mamldata.io.atomic import MOST_NOTE, read_whole
 from mamldata.io.toml import Table, read_toml, toml_names
+from mamldata.io.urls import shown_place
 from trainer.settings import SETTINGS, TrainSettings, renamed
 
 _TEXTS = ("title", "dataset", "source", "published")
@@ -66,11 +67,12 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise RequestError(f"There is no recipe file {path}.")
+            raise RequestError(f"There is no recipe file {shown_place(name_or_path)}.")
         return _parse(path.stem, read_whole(path, MOST_NOTE), str(path))
     if name_or_path not in (names := recipe_names()):
         raise RequestError(
-            f"There is no recipe {name_or_path!r}.{did_you_mean(name_or_path, names)} Choose from {', '.join(names)}, "
+            f"There is no recipe {shown_place(name_or_path)!r}.{did_you_mean(name_or_path, names)} "
+            f"Choose from {', '.join(names)}, "
             "or give the path of your own .toml file."
         )
     file = f"{name_or_path}.toml"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamldata.errors import RequestError
+from mamldata.words import install_command
 
 FOLDER = "tensorboard"
 
@@ -48,4 +49,4 @@ def require_tensorboard() -> None:
     try:
         importlib.import_module("tensorboard")
     except ModuleNotFoundError as error:
-        raise RequestError("TensorBoard is not installed: pip install 'mamldata[tensorboard]'.") from error
+        raise RequestError(f"TensorBoard is not installed: {install_command('tensorboard')}.") from error

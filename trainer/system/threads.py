@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mamldata.parallel import default_workers
+from mamldata.words import counted
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +29,7 @@ class Threads:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.count} thread{'' if self.count == 1 else 's'} ({self.reason})"
+        return f"{counted(self.count, 'thread')} ({self.reason})"
 
 
 def choose_threads() -> Threads:

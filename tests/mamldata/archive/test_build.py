@@ -592,6 +592,20 @@ class TestAgain:
             build(glyphs_manifest, glyphs_bank, tmp_path, REQUEST)
         assert sorted(contents(tmp_path)) == ["thesis.txt"]
 
+    def test_a_build_folder_of_the_users(self, tmp_path, built, glyphs_manifest, glyphs_bank):
+        """A folder .build with other files is no unfinished build; in an archive it stays as it is."""
+        theirs = tmp_path / ".build" / "objects" / "thesis.o"
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("do not touch")
+        with pytest.raises(RequestError, match=r"is not empty and not an archive. Choose another folder"):
+            build(glyphs_manifest, glyphs_bank, tmp_path, REQUEST)
+        assert theirs.read_text() == "do not touch"
+        shutil.copytree(tmp_path / ".build", built / ".build")
+        (built / "train-00000.tar").unlink()
+        build(glyphs_manifest, glyphs_bank, built, REQUEST)
+        assert [path.name for path in (built / ".build").iterdir()] == ["objects"]
+        assert (built / ".build" / "objects" / "thesis.o").read_text() == "do not touch"
+
     def test_a_file_in_the_way(self, tmp_path, glyphs_manifest, glyphs_bank):
         """A file of the folder's name, or of a parent's, is an error that names it."""
         (tmp_path / "file").write_text("do not touch")

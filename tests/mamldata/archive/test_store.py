@@ -63,10 +63,10 @@ class TestPromises:
         store.clear()
         store.remove("a")
         store.prepare()
-        store.write_new(f"{BUILD}/plan", b"first")
-        store.write_new(f"{BUILD}/plan", b"second")
+        store.write_new(f"{BUILD}/plan.json", b"first")
+        store.write_new(f"{BUILD}/plan.json", b"second")
         store.write("a", [b"12", memoryview(b"345")])
-        assert store.read(f"{BUILD}/plan") == b"first"
+        assert store.read(f"{BUILD}/plan.json") == b"first"
         assert (store.size("a"), store.read("a"), store.entries()["a"]) == (5, b"12345", 5)
         assert store.sha256("a") == "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
         store.write("a", [b"6"])
@@ -101,13 +101,28 @@ class TestPromises:
             store_at(below).entries()
         assert store.read("a") == b"thesis"
 
+    @pytest.mark.parametrize("kind", ["folder", "pipe", "circle"])
+    def test_what_is_not_a_file(self, kind, tmp_path):
+        """A folder, a pipe or a link in a circle in place of a file is an error that says so, and is not waited for."""
+        store = FolderStore(tmp_path)
+        path = tmp_path / "a"
+        make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "circle": lambda: path.symlink_to("a")}
+        make[kind]()
+        for look in (store.read, store.sha256):
+            with pytest.raises(WriteError, match=rf"{path} cannot be read \(.*\)\. Move it elsewhere"):
+                look("a")
+        if kind == "circle":
+            for look in (lambda: store.size("a"), store.entries):
+                with pytest.raises(WriteError, match="Too many levels of symbolic links"):
+                    look()
+
     def test_a_folder_that_was_cleared_meanwhile(self, tmp_path):
         """Who writes after another process cleared up is told so, and makes no new unfinished build."""
         store = FolderStore(tmp_path)
         with pytest.raises(FileNotFoundError):
             store.write("a", [b"1"])
         with pytest.raises(FileNotFoundError):
-            store.write_new(f"{BUILD}/plan", b"1")
+            store.write_new(f"{BUILD}/plan.json", b"1")
         assert store.entries() == {}
 
     def test_one_of_many_writers_is_first(self, tmp_path):
@@ -116,14 +131,14 @@ class TestPromises:
             "import sys, time; from pathlib import Path; from mamldata.archive.store import store_at\n"
             "store = store_at(Path(sys.argv[1])); store.prepare()\n"
             "while time.time() < float(sys.argv[2]): pass\n"
-            "store.write_new('.build/plan', sys.argv[3].encode() * 100_000)\n"
+            "store.write_new('.build/plan.json', sys.argv[3].encode() * 100_000)\n"
         )
         start = str(time.time() + 2)
         writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path, start, word]) for word in "abc"]
         assert [writer.wait() for writer in writers] == [0, 0, 0]
-        plan = (tmp_path / BUILD / "plan").read_bytes()
+        plan = (tmp_path / BUILD / "plan.json").read_bytes()
         assert plan in {word.encode() * 100_000 for word in "abc"}
-        assert [path.name for path in (tmp_path / BUILD).iterdir()] == ["plan"]
+        assert [path.name for path in (tmp_path / BUILD).iterdir()] == ["plan.json"]
 
 
 class TestPlaces:

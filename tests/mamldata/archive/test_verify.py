@@ -162,6 +162,14 @@ class TestMissing:
         (own / "train-00001.tar").unlink()
         assert "train-00001.tar is missing (episodes 3 to 4)" in the_problem(own)
 
+    def test_a_shard_that_cannot_be_looked_at(self, own):
+        """A link in a circle is a damaged shard, not a crash."""
+        (own / "train-00001.tar").unlink()
+        (own / "train-00001.tar").symlink_to("train-00001.tar")
+        assert "train-00001.tar (episodes 3 to 4) cannot be read (Too many levels of symbolic links)" in the_problem(
+            own
+        )
+
     def test_a_missing_sum(self, own):
         """Without archive.json.sha256 the digest is told, with the command that mends it."""
         (own / INDEX_SUM).unlink()

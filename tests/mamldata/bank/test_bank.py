@@ -192,7 +192,8 @@ def test_progress(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     made = make_bank(tiny.manifest, tiny.root, progress=Bar)
     length = made.path.stat().st_size
-    assert seen == {"preprocess": [43, "images", 43], "hash": [length, "B", length]}
+    raw = tiny.archive.stat().st_size
+    assert seen == {"tiny.zip": [raw, "B", raw], "preprocess": [43, "images", 43], "hash": [length, "B", length]}
 
 
 # --- made once
@@ -507,6 +508,77 @@ def test_half_a_line_in_the_journal(tail: str, make_dataset: Make, monkeypatch: 
             stream.write(tail)
     assert lines[1:] == ["[0, {}]", "[4, {}]", "[8, {}]", "[12, {}]"]
     assert make_bank(tiny.manifest, tiny.root).sha256 == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"\xff\xfe\n",
+        b"garbage\n",
+        b"[]\n",
+        b"0\n",
+        b"[0, []]\n",
+        b'[0, {"x": ""}]\n',
+        b'[0, {"43": "beyond"}]\n',
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=["bytes", "word", "list", "number", "lists", "row", "beyond", "deep"],
+)
+def test_a_damaged_journal_is_no_journal(lines: bytes, make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a journal says, the bank is made, from the beginning if need be."""
+    tiny = make_dataset()
+    expected = make_bank(tiny.manifest, tiny.root)
+    array = expected.path.read_bytes()
+    tiny.folder.bank_json(8).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make_bank(tiny.manifest, tiny.root)
+    with bank._journal(tiny.folder.bank(8)).open("ab") as stream:
+        stream.write(lines)
+    assert make_bank(tiny.manifest, tiny.root).sha256 == expected.sha256
+    assert expected.path.read_bytes() == array
+
+
+def test_a_kill_after_the_description_leaves_no_journal(make_dataset: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a bank has its description, no later build would look for its journal."""
+    tiny = make_dataset()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write = bank.write_atomic
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "write_atomic", lambda *given: (write(*given), given[0].suffix == ".json" and killed()))
+        with pytest.raises(KeyboardInterrupt):
+            make_bank(tiny.manifest, tiny.root)
+    make_bank(tiny.manifest, tiny.root)
+    assert files(tiny.folder) == {"tiny-8.npy", "tiny-8.json"}
+
+
+def test_a_raw_file_that_changed_makes_no_bank(make_dataset: Make) -> None:
+    """A flipped bit where no check sum of the container looks, such as in a member's name, is noticed all the same."""
+    tiny = make_dataset()
+    raw = tiny.folder.raw / tiny.archive.name
+    data = raw.read_bytes()
+    at = data.rindex(b"Ash/one/003.png")
+    raw.write_bytes(data[:at] + b"Ash/one/00b.png" + data[at + 15 :])
+    message = r"tiny\.zip has changed since it was fetched: sha256 .* Delete it, and run: mamldata fetch "
+    with pytest.raises(DamagedError, match=message):
+        make_bank(tiny.manifest, tiny.root)
+    raw.write_bytes(data)
+    assert make_bank(tiny.manifest, tiny.root)
+
+
+def test_a_link_in_a_circle_is_a_damaged_bank(make_dataset: Make) -> None:
+    """An array that cannot be looked at is made again, as a damaged one is."""
+    tiny = make_dataset()
+    made = make_bank(tiny.manifest, tiny.root)
+    made.path.unlink()
+    made.path.symlink_to(made.path.name)
+    with pytest.raises(DamagedError, match="cannot be read"):
+        bank.described_bank(made.path, bank.read_description(tiny.folder.bank_json(8)))
+    assert make_bank(tiny.manifest, tiny.root).sha256 == made.sha256
 
 
 def test_an_unfinished_bank_of_another_recipe_is_not_gone_on_with(

@@ -20,6 +20,7 @@ from mamldata.bank.checked import hash_and_note, is_noted
 from mamldata.bank.format import Bank, check_bank
 from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError
+from mamldata.io import atomic
 from mamldata.io.digest import sha256_file
 from mamldata.sources.live import LiveSource, live
 
@@ -32,7 +33,7 @@ REQUEST = BuildRequest(3, 1, 2, {"train": 6, "val": 0, "test": 0}, episodes_per_
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, not made yet. Files count as old enough to be noted at once."""
     monkeypatch.setenv("MAMLDATA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(checked, "_TICK_NS", 0)
+    monkeypatch.setattr(atomic, "_TICK_NS", 0)
     return tmp_path / "cache"
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_bank_is_not_opened(old_time: bool, noted: bool, tiny: Any) ->
             act()
         assert str(caught.value) == (
             f"{path} is damaged: sha256 {sha256_file(path)}, expected {whole}. Delete it: the next build makes it "
-            f"again. To check the raw files too, run: mamldata verify {tiny.manifest_path}"
+            f"again. To check the raw files too, run: mamldata verify {tiny.manifest_path} --root {tiny.root}"
         )
     path.unlink()
     assert make_bank(tiny.manifest, tiny.root).sha256 == whole == sha256_file(path)
@@ -137,7 +138,7 @@ def test_a_file_that_has_just_changed_is_not_noted(
     tiny: Any, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later change could leave the same time: it is hashed by each who opens it, until it has been still a while."""
-    monkeypatch.setattr(checked, "_TICK_NS", 3600 * 10**9)
+    monkeypatch.setattr(atomic, "_TICK_NS", 3600 * 10**9)
     for _ in range(2):
         opened(tiny)
     assert len(hashed) == 2
@@ -236,7 +237,7 @@ def test_verify_believes_no_note(tiny: Any) -> None:
     whole = make_bank(tiny.manifest, tiny.root)
     damage(path, old_time=True)
     note = checked._place(path)
-    note.write_bytes(checked._note(path, path.stat(), whole.sha256))  # as if no time had changed
+    note.write_bytes(checked._note(path, atomic.file_version(path.stat()), whole.sha256))  # as if no time had changed
     assert make_bank(tiny.manifest, tiny.root) == whole
     (problem,) = check_bank(tiny.folder.bank_json(8))
     assert f"{path} is damaged: sha256 {sha256_file(path)}, expected {whole.sha256}" in problem

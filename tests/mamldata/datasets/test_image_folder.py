@@ -22,6 +22,7 @@ from mamldata.bank.verify import verify_dataset
 from mamldata.datasets.image_folder import dataset_name, folder_manifest, seeded_counts
 from mamldata.datasets.load import load_manifest
 from mamldata.errors import DamagedError, DataMissingError, DatasetError, RequestError
+from mamldata.io import atomic
 from mamldata.progress import silent
 from mamldata.sampling.splits import divide
 from mamldata.sources.live import live
@@ -117,8 +118,32 @@ def test_the_bank_follows_the_folder(tmp_path: Path):
     assert make_bank(load_manifest(str(folder)), root, 8).sha256 == first.sha256
 
 
-def test_a_folder_is_hashed_by_one_process(tmp_path: Path):
+def test_a_folder_that_has_just_changed_is_not_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A later change could leave the same time: it is hashed again until it has been still for a while."""
+    folder, root = photos(tmp_path / "p"), tmp_path / "root"
+    monkeypatch.setattr(atomic, "_TICK_NS", 3600 * 10**9)
+    note = make_bank(load_manifest(str(folder)), root, 8).path.parent / "folder.json"
+    assert not note.exists()
+    monkeypatch.setattr(atomic, "_TICK_NS", 0)
+    make_bank(load_manifest(str(folder)), root, 8)
+    assert note.exists()
+
+
+def test_a_change_that_keeps_length_and_mtime_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The note counts only while the ctime of each image is the same, too."""
+    monkeypatch.setattr(atomic, "_TICK_NS", 0)
+    folder, root = photos(tmp_path / "p"), tmp_path / "root"
+    first = make_bank(load_manifest(str(folder)), root, 8)
+    small, image = sorted(folder.glob("kind */0.jpg"), key=lambda path: path.stat().st_size)[:: len(SIZES) - 1]
+    before = image.stat()
+    image.write_bytes(small.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert make_bank(load_manifest(str(folder)), root, 8).sha256 != first.sha256
+
+
+def test_a_folder_is_hashed_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whoever comes while another hashes it waits, and takes over what that one noted."""
+    monkeypatch.setattr(atomic, "_TICK_NS", 0)
     folder, root = photos(tmp_path / "p"), tmp_path / "root"
     manifest = load_manifest(str(folder))
     note = make_bank(manifest, root, 8).path.parent / "folder.json"

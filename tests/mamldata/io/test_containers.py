@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import tarfile
 import tracemalloc
@@ -119,6 +120,19 @@ def test_names_that_point_outside(kind: str, name: str, tmp_path: Path):
     """Such a container is not used at all."""
     with pytest.raises(DamagedError, match="points outside the container"):
         list_members(make(kind, tmp_path, {"good.png": b"x", name: b"x"}))
+
+
+@pytest.mark.parametrize("read", [list_members, lambda path: content_sha256(path, 100)], ids=["list", "digest"])
+def test_a_member_without_a_name(read: Callable[[Path], object], tmp_path: Path):
+    """A zip whose directory has lost a name is damaged, however Python's zipfile sees it."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as box:
+        box.writestr("a", b"x")
+    data = path.read_bytes()
+    at = data.index(b"PK\x01\x02") + 28
+    path.write_bytes(data[:at] + struct.pack("<HHH", 0, 0, 1) + data[at + 6 :])  # what was the name is a comment
+    with pytest.raises(DamagedError, match=r"x\.zip: a damaged container \(a member has no name\)"):
+        read(path)
 
 
 def linked(path: Path, entries: Sequence[tuple[str, bytes | str]], mode: str = "w") -> Path:
@@ -397,6 +411,17 @@ def test_a_deflated_member_longer_than_its_directory_says(tmp_path: Path):
     finally:
         tracemalloc.stop()
     assert why == "Bad CRC-32 for file '1.png'"
+
+
+def test_a_deflated_member_shorter_than_its_directory_says(tmp_path: Path):
+    """Its check sum may fit what there is, as that of nothing, which is 0; it is damaged all the same."""
+    path = make("zip", tmp_path, {"1.png": b""})
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\1\2") + 24
+    data[at : at + 4] = (150).to_bytes(4, "little")
+    path.write_bytes(data)
+    ((_, why),) = read_members(path, list_members(path), 1000)
+    assert why == "it has 0 bytes, and the directory says 150"
 
 
 @pytest.mark.parametrize("read", [list_members, lambda path: content_sha256(path, 1000)], ids=["list", "digest"])

@@ -246,6 +246,41 @@ def test_cut_off_anywhere(protocol: int):
             load_values(io.BytesIO(whole[:length]), "x.pkl")
 
 
+class Shaped:
+    """Pickles as an array of 8-bit numbers that claims a shape."""
+
+    def __init__(self, *shape: int, data: bytes = b"") -> None:
+        self.state = (1, shape, np.dtype(np.uint8), False, data)
+
+    def __reduce__(self) -> Any:
+        return (
+            (np.core.multiarray._reconstruct if np.__version__ < "2" else np._core.multiarray._reconstruct),
+            (
+                np.ndarray,
+                (0,),
+                b"b",
+            ),
+            self.state,
+        )
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Shaped(data=b"x"),
+        Shaped(0, 1 << 62),
+        Shaped(1 << 100, 0),
+        Shaped(*[1 << 20] * 3, 0),
+        Shaped(*[1] * 40, data=b"x"),
+    ],
+    ids=["no axis", "a long side", "a side beyond 64 bits", "long together", "many axes"],
+)
+def test_shapes_that_no_array_of_images_has(array: Shaped):
+    """An array without an axis, or whose shape NumPy would refuse, is a clear error before it is read."""
+    with pytest.raises(DamagedError, match="an array with an invalid shape or data"):
+        load({"class_dict": {"n01": array}})
+
+
 def test_fortran_order_is_refused():
     """Its rows are not where ours would be."""
     with pytest.raises(DamagedError, match="Fortran order"):

@@ -93,14 +93,19 @@ def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
     [
         ("http://me:secret@example.org:8000/a?b=c", "http://example.org:8000/a?…"),
         ("HTTPS://me@example.org", "https://example.org"),
-        ("http://me:sec@ret?@example.org/@a", "http://example.org/@a"),
+        ("http://me:sec@ret?@example.org/@a", "http://…"),
         ("ftp://me:secret@[::1]/a/b", "ftp://[::1]/a/b"),
         ("simplecache::sftp://me:secret@host/a", "simplecache::sftp://host/a"),
         ("s3://bucket/a?X-Amz-Signature=secret", "s3://bucket/a?…"),
-        ("https://example.org/a#b", "https://example.org/a#b"),
+        ("https://example.org/a#token=secret", "https://example.org/a#…"),
         ("/data/me@home/a?b", "/data/me@home/a?b"),
         ("http://[secret@/a", "http:///a"),
         ("s3://bucket/a", "s3://bucket/a"),
+        ("s3://AKIA:se/cret@bucket/a", "s3://…@bucket/a"),
+        ("https://example.org/a?key=sec@ret", "https://…"),
+        ("zip://a.zip::http://me:secret@host/x?secret", "zip://…@host/x?…"),
+        ("file:///data/me@home/a", "file:///data/me@home/a"),
+        ("file://me:secret@host/a", "file://host/a"),
         ("https://[me:secret@", "https://"),
         (Path("folder"), "folder"),
     ],
@@ -108,4 +113,5 @@ def test_a_protocol_that_needs_a_package(monkeypatch: pytest.MonkeyPatch):
 def test_places_are_shown_without_passwords(place: str | Path, expected: str):
     """Of an address neither user, password nor query; of a path all; of what is neither no error."""
     assert shown_place(place) == expected
+    assert shown_place("me:secret@http://host") == "…://…"
     assert shown_text(f"Failed to parse: '{place}', HTTP://a:b@c") == f"Failed to parse: '{expected}', http://c"

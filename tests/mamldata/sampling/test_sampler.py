@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,30 @@ def test_memory_bound_changes_nothing(pool: int, monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(EpisodeSampler(SPEC, table()).sample(5, 200), expected)
     assert sum(calls) == 200
     assert max(calls) == max(1, pool // 150)  # 5 ways, each with a pool of up to 30 images
+
+
+@given(rows=st.integers(1, 5), draws=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
+def test_without_a_pool_the_draws_are_the_same(rows: int, draws: int, seed: int) -> None:
+    """Classes too large for a pool are shuffled by their changes alone, with the same result."""
+    chance = np.random.default_rng(seed)
+    sizes = chance.integers(1, 2 * draws + 3, rows)
+    sizes[0] = max(sizes[0], draws)
+    raw = chance.integers(0, 2**64, (rows, draws), dtype=np.uint64)
+    assert np.array_equal(episodes._draw_from_many(raw, sizes), episodes._draw(raw, sizes))
+
+
+def test_memory_does_not_grow_with_what_a_table_claims() -> None:
+    """A forged table of classes with two thousand million images each costs no more than a true one."""
+    claimed = replace(table(), images=np.full(len(table()), 2**31 - 1))
+    sampler = EpisodeSampler(SPEC, claimed)
+    tracemalloc.start()
+    try:
+        drawn = sampler.sample(3, 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert drawn.shape == (10, 5, 5)
+    assert peak < 1 << 20
 
 
 def test_global_generators_are_left_alone() -> None:

@@ -72,6 +72,24 @@ def test_what_nobody_waits_for_is_dropped():
     assert (ahead.take(1), ahead.take(2)) == ("new", "old")
 
 
+def test_without_a_thread_a_job_is_done_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Where this process may have no more threads, its own does the job, and its result or error waits as ever."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ahead: Prefetch[int, str] = Prefetch()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ahead.start(1, lambda: "one")
+        ahead.start(2, fails)
+    assert ahead.running == 0
+    ahead.join(1)
+    assert ahead.take(1) == "one"
+    with pytest.raises(ValueError, match="of no use"):
+        ahead.take(2)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_other_processes_begin_with_none():

@@ -547,6 +547,17 @@ def occupied(folder, *patterns):
 
 
 class TestAhead:
+    def test_a_source_that_ends_in_its_own_thread(self, server):
+        """Garbage collection may find a source in the middle of one of its jobs; its folder is removed all the same."""
+        sources = [remote(server)]
+        place, ahead = sources[0].cache.folder, sources[0]._prefetched
+        ahead.start(0, sources.clear)
+        ahead.join(30)
+        deadline = time.monotonic() + 30
+        while place.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not place.exists()
+
     def test_shards_come_several_at_a_time(self, server):
         """The first and the next two are under way together; none is asked for twice."""
         meeting = threading.Barrier(3, timeout=30)
@@ -680,6 +691,19 @@ class TestCache:
         assert sorted(path.name[:64] for path in cache.own.glob("*.tar.part")) == [f"{2:064d}", f"{3:064d}"]
         assert len(list(cache.own.glob("*.tar"))) == 2
 
+    def test_a_folder_with_the_name_of_a_shard(self, folder, server, tmp_path):
+        """It is never removed; whoever needs the shard of that name gets an error that names the folder."""
+        shards = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 2 * shards[0].bytes, QUICK)
+        theirs = [cache.own / f"{'0' * 64}.tar", cache.own / f"{shards[3].sha256}.tar"]
+        for path in theirs:
+            path.mkdir()
+        for shard in shards[:3]:
+            cache.get(f"{server.url}/{shard.file}", shard)
+        with pytest.raises(WriteError, match=rf"{shards[3].sha256}\.tar .*Is a directory"):
+            cache.get(f"{server.url}/{shards[3].file}", shards[3])
+        assert all(path.is_dir() for path in theirs)
+
     def test_the_least_recently_used_goes_first(self, folder, server, tmp_path):
         """What was used just now is kept."""
         shards = read_archive(folder).split("train").shards
@@ -709,6 +733,19 @@ class TestCache:
         made = {path.name for path in tmp_path.iterdir()} - {name.partition("/")[0] for name in [*names, "temporary"]}
         assert not made, "everything of the cache lies in its own folder"
         assert (tmp_path / OWN / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+
+    def test_what_is_not_a_file_is_passed_over(self, folder, server, tmp_path):
+        """A link in a circle under a shard's name has no length, and a pipe in place of a record is not waited for."""
+        first, second, *_ = read_archive(folder).split("train").shards
+        cache = ShardCache(tmp_path, 2 * first.bytes, QUICK)
+        circle = cache.own / f"{0:064d}.tar"
+        circle.symlink_to(circle.name)
+        path = cache.get(f"{server.url}/{first.file}", first)
+        path.with_suffix(".json").unlink()
+        os.mkfifo(path.with_suffix(".json"))
+        assert cache.get(f"{server.url}/{first.file}", first) == path
+        assert cache.get(f"{server.url}/{second.file}", second).is_file()
+        assert len(server.asked) == 2
 
     def test_what_is_being_opened_stays(self, folder, server, tmp_path):
         """Another process that needs room removes no shard before it is open, nor waits until it is."""

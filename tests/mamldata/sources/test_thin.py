@@ -44,7 +44,7 @@ ROWS = 200  # images in a shard of the small thin archive
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manifest, glyphs_bank: Bank) -> Path:
-    """A full archive; not to be written to."""
+    """A full archive, which tests only read."""
     out = tmp_path_factory.mktemp("full") / "archive"
     build(glyphs_manifest, glyphs_bank, out, REQUEST)
     return out
@@ -52,7 +52,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manifest, gl
 
 @pytest.fixture(scope="module")
 def thin(tmp_path_factory: pytest.TempPathFactory, glyphs_manifest: Manifest, glyphs_bank: Bank) -> Path:
-    """The thin archive of the same settings, in several shards; not to be written to."""
+    """The thin archive of the same settings, in several shards; tests only read it."""
     return built_thin(tmp_path_factory.mktemp("thin") / "archive", glyphs_manifest, glyphs_bank, THIN)
 
 
@@ -302,7 +302,7 @@ class TestDamage:
     def test_hashed_once(self, copied, monkeypatch):
         """A shard that was found whole is not hashed again, unless that is asked for."""
         hashed: list[Path] = []
-        monkeypatch.setattr("mamldata.bank.checked._TICK_NS", -(10**12))
+        monkeypatch.setattr("mamldata.io.atomic._TICK_NS", -(10**12))
         monkeypatch.setattr(
             "mamldata.bank.checked.sha256_file", lambda path, *rest: hashed.append(path) or sha256_file(path, *rest)
         )

@@ -29,6 +29,7 @@ from mamldata.archive.shard import open_shard
 from mamldata.bank.make import make_bank
 from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.normalization import Normalization
+from mamldata.sources import stored
 from mamldata.sources.stored import ArchiveSource
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4
@@ -817,6 +818,51 @@ def few_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def cut(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def zeros(path: Path) -> None:
+    with path.open("rb+") as stream:
+        stream.write(bytes(path.stat().st_size))
+
+
+class TestChangedUnderAReader:
+    @pytest.fixture(autouse=True)
+    def _look_always(self, monkeypatch):
+        """Look at the files before each meta-batch, not every few seconds."""
+        monkeypatch.setattr(stored, "_LOOK_EVERY", 0.0)
+
+    @pytest.mark.parametrize("remix", [False, True])
+    @pytest.mark.parametrize(
+        ("change", "message"), [(cut, "has 1,000 bytes, expected"), (zeros, "is damaged: episode 0")]
+    )
+    def test_a_shard_that_is_changed_in_place(self, own, change, message, remix):
+        """The next meta-batch from it is an error that names it: neither the end of the process nor zeros."""
+        stream = EpisodeStream(own, batch_size=BATCH, shuffle=None if remix else False, remix=remix)
+        for _ in stream:
+            pass
+        change(own / "train-00000.tar")
+        with pytest.raises(DamagedError, match=rf"train-00000\.tar .*{message}"):
+            for _ in stream:
+                pass
+
+    def test_a_shard_that_is_only_touched(self, own):
+        """It is checked again, and read on."""
+        stream = EpisodeStream(own, batch_size=BATCH, shuffle=False)
+        before = [batch.support_x.clone() for batch in stream]
+        (own / "train-00000.tar").touch()
+        assert all(torch.equal(a, b.support_x) for a, b in zip(before, stream, strict=True))
+
+    def test_a_shard_that_is_replaced_by_renaming(self, own):
+        """The stream reads on what it has mapped, whatever has the name now."""
+        stream = EpisodeStream(own, batch_size=BATCH, shuffle=False)
+        before = [batch.support_x.clone() for batch in stream]
+        (own / "other").write_bytes(b"another file")
+        (own / "other").rename(own / "train-00000.tar")
+        assert all(torch.equal(a, b.support_x) for a, b in zip(before, stream, strict=True))
+
+
 class TestManyShards:
     @pytest.mark.parametrize("remix", [False, True])
     def test_more_shards_than_open_files(self, many, few_descriptors, remix):
@@ -865,7 +911,7 @@ class TestRequests:
             (lambda: EpisodeStream(folder, dtype="float16"), "dtype must be .* not 'float16'"),
             (lambda: EpisodeStream(folder, batch_size="8"), "batch_size must be a whole number, not '8'"),
             (lambda: EpisodeStream(folder).to("gpu"), "There is no device 'gpu'. Use 'cuda'"),
-            (lambda: EpisodeStream(folder, "dev"), "no episodes of split 'dev'; it has train, val, test"),
+            (lambda: EpisodeStream(folder, "dev"), "no split 'dev'; the splits are train, val, test"),
             (lambda: EpisodeStream(folder, batch_size=0), "batch_size must be at least 1, not 0"),
             (lambda: EpisodeStream(folder, batch_size=24), "batch_size is 24, but there are only 23 episodes"),
             (lambda: EpisodeStream(folder, seed=-1), "seed must be at least 0, not -1"),

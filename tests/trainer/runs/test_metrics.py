@@ -36,6 +36,16 @@ def test_rewind_drops_what_comes_after(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2, 2, 3]
 
 
+def test_rewind_drops_what_is_damaged(tmp_path: Path) -> None:
+    """A line that a bad disk changed is dropped, whatever it has become; the others stay as they are."""
+    good = [b'{"step": 1, "loss": 0.5}\n', b'{"step": 2}\n']
+    bad = [b"\xff\xfe\n", b"[]\n", b"{}\n", b"7\n", b"null\n", b'{"step": []}\n', b'{"step": Infinity}\n']
+    bad += [b"[" * 100_000 + b"\n", b'{"step": 1e999}\n']
+    (tmp_path / NAME).write_bytes(b"".join([good[0], *bad, good[1]]))
+    rewind(tmp_path, 2)
+    assert (tmp_path / NAME).read_bytes() == b"".join(good)
+
+
 def test_rewind_of_nothing(tmp_path: Path) -> None:
     """A run that has logged nothing yet has nothing to drop."""
     rewind(tmp_path, 5)

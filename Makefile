@@ -10,7 +10,7 @@ STORM_SCALE ?= 1
 # Two processes: tests wait for files, servers and processes of their own, so that one leaves a processor idle.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo quick test storm lint bench clean
+.PHONY: help demo quick test storm lint bench gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ lint: $(READY)  ## Check style and types
 
 bench: $(READY)  ## Run every benchmark on the embedded data; each prints JSON
 	for name in preprocess build stream train memory; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+gpu: $(READY)  ## On a machine with a GPU: measure and prove what this project does there, in ten minutes, then its tests
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m pytest -m gpu
 
 clean:  ## Remove what these commands made
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis storm

@@ -1,7 +1,8 @@
 """Outer steps per second on synthetic episodes of Omniglot's shape: engines, orders and inner steps, in turn.
 
 Each candidate runs in a separate process, with the allocator and the threads that it would have alone. The processor
-time of a step is reported with the rates, because on a shared machine a rate mostly shows which process got the cores.
+time of a step is reported with the rates, because on a shared machine a rate mostly shows which process got the cores;
+and the floor, the rate at which a step's floating-point operations would go by at the speed of a large matrix product.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import torch
 from common import arguments, in_turn, ratio, report
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mamldata.parallel import default_workers
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.algorithms import InnerLoop
-from trainer.maml.engines import pick_engine
+from trainer.maml.choice import engine_for
 from trainer.maml.parameters import MetaParameters
 from trainer.maml.variants import method_of
 from trainer.networks.networks import build_network
+from trainer.networks.precision import arithmetic, set_precision
 from trainer.settings import pick_device
 from trainer.system.malloc import keep_large_buffers
 
@@ -41,9 +44,15 @@ PLAIN, PLAIN_KEPT = "plain example", "plain example with our allocator and layou
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.set_defaults(repeats=5)
-    parser.add_argument("--candidates", nargs="+", default=["auto", "vmap", "higher", PLAIN, PLAIN_KEPT])
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=["auto", "vmap", "higher", PLAIN, PLAIN_KEPT],
+        help="engines, such as vmap, or vmap:bf16 in another precision; and the plain examples",
+    )
     parser.add_argument("--network", choices=("conv4", "conv3-pool"), default="conv4")
     parser.add_argument("--k-shot", type=int, default=1)
+    parser.add_argument("--k-query", type=int, default=15)
     parser.add_argument("--meta-batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[1, 5])
@@ -57,19 +66,23 @@ def main() -> None:
         take_steps(options)
         return
     results: dict[str, dict[str, float]] = {}
-    ratios, slower = {}, {}
+    ratios, slower, floors = {}, {}, {}
+    speed = peak(options)
     with ExitStack() as stack:
         busy = stack.enter_context(Busy(options.beside))
         workers = {name: stack.enter_context(Worker(name, options.threads)) for name in options.candidates}
         for steps in options.inner_steps:
             for order in ORDERS:
                 what = f"{order} order, {steps} inner step{'s' if steps > 1 else ''}"
+                count = operations(options, steps, order)
+                floors[what] = {"GFLOP": count / 1e9, "GFLOP/s": speed / 1e9, "floor": speed / count}
                 tasks = {name: worker.task(steps, order) for name, worker in workers.items()}
                 if options.beside:
                     tasks |= {f"{name}{BESIDE}": busy.beside(task) for name, task in tasks.items()}
                 found = in_turn(tasks, options.repeats)
                 for name, worker in workers.items():
                     found[name]["cpu_seconds"] = worker.cpu_seconds()
+                    found[name]["floor"] = speed / count
                     if options.beside:
                         slower[f"{what}, {name}"] = ratio(found, name, f"{name}{BESIDE}")
                 results |= {f"{what}, {name}": value for name, value in found.items()}
@@ -78,7 +91,7 @@ def main() -> None:
         "train",
         {
             "unit": "outer steps/s; cpu_seconds of all threads, a step",
-            "episodes": f"5-way {options.k_shot}-shot 15-query, 28x28, made up",
+            "episodes": f"5-way {options.k_shot}-shot {options.k_query}-query, 28x28, made up",
             "meta_batch_size": options.meta_batch_size,
             "network": f"{options.network}; the plain example has it as torch's own layers",
             "device": options.device,
@@ -88,8 +101,37 @@ def main() -> None:
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
-        results | {"times as fast as the plain example": ratios, f"times as long{BESIDE}": slower},
+        results | {"floors": floors, "times as fast as the plain example": ratios, f"times as long{BESIDE}": slower},
     )
+
+
+def operations(options: argparse.Namespace, steps: int, order: str) -> int:
+    """Floating-point operations of the products and convolutions of a step of ``loop``; an addition counts as one."""
+    batch, network = made_up(1, torch.device("cpu"), shots=(options.k_shot, options.k_query)), _network(options, "fp32")
+    inner = InnerLoop(steps, INNER_LR, "second" if order == "second" else "first", "transductive")
+    with FlopCounterMode(display=False) as counter:
+        parameters = MetaParameters(dict(network.named_parameters()))
+        engine_for("loop", batch.support_x.device)(network, parameters, batch, method_of(network, inner))
+    return int(counter.get_total_flops()) * options.meta_batch_size
+
+
+def peak(options: argparse.Namespace, side: int = 512) -> float:
+    """The highest rate of a float32 matrix product with the threads of a candidate, in floating-point operations/s."""
+    device, before = pick_device(options.device), torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    x, best = torch.randn(side, side, device=device), 0.0
+    for _ in range(200):  # short, so that some are not interrupted
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best
+
+
+def _network(options: argparse.Namespace, precision: str) -> nn.Module:
+    network = build_network(options.network, 1, 28, 5, seed=0)
+    set_precision(network, precision)  # type: ignore[arg-type]
+    return network
 
 
 class Busy:
@@ -162,13 +204,15 @@ class Worker:
 
 def take_steps(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
-    batch = made_up(options.meta_batch_size, device, shots=(options.k_shot, 15))
+    batch = made_up(options.meta_batch_size, device, shots=(options.k_shot, options.k_query))
+    engine, _, precision = options.one.partition(":")
     if options.one == PLAIN:
         # The memory layout of torch's own loaders.
         batch = batch._replace(support_x=batch.support_x.contiguous(), query_x=batch.query_x.contiguous())
     else:
         keep_large_buffers()
-    network = build_network(options.network, 1, 28, 5, seed=0).to(device)
+    network = _network(options, precision or "fp32").to(device)
+    made = None if engine in {PLAIN, PLAIN_KEPT} else engine_for(engine, device)
     parameters = MetaParameters(dict(network.named_parameters()))
     plain = {
         (steps, order): plain_example(options.network, batch, steps, INNER_LR, second=order == "second")
@@ -177,11 +221,12 @@ def take_steps(options: argparse.Namespace) -> None:
     }
     for line in sys.stdin:
         steps, order, start = int(line.split()[0]), line.split()[1], time.process_time()
-        if options.one in {PLAIN, PLAIN_KEPT}:
+        if made is None:
             loss = plain[steps, order]()
         else:
             inner = InnerLoop(steps, INNER_LR, "second" if order == "second" else "first", "transductive")
-            loss = pick_engine(options.one)(network, parameters, batch, method_of(network, inner, options.one)).loss
+            with arithmetic(network, device):
+                loss = made(network, parameters, batch, method_of(network, inner, engine)).loss
         assert float(loss) >= 0  # waits for the device
         print(time.process_time() - start, flush=True)
 
@@ -224,9 +269,10 @@ def made_up(
     image: tuple[int, int, int] = (28, 28, 1),
     n_way: int = 5,
     shots: tuple[int, int] = (1, 15),
+    seed: int = 0,
 ) -> EpisodeBatch:
     """Random episodes with the memory layout of a stream's meta-batches."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     images = [
         torch.rand(episodes, n_way * k, *image, generator=generator).permute(0, 1, 4, 2, 3).to(device) for k in shots
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -14,12 +15,14 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import filelock
 import fsspec
@@ -95,6 +98,96 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class FakeGpu:
+    """What code asked of a GPU that is not there: its work is done at once, on the CPU.
+
+    Attributes:
+        gpus: how many there are.
+        log: what was asked, in order: ``("record", event, stream)``, ``("wait", event, stream)`` where the CPU waits
+            for an event, and ``("stream waits", event, stream)``; the default stream is 0.
+        streams: how many CUDA streams were made.
+        moved: shapes of the tensors that went to the GPU by ``to``, with whether the CPU waited for it.
+    """
+
+    def __init__(self) -> None:
+        self.gpus = 1
+        self.log: list[tuple[str, int, int]] = []
+        self.streams = self.events = -1
+        self.moved: list[tuple[tuple[int, ...], bool]] = []
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """``torch.cuda`` finds one GPU, whose tensors are in truth on the CPU."""
+    import torch
+
+    gpu = FakeGpu()
+
+    class Stream:
+        def __init__(self, *_: object) -> None:
+            self.number = gpu.streams = gpu.streams + 1
+
+        def wait_event(self, event: Event) -> None:
+            gpu.log.append(("stream waits", event.number, self.number))
+
+    class Event:
+        def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
+            self.number = gpu.events = gpu.events + 1
+            self.blocking, self.timed, self.at = blocking, enable_timing, 0.0
+
+        def record(self, stream: object = None) -> None:
+            self.at, self.stream = time.perf_counter(), stream or current()
+            gpu.log.append(("record", self.number, self.stream.number))
+
+        def synchronize(self) -> None:
+            assert self.blocking, "the CPU spins while it waits"
+            gpu.log.append(("wait", self.number, self.stream.number))
+
+        def elapsed_time(self, later: Event) -> float:
+            assert self.timed
+            assert later.timed
+            return 1000 * (later.at - self.at)
+
+    default, here = Stream(), threading.local()
+
+    def current(device: object = None) -> Stream:
+        return getattr(here, "stream", default)
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, here.stream = current(), stream
+        yield
+        here.stream = before
+
+    to, empty = torch.Tensor.to, torch.empty
+
+    def fake_to(self: torch.Tensor, where: object, *more: Any, non_blocking: bool = False, **others: Any) -> Any:
+        if isinstance(where, torch.device) and where.type == "cuda":
+            gpu.moved.append((tuple(self.shape), not non_blocking))
+            return self.clone()
+        return to(self, where, *more, non_blocking=non_blocking, **others)
+
+    def fake_empty(*shape: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:
+        return empty(*shape, **more)
+
+    fakes = {
+        "is_available": lambda: gpu.gpus > 0,
+        "device_count": lambda: gpu.gpus,
+        "current_device": lambda: 0,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": on,
+        "current_stream": current,
+        "init": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "to", fake_to)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch, "empty", fake_empty)
+    return gpu
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +26,19 @@ from trainer.maml.algorithms import InnerLoop
 from trainer.maml.losses import loss_of, score_of
 from trainer.maml.parameters import Episode, MetaParameters, episodes
 from trainer.maml.variants import method_of
-from trainer.networks.precision import pick_precision, precision_of, set_precision
+from trainer.networks.precision import arithmetic, pick_precision, precision_of, set_precision
 from trainer.protocol import NamesClasses, TrainData
 from trainer.runs.checkpoint import Checkpoint, find_checkpoint
 from trainer.runs.folder import environment
 from trainer.settings import pick_device, saved_settings
 from trainer.system.distributed import ALONE, World
+from trainer.system.gpu import enough_memory
 from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import BrokenOffError, Stop, stop_at_signals
 from trainer.system.threads import each_task, limited_threads
 
+_LESS_MEMORY = "adapting to an episode. Free some of it, or evaluate on the device cpu."
+AT_ONCE = {"cuda"}  # kinds of devices that are faster with all episodes of a meta-batch at once
 # Of an inner loop that does not diverge. Trained networks have logits below a hundred and losses below guessing.
 LARGEST_LOGIT, LARGEST_LOSS = 1e4, 10.0  # the loss is in times that of guessing, ln(n_way)
 
@@ -181,8 +185,10 @@ def evaluate_network(
 ) -> Evaluation:
     """Adapt to each episode separately and measure on its query set. The network is not changed.
 
-    On a CPU, torch's threads each work on an episode of a batch; see ``each_task``. Of an episode only its answers
-    are kept, and of an inner step neither graph nor weights, so memory hardly grows with episodes and steps.
+    On a CPU, torch's threads each work on an episode of a batch; see ``each_task``. On CUDA all episodes of a batch
+    are adapted to at once, if memory allows it, since each launch of a kernel costs the same for all as for one. Of
+    an episode only its answers are kept, and of an inner step neither graph nor weights, so memory hardly grows with
+    episodes and steps.
 
     Args:
         network: on the device of the episodes.
@@ -196,16 +202,26 @@ def evaluate_network(
             after their part of the same meta-batch.
 
     Raises:
-        RequestError: there are fewer than two episodes, too few for an interval.
+        RequestError: there are fewer than two episodes, too few for an interval; or a GPU has too little memory for
+            one.
         StoppedError: a process was asked to stop.
     """
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
-    method = method_of(network, inner)
+    device = next(network.parameters()).device
     stop = stop or Stop()
 
-    def one(own: nn.Module, episode: Episode) -> _Measured:
+    def one(own: nn.Module, episode: Episode, method: Method) -> _Measured:
         with torch.no_grad():  # the mode is per thread
             return _measure_classes(own, parameters, episode, method, stop.break_off)
+
+    def measured(batch: EpisodeBatch) -> list[_Measured]:
+        if device.type in AT_ONCE:
+            with suppress(torch.cuda.OutOfMemoryError):  # then one after the other
+                method = method_of(network, inner, "vmap")
+                columns = torch.func.vmap(lambda *parts: one(network, Episode(*parts), method))(*batch[:4])
+                return [_Measured(*row) for row in zip(*columns, strict=True)]
+        method = method_of(network, inner)
+        return list(each_task(partial(one, method=method), network, list(episodes(batch)), device))
 
     parts: list[Answers] = []
     rounds, done = iter(batches), False
@@ -213,9 +229,8 @@ def evaluate_network(
         with world.together(stop):
             batch = next(rounds, None)
             if batch is not None:
-                with suppress(BrokenOffError):
-                    measured = list(each_task(one, network, list(episodes(batch)), batch.support_x.device))
-                    parts += _answers(batch, measured) if measured else []
+                with suppress(BrokenOffError), arithmetic(network, device), enough_memory(_LESS_MEMORY):
+                    parts += _answers(batch, measured(batch)) if len(batch.index) else []
         done = world.all(batch is None)
         if stop.agreed and not done:
             raise StoppedError(f"Stopped by {stop.agreed} amid an evaluation, of which nothing is kept.")
@@ -368,7 +383,8 @@ def evaluate(
         )
         network, learned = checkpoint.restored(path, where)
         # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
-        set_precision(network, pick_precision(None if settings.precision == "tf32" else settings.precision, where))
+        lacking = settings.precision == "tf32" and where.type != "cuda"
+        set_precision(network, pick_precision(None if lacking else settings.precision, where))
     with limited_threads(), stop_at_signals(keyboard=world.world_size == 1) as stop:
         evaluation = evaluate_network(network, batches, inner, about, split, learned, world, stop)
         around = environment(where, world)

@@ -10,16 +10,20 @@ from torch import nn
 
 from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
-from trainer.maml.engines import Outcome, pick_engine
+from trainer.maml.choice import engine_for
+from trainer.maml.engines import Outcome
 from trainer.maml.joint import joint, joint_parameters
 from trainer.maml.parameters import MetaParameters, meta_parameters
 from trainer.maml.variants import method_of
 from trainer.networks.networks import build_network
-from trainer.networks.precision import pick_precision, set_precision
+from trainer.networks.precision import arithmetic, pick_precision, set_precision
 from trainer.protocol import ClassData
 from trainer.runs.checkpoint import Start, all_weights, load_optimizer, load_weights, start_network, start_others
 from trainer.settings import TrainSettings
 from trainer.system.distributed import ALONE, World
+from trainer.system.gpu import enough_memory
+
+_LESS_MEMORY = "an outer step. Lower meta_batch_size, filters or inner_steps, or set the engine loop."
 
 
 class Learner:
@@ -39,8 +43,8 @@ class Learner:
         optimizer: of the outer loop.
 
     Raises:
-        RequestError: the network does not take these images, the device does not have this precision, or the weights
-            to start from do not fit.
+        RequestError: the network does not take these images, the device does not have this precision or engine, or the
+            weights to start from do not fit.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class Learner:
             start_network(self.network, settings, start)
         set_precision(self.network, pick_precision(settings.precision, device))
         self.parameters: MetaParameters
-        self._engine = pick_engine(settings.engine)
+        self._engine = engine_for(
+            settings.engine, device, compile=settings.compile, checkpoint=settings.checkpoint_inner
+        )
         if settings.point.outer == "joint":
             wide = _fresh_network(settings, {**about, "n_way": data.class_count()})
             self.parameters = joint_parameters(self.network, wide)
@@ -69,11 +75,7 @@ class Learner:
         if start:
             start_others(self.parameters, start)
         values = self.parameters.tensors()
-        self.optimizer: torch.optim.Optimizer
-        if settings.meta_optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(values, lr=settings.meta_lr)
-        else:
-            self.optimizer = torch.optim.Adam(values, lr=settings.meta_lr)
+        self.optimizer = _optimizer(settings, values, device)
 
     @property
     def learned(self) -> list[torch.Tensor]:
@@ -104,16 +106,20 @@ class Learner:
             share: this part's fraction of the meta-batch, in [0, 1].
             world: the processes that share the meta-batch.
             every_step: report the score before and after each inner step.
+
+        Raises:
+            RequestError: the GPU has too little memory, or the engine cannot be prepared.
         """
         settings = self.settings
-        if settings.point.outer == "joint":
-            classes = self._data.classes(batch.index)
-            outcome = joint(self.network, self.parameters, batch, classes, world)
-        else:
-            method = method_of(self.network, settings.inner_loop(step), settings.engine)
-            outcome = self._engine(
-                self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
-            )
+        with arithmetic(self.network, self.device), enough_memory(_LESS_MEMORY):
+            if settings.point.outer == "joint":
+                classes = self._data.classes(batch.index)
+                outcome = joint(self.network, self.parameters, batch, classes, world)
+            else:
+                method = method_of(self.network, settings.inner_loop(step), settings.engine)
+                outcome = self._engine(
+                    self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
+                )
         # All at once: each exchange has its cost.
         *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
         return Outcome(self.parameters.like(slopes), loss, score)
@@ -130,6 +136,13 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.meta_lr_at(step)
         self.optimizer.step()
+
+
+def _optimizer(settings: TrainSettings, values: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
+    if settings.meta_optimizer == "sgd":
+        return torch.optim.SGD(values, lr=settings.meta_lr)
+    # On CUDA all tensors in a few launches.
+    return torch.optim.Adam(values, lr=settings.meta_lr, fused=device.type == "cuda" or None)
 
 
 def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:

@@ -23,6 +23,7 @@ from trainer.runs.metrics import Window
 from trainer.runs.tensorboard import require_tensorboard
 from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
+from trainer.system.gpu import Wait
 from trainer.system.malloc import keep_large_buffers
 from trainer.system.signals import Stop, stop_at_signals
 from trainer.system.threads import limited_threads
@@ -167,12 +168,12 @@ class _Run:
             last = self.validate(step, stop)
         with closing(endless(self.stream)) as batches:
             while step < settings.outer_steps:
-                asked = time.perf_counter()
+                waited = Wait(learner.device)
                 with world.together(stop):
                     if learner.device.type == "cpu":  # on a GPU this would wait, so the log line checks instead
                         recorder.window.require_finite()
                     batch = next(batches)
-                    waited = time.perf_counter() - asked
+                    waited.end()
 
                 logging = (step + 1) % settings.log_every == 0 or self.due(step + 1)
                 share = len(batch.index) / settings.meta_batch_size if world.world_size > 1 else 1.0
@@ -206,6 +207,7 @@ class _Run:
         world.require_same(learner.learned, f"The weights at step {step}")
         with world.together():
             batches = _validation(learner, self.data, world)
+        start = time.perf_counter()
         inner, evaluation = learner.settings.inner_loop_at_test(), None
         if not stop.agreed:
             with suppress(StoppedError):
@@ -216,7 +218,7 @@ class _Run:
             self.save(step)
             self.leave(step, stop, " It will be validated when the run is resumed.")
         with world.together():
-            last = self.recorder.validated(step, evaluation, self.stream)
+            last = self.recorder.validated(step, evaluation, self.stream, time.perf_counter() - start)
         self.recorder.window = Window(step)  # validation is not timed
         return last
 

@@ -14,6 +14,7 @@ from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, save_checkpoint
 from trainer.runs.folder import begin_run
 from trainer.runs.tensorboard import Board
+from trainer.system.gpu import peak_memory
 
 
 def progress(step: int, steps: int) -> str:
@@ -79,7 +80,7 @@ class Recorder:
         Raises:
             DivergedError: a loss in it was not finite.
         """
-        row = self.window.sum_up()
+        row = {**self.window.sum_up(), **peak_memory(self._learner.device)}
         self._note({"event": "train", **row})
         *before, _ = row["accuracy_by_step"]
         start = f"{100 * before[0]:.1f} → " if before else ""  # joint training does not adapt
@@ -94,14 +95,14 @@ class Recorder:
                 "inner_lr or meta_lr, fewer inner steps or another bn may help."
             )
 
-    def validated(self, step: int, evaluation: Evaluation, stream: TrainStream) -> Checkpoint:
-        """Record a validation and save a checkpoint.
+    def validated(self, step: int, evaluation: Evaluation, stream: TrainStream, seconds: float) -> Checkpoint:
+        """Record a validation, which took some seconds, and save a checkpoint.
 
         Raises:
             DivergedError: its loss is not finite.
         """
         metrics.require_finite(evaluation.loss, f"The validation loss at step {step}")
-        self._note({"event": "val", "step": step, **evaluation.to_json()})
+        self._note({"event": "val", "step": step, **evaluation.to_json(), "seconds": seconds})
         self._report(f"step {step}  val {evaluation}")
         if evaluation.doubt:
             self._report(evaluation.doubt)

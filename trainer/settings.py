@@ -219,9 +219,17 @@ class TrainSettings:
         "Device to train on; auto is the first available of cuda, mps and cpu.",
         choices=("auto", "cpu", "cuda", "mps"),
     )
-    engine: str = setting("auto", "Engine that computes meta-gradients.", choices=("auto", "loop", "vmap", "higher"))
+    engine: str = setting(
+        "auto",
+        "Engine that computes meta-gradients.",
+        shown="auto: graphed on CUDA, loop elsewhere",
+        choices=("auto", "loop", "vmap", "higher", "graphed"),
+    )
+    compile: bool = setting(
+        False, "Compile the engine vmap or graphed with torch's Inductor, which takes minutes at the start."
+    )
     precision: Precision | None = setting(
-        None, "Precision of the arithmetic.", shown="tf32 on CUDA, fp32 elsewhere", choices=("fp32", "tf32", "bf16")
+        None, "Precision of the arithmetic.", shown="fp32", choices=("fp32", "tf32", "bf16")
     )
     tensorboard: bool = setting(False, "Also write metrics for TensorBoard.")
 
@@ -261,11 +269,21 @@ class TrainSettings:
             yield "checkpoint_inner has no effect with order first, which keeps no graph of the inner loop."
         if self.checkpoint_inner and self.engine not in {"auto", "loop"}:
             yield f"checkpoint_inner is for the engine loop, not {self.engine}."
+        if self.engine == "graphed" and self.device in {"cpu", "mps"}:
+            yield f"engine cannot be graphed with device {self.device}: only CUDA devices have graphs."
+        if self.compile and self.engine not in {"auto", "vmap", "graphed"}:
+            yield f"compile is for the engines vmap and graphed, not {self.engine}."
+        if self.compile and self.precision == "bf16":
+            yield "compile does not support precision bf16, whose autocast torch's compiler does not know."
+        if self.compile and self.checkpoint_inner:
+            yield "compile and checkpoint_inner cannot both be set: checkpoint_inner is for the engine loop."
         clips = self.meta_clip_norm is not None or self.meta_clip_value is not None
         if clips and self.point.outer == "none":
             yield f"{self.algorithm} has no meta-gradient to clip."
         if self.engine != "auto" and self.point.outer in {"joint", "none"}:
             yield f"engine has no effect with {self.algorithm}, which has no inner loop in training."
+        if self.compile and self.point.outer in {"joint", "none"}:
+            yield f"compile has no effect with {self.algorithm}, which has no inner loop in training."
 
     @property
     def point(self) -> Algorithm:
@@ -365,10 +383,13 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
+    from mamldata.streaming.device import why_no_gpu
+
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
     if not there[name]:
         present = ", ".join(kind for kind, available in there.items() if available)
-        raise RequestError(f"This machine has no device {name!r}. Available: {present}.")
+        why = why_no_gpu() if name == "cuda" else ""
+        raise RequestError(f"This machine has no device {name!r}. Available: {present}.{why}")
     return torch.device(name)

@@ -107,6 +107,9 @@ class BatchReader:
             torch.arange(info.n_way).repeat_interleave(k).repeat(self.batch_size, 1).to(device) for k in counts
         )
         self._affine = _affine(normalize) if normalize else None
+        # Moved once: a copy from ordinary memory makes the thread wait for all copies before it. [C, 1, 1] broadcasts
+        # over [B, images, C, H, W].
+        self._affine_there = self._affine and tuple(values.to(device)[:, None, None] for values in self._affine)
         self._stored = [BufferPool(shape, torch.uint8) for shape in self.shapes]
         self._scaled = [BufferPool(shape, dtype) for shape in self.shapes]
 
@@ -156,11 +159,10 @@ class BatchReader:
         """Scale and label a stored meta-batch on its device."""
         if self.dtype == torch.uint8:
             return self.label(*stored)
-        if self._affine is None:
+        if self._affine_there is None:
             support, query = ((images * _SCALE).to(self.dtype) for images in (stored.support, stored.query))
         else:
-            # [C, 1, 1] broadcasts over [B, images, C, H, W].
-            scale, shift = (values.to(stored.support.device)[:, None, None] for values in self._affine)
+            scale, shift = self._affine_there
             support, query = ((images * scale + shift).to(self.dtype) for images in (stored.support, stored.query))
         return self.label(support, query, stored.index, stored.queries)
 

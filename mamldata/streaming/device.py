@@ -2,11 +2,13 @@
 
 The thread fills a small ring of pinned buffers, and copies each to the device on a CUDA stream of its own; images are
 copied as uint8, a quarter of their float32 size, and scaled there. The consumer's CUDA stream waits for the copy on
-the device, so that the CPU does not wait.
+the device. The CPU waits only for work that is two meta-batches old: if it ran ahead further, the memory of every
+meta-batch under way would stay in use.
 """
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -68,19 +70,19 @@ class DeviceStream:
         prefetch: how many meta-batches to read ahead, at least 1.
 
     Raises:
-        RequestError: ``device`` is a GPU, but torch finds none; or ``prefetch`` is less than 1.
+        RequestError: ``device`` is a GPU that torch does not find; or ``prefetch`` is less than 1.
     """
 
     def __init__(self, stream: Passes, device: torch.device, prefetch: int = 2) -> None:
         if prefetch < 1:
             raise RequestError(f"prefetch must be at least 1, not {prefetch}.")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.")
+        if device.type == "cuda":
+            _require_gpu(device)
         self.stream = stream
         # The current GPU is set for each thread, and another thread reads ahead.
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self.prefetch = prefetch
-        self._reader: BatchReader | None = None  # kept to reuse its memory
+        self._transfer: Callable[[int], _Item] | None = None  # kept to reuse its memory
         self._left: threading.Thread | None = None  # still reading for a pass that was broken off
 
     @property
@@ -114,6 +116,7 @@ class DeviceStream:
         if self._left is not None:
             self._left.join()  # sources are for one thread at a time
         ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
+        earlier: torch.cuda.Event | None = None
         stop = threading.Event()
         work = threading.Thread(
             target=self._read_ahead,
@@ -128,7 +131,7 @@ class DeviceStream:
                     raise item
                 t, batch, copied = item
                 if copied is not None:
-                    _hand_over(batch, copied, self.device)
+                    earlier = _hand_over(batch, copied, self.device, earlier)
                 self.stream.next_batch = t + 1
                 # Keep no reference to a meta-batch that the consumer has dropped: its memory is reused.
                 del item
@@ -146,7 +149,9 @@ class DeviceStream:
     ) -> None:
         """The background thread: batches, an error and the end all go through the queue."""
         try:
-            transfer = self._transfer()
+            if self._transfer is None:
+                self._transfer = self._make_transfer()
+            transfer = self._transfer
             for t in batches:
                 ready.put(transfer(t))
                 if stop.is_set():
@@ -156,12 +161,10 @@ class DeviceStream:
         else:
             ready.put(None)
 
-    def _transfer(self) -> Callable[[int], _Item]:
+    def _make_transfer(self) -> Callable[[int], _Item]:
         """A function that reads meta-batch ``t`` and puts it on the device."""
-        stream, device = self.stream, self.device
-        if self._reader is None:
-            self._reader = stream.reader(device)
-        reader = self._reader
+        device = self.device
+        reader = self.stream.reader(device)
         if device.type == "cuda":
             return _PinnedRing(reader, device, self.prefetch + 1)
         if device.type == "cpu":
@@ -170,12 +173,13 @@ class DeviceStream:
 
 
 class _PinnedRing:
-    """Page-locked buffers used in turn, each copied to the device on a CUDA stream of its own."""
+    """Page-locked buffers used in turn, each copied to the device on the CUDA stream for copies."""
 
     def __init__(self, reader: BatchReader, device: torch.device, slots: int) -> None:
         self.reader = reader
         self.device = device
-        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copies = _copy_stream(device)
+        self._one_at_a_time = threading.Lock()  # two passes may read at once
         # In memory images are [B, images, H, W, C]; as tensors they are permuted to [B, images, C, H, W].
         memory = [
             [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in reader.shapes] for _ in range(slots)
@@ -192,6 +196,10 @@ class _PinnedRing:
         self.copied: list[torch.cuda.Event | None] = [None] * slots
 
     def __call__(self, t: int) -> _Item:
+        with self._one_at_a_time:
+            return self._transfer(t)
+
+    def _transfer(self, t: int) -> _Item:
         slot = t % len(self.slots)
         if (earlier := self.copied[slot]) is not None:
             earlier.synchronize()  # only this thread waits, until the buffer may be written to again
@@ -204,7 +212,7 @@ class _PinnedRing:
         pinned.index.numpy()[:] = index
         with torch.cuda.stream(self.copies):
             stored = pinned.to(self.device, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(self.copies)
             batch = self.reader.finish(stored)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -213,12 +221,61 @@ class _PinnedRing:
         return t, batch, done
 
 
-def _hand_over(batch: EpisodeBatch, done: torch.cuda.Event, device: torch.device) -> None:
-    """Make the consumer's CUDA stream wait for the copy, on the device, and keep the memory until it has run."""
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The CUDA stream for copies to a GPU, one for the whole process.
+
+    torch's allocator keeps the freed memory of each CUDA stream for that stream, so each further one would hold on to
+    the meta-batches of a pass.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _hand_over(
+    batch: EpisodeBatch, done: torch.cuda.Event, device: torch.device, earlier: torch.cuda.Event | None
+) -> torch.cuda.Event:
+    """Make the consumer's CUDA stream wait for the copy, on the device, and keep the memory until it has run.
+
+    Args:
+        batch: for the consumer.
+        done: the end of its copy.
+        device: of the batch.
+        earlier: the result of the last call. The CPU waits for it, so that it is at most two meta-batches ahead of
+            the device.
+
+    Returns:
+        The end of all work that the consumer has asked for so far.
+    """
+    if earlier is not None:
+        earlier.synchronize()
     consumer = torch.cuda.current_stream(device)
+    asked = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the CPU sleeps while it waits
+    asked.record(consumer)
     consumer.wait_event(done)
     for tensor in batch:
         tensor.record_stream(consumer)
+    return asked
+
+
+def _require_gpu(device: torch.device) -> None:
+    """Check that there is such a GPU.
+
+    Raises:
+        RequestError: there is not; the message says why.
+    """
+    if not torch.cuda.is_available():
+        raise RequestError(f"There is no device {device}: torch finds no GPU. Use 'cpu'.{why_no_gpu()}")
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RequestError(f"There is no device {device}: the last GPU that torch finds is cuda:{count - 1}.")
+
+
+def why_no_gpu() -> str:
+    """`` torch: <its reason>`` where it finds no GPU, such as a driver that is missing or too old."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return f" torch: {str(error).strip().splitlines()[0]}"
+    return ""
 
 
 def _empty(ready: queue.Queue[Any]) -> None:

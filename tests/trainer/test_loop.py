@@ -435,3 +435,13 @@ def test_nothing_is_written_when_the_data_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="too few episodes"):
         train(SETTINGS, Short(), tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_memory_of_the_gpu_and_seconds_of_validation_are_in_the_log(tmp_path, monkeypatch) -> None:
+    """Where there is a GPU each training line tells its peak memory, and everywhere each validation its seconds."""
+    monkeypatch.setattr("trainer.recorder.peak_memory", lambda _: {"allocated_mib": 1.5, "reserved_mib": 2.0})
+    train(replace(SETTINGS, steps=1), Synthetic(), tmp_path / "run")
+    first, second = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (first["event"], first["allocated_mib"], first["reserved_mib"]) == ("train", 1.5, 2.0)
+    assert second["event"] == "val"
+    assert second["seconds"] > 0

@@ -127,7 +127,7 @@ def plain(thing: Any) -> Any:
 
 
 def strip_times(run_dir: Path) -> list[str]:
-    timed = {"ms_per_step", "images_per_second", "data_wait_percent"}
+    timed = {"ms_per_step", "images_per_second", "data_wait_percent", "seconds"}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [str({key: value for key, value in row.items() if key not in timed}) for row in rows]
 

@@ -156,7 +156,7 @@ def test_conflicts_are_reported_with_the_faults_of_single_values() -> None:
 def test_names_that_stand_twice_are_the_same() -> None:
     """Those that modules with torch know are those that are declared without it, and types allow what choices do."""
     assert SETTINGS["network"].choices == tuple(NETWORKS)
-    assert SETTINGS["engine"].choices == ("auto", *ENGINES)
+    assert SETTINGS["engine"].choices == ("auto", *ENGINES, "graphed")
     assert SETTINGS["precision"].choices == PRECISIONS
     pairs = {Order: ORDERS, BatchNorm: BN_MODES, Loss: LOSSES, Rates: RATES, Adapts: ADAPTS, InnerLoss: INNER_LOSSES}
     assert all(get_args(kind) == choices for kind, choices in pairs.items())

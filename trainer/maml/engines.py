@@ -197,7 +197,7 @@ def pick_engine(name: str) -> Engine:
     """The engine called ``name``.
 
     ``auto`` is ``loop``: it is the fastest one on a CPU (``benchmarks/train.py``), and its memory does not grow with
-    the meta-batch.
+    the meta-batch. ``trainer.maml.choice`` chooses for other devices.
 
     Raises:
         RequestError: its package is not installed.

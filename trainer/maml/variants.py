@@ -31,10 +31,10 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
     Args:
         network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
         inner: the inner loop to compute.
-        engine: one of ``ENGINES``, or ``auto``; evaluation adapts as ``loop`` does.
+        engine: that computes it; ``auto`` is ``loop``.
     """
-    by_batch = batch_statistics
-    if engine == "vmap":
+    by_batch, at_once = batch_statistics, engine in {"vmap", "graphed"}
+    if at_once:
         by_batch = written_out
     elif inner.order == "second":
         by_batch = batch_norm  # the same numbers as torch's, with a cheaper second derivative
@@ -45,7 +45,7 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
     return Method(
         inner,
         names=tuple(adapted_names(network, inner)),
-        slopes=func_slopes if engine == "vmap" else autograd_slopes,
+        slopes=func_slopes if at_once else autograd_slopes,
         norm=kept_statistics if inner.bn == "frozen" else lambda _: by_batch,
         start=keep_statistics if inner.bn == "frozen" else lambda _, fast, *__: fast,
         descend=descend_recomputed if inner.checkpoint else descend,

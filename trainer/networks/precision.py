@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,13 +18,13 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 
 
 def pick_precision(name: Precision | None, device: torch.device) -> Precision:
-    """The precision called ``name``; None is the device's own, tf32 on CUDA and fp32 elsewhere.
+    """The precision called ``name``; None is fp32.
 
     Raises:
         RequestError: the device does not support it.
     """
     if name is None:
-        return "tf32" if device.type == "cuda" else "fp32"
+        return "fp32"
     if name == "tf32" and device.type != "cuda":
         raise RequestError(f"The precision tf32 is for CUDA devices only, and this is {device.type}. Use fp32.")
     if name == "bf16" and device.type == "mps":
@@ -32,23 +33,46 @@ def pick_precision(name: Precision | None, device: torch.device) -> Precision:
 
 
 def set_precision(network: nn.Module, precision: Precision) -> None:
-    """Set the precision of a network, and of this process's float32 products on CUDA.
+    """Set the precision of a network, which carries it, so that every engine and the evaluator use the same.
 
-    The network carries it, so that every engine and the evaluator use the same. Parameters stay in float32.
+    Parameters stay in float32.
     """
     network.precision = precision  # type: ignore[assignment]  # a module's attributes are tensors to mypy
-    form = "tf32" if precision == "tf32" else "ieee"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
-        matmul.fp32_precision = cudnn.conv.fp32_precision = form  # type: ignore[attr-defined]  # not in its stubs
-    else:
-        matmul.allow_tf32 = cudnn.allow_tf32 = form == "tf32"
 
 
 def precision_of(network: nn.Module) -> Precision:
     """The precision given by ``set_precision``, or else fp32."""
     precision: Precision = getattr(network, "precision", "fp32")
     return precision
+
+
+@contextmanager
+def arithmetic(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """In this block, compute on CUDA as the network's precision says, and let cuDNN time its convolutions.
+
+    torch has one setting of each kind for the process, so each computation of a network sets them anew and then
+    restores them: those of the program, which may have other networks, do not change. cuDNN times its algorithms at
+    the first call for each shape, which pays because shapes repeat.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    tf32 = precision_of(network) == "tf32"
+    settings: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", True)]
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        settings += [(place, "fp32_precision", "tf32" if tf32 else "ieee") for place in (matmul, cudnn.conv)]
+    else:
+        settings += [(place, "allow_tf32", tf32) for place in (matmul, cudnn)]
+    before = [getattr(place, key) for place, key, _ in settings]
+    try:
+        for place, key, wanted in settings:
+            setattr(place, key, wanted)
+        yield
+    finally:
+        for (place, key, _), old in zip(settings, before, strict=True):
+            setattr(place, key, old)
 
 
 def call(network: nn.Module, parameters: dict[str, Tensor], *inputs: object) -> Tensor:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class Window:
         self.step = step - len(self._losses)
         self._before = len(self._losses)  # steps of another process, whose time is unknown
         self._images = 0
-        self._waited = 0.0
+        self._waited: list[SupportsFloat] = []
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -100,13 +100,13 @@ class Window:
         last = torch.stack([by_step[-1:] for by_step in self._accuracies])
         return {"losses": torch.stack(self._losses).cpu(), "accuracies": last.cpu()}
 
-    def add(self, batch: EpisodeBatch, outcome: Outcome, waited: float, share: float = 1.0) -> None:
+    def add(self, batch: EpisodeBatch, outcome: Outcome, waited: SupportsFloat, share: float = 1.0) -> None:
         """Count one outer step.
 
         Args:
             batch: this process's part of the meta-batch.
             outcome: of the whole meta-batch.
-            waited: how long the loop waited for the meta-batch, in seconds.
+            waited: how long the device waited for the meta-batch, in seconds; read in ``sum_up``.
             share: the part's fraction of the meta-batch, in [0, 1].
         """
         self._losses.append(outcome.loss)
@@ -114,7 +114,7 @@ class Window:
         self._unseen.append(torch.stack(found).all())
         self._accuracies.append(outcome.score)
         self._images += round((batch.support_y.numel() + batch.query_y.numel()) / share)
-        self._waited += waited
+        self._waited.append(waited)
 
     def require_finite(self) -> None:
         """Check that no step so far has diverged; the CPU waits for the device here.
@@ -148,7 +148,7 @@ class Window:
             "accuracy_by_step": self._accuracies[-1].tolist(),
             "ms_per_step": 1000 * seconds / (steps - self._before),
             "images_per_second": self._images / seconds,
-            "data_wait_percent": 100 * self._waited / seconds,
+            "data_wait_percent": 100 * sum(map(float, self._waited)) / seconds,
         }
 
 

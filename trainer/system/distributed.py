@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -248,9 +248,9 @@ def joined() -> Iterator[World]:
         # torchrun ends all processes when one fails; let this one report its error first.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _break_off()
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def world_of(environment: Mapping[str, str]) -> World:
@@ -274,6 +274,16 @@ def world_of(environment: Mapping[str, str]) -> World:
             "WORLD_SIZE.".format(*numbers)
         )
     return World(*(int(number) for number in numbers))
+
+
+def _break_off() -> None:
+    """Leave without waiting for the exchanges between GPUs, which never end if another process is gone."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)  # torch 2.6 and newer
+    if abort is None or not torch.cuda.is_available():
+        dist.destroy_process_group()
+        return
+    with suppress(Exception):  # the error that ends this process is another one
+        abort()
 
 
 def _part() -> None:

@@ -31,6 +31,7 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.normalization import Normalization
 from mamldata.sources import stored
 from mamldata.sources.stored import ArchiveSource
+from mamldata.streaming.device import _copy_stream
 
 N_WAY, K_SHOT, K_QUERY = 3, 2, 4
 REQUEST = BuildRequest(
@@ -1042,6 +1043,78 @@ def _fail_in_the_midst(stream) -> None:
         raise ZeroDivisionError
 
 
+class TestWithoutGpu:
+    """What the road to a GPU asks of it, on one that is not there."""
+
+    @pytest.fixture(autouse=True)
+    def _no_stream_of_another_test(self):
+        _copy_stream.cache_clear()
+        yield
+        _copy_stream.cache_clear()
+
+    @pytest.mark.usefixtures("fake_gpu")
+    def test_the_same_meta_batches(self, folder):
+        """Through the ring of page-locked buffers come the CPU's meta-batches, pass after pass, and two at once."""
+        cuda = EpisodeStream(folder, batch_size=BATCH).to("cuda")
+        expected = EpisodeStream(folder, batch_size=BATCH)
+        for _ in range(2):
+            assert same(kept(cuda), kept(expected))
+        both = [kept(expected), kept(expected)]
+        first, second = iter(cuda), iter(cuda)
+        pairs = [(next(first), next(second)) for _ in range(EPOCH)]
+        assert all(same([pair[i] for pair in pairs], both[i]) for i in range(2))
+        first.close()
+        second.close()
+
+    def test_all_passes_share_one_ring_and_one_cuda_stream(self, folder, fake_gpu):
+        """Also those of another stream: torch's allocator would keep the memory of each CUDA stream apart."""
+        before, rings = fake_gpu.streams, set()
+        for _ in range(2):
+            cuda = EpisodeStream(folder, batch_size=BATCH).to("cuda")
+            for _ in range(3):
+                kept(cuda)
+                rings.add(cuda._transfer)
+        assert fake_gpu.streams == before + 1
+        assert len(rings) == 2
+
+    def test_the_cpu_is_at_most_two_meta_batches_ahead(self, folder, fake_gpu):
+        """Before a meta-batch is handed over, the work on the last but one is done."""
+        fake_gpu.log.clear()
+        for t, _ in enumerate(EpisodeStream(folder, batch_size=BATCH).to("cuda")):
+            fake_gpu.log.append(("step", t, 0))
+        log = [(what, number) for what, number, stream in fake_gpu.log if stream == 0]  # without the reading thread
+        for t in range(2, EPOCH):
+            before, step = log.index(("step", t - 2)), log.index(("step", t))
+            ends = [number for what, number in log[before:step] if what == "record"]
+            assert ("wait", ends[0]) in log[before:step], f"at meta-batch {t} the work on {t - 2} may not be done"
+
+    def test_nothing_but_images_goes_to_the_gpu_for_each_meta_batch(self, folder, fake_gpu):
+        """Mean and deviation and labels are there already; no copy makes the CPU wait."""
+        cuda = iter(EpisodeStream(folder, batch_size=BATCH, normalize=True).to("cuda", prefetch=1))
+        next(cuda)
+        fake_gpu.moved.clear()
+        for _ in range(EPOCH - 1):
+            next(cuda)
+        cuda.close()
+        assert {len(shape) for shape, _ in fake_gpu.moved} == {5, 1}  # images and indices
+        assert not any(waited for _, waited in fake_gpu.moved)
+
+    @pytest.mark.usefixtures("fake_gpu")
+    def test_a_gpu_that_is_not_there(self, folder):
+        """Is refused at once, by its number."""
+        with pytest.raises(RequestError, match=r"There is no device cuda:7: the last GPU that torch finds is cuda:0\."):
+            EpisodeStream(folder).to("cuda:7")
+        EpisodeStream(folder).to("cuda:0")
+
+    def test_a_driver_too_old(self, folder, fake_gpu, monkeypatch):
+        """Torch's reason stands in the message."""
+        fake_gpu.gpus = 0
+        old = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+        monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(old))
+        with pytest.raises(RequestError, match=r"finds no GPU. Use 'cpu'. torch: The NVIDIA driver .* is too old"):
+            EpisodeStream(folder).to("cuda")
+
+
 class TestGpu:
     pytestmark = gpu
 
@@ -1084,6 +1157,18 @@ class TestGpu:
             torch.cuda.synchronize()
             peaks.append(torch.cuda.max_memory_allocated())
         assert max(peaks[3:]) <= 2 * peaks[1]
+
+    def test_reserved_memory_is_flat(self, folder):
+        """Pass after pass, and stream after stream, torch asks the GPU for no more memory."""
+        reserved = []
+        for _ in range(5):
+            cuda = EpisodeStream(folder, batch_size=BATCH).to("cuda")
+            for _ in range(8):
+                for _ in cuda:
+                    pass
+            torch.cuda.synchronize()
+            reserved.append(torch.cuda.memory_reserved())
+        assert len(set(reserved[1:])) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")

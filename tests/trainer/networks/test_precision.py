@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
-from trainer.evaluation import evaluate
+from trainer.evaluation import evaluate, evaluate_network
+from trainer.learner import Learner
 from trainer.loop import train
 from trainer.maml.algorithms import BN_MODES, ORDERS, InnerLoop
 from trainer.maml.parameters import FastWeights, episodes, meta_parameters
 from trainer.networks.networks import build_network
-from trainer.networks.precision import PRECISIONS, pick_precision, precision_of, set_precision
+from trainer.networks.precision import PRECISIONS, arithmetic, pick_precision, precision_of, set_precision
 from trainer.runs.checkpoint import load_checkpoint, save_checkpoint
 from trainer.settings import TrainSettings
 
@@ -29,16 +31,9 @@ CPU = torch.device("cpu")
 SETTINGS = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """The arithmetic of the other tests."""
-    yield
-    set_precision(torch.nn.Identity(), "fp32")
-
-
 def test_each_device_has_its_own() -> None:
     """Unless another one is asked for; what a device does not have is refused."""
-    assert [pick_precision(None, torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == ["fp32", "fp32", "tf32"]
+    assert [pick_precision(None, torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == ["fp32"] * 3
     assert [pick_precision(name, torch.device("cuda")) for name in PRECISIONS] == list(PRECISIONS)
     with pytest.raises(RequestError, match=r"precision tf32 is for CUDA devices only, and this is cpu. Use fp32"):
         pick_precision("tf32", CPU)
@@ -56,15 +51,52 @@ def test_settings_that_cannot_be_are_refused() -> None:
         TrainSettings(precision="bf16", engine="higher")
 
 
+def settings_of_the_process() -> list[object]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    new = [getattr(place, "fp32_precision", None) for place in (matmul, getattr(cudnn, "conv", None))]
+    return [*new, cudnn.benchmark]
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9")
-def test_tf32_is_on_where_it_is_asked_for_only() -> None:
-    """And off again for the next network."""
-    network, found = torch.nn.Identity(), []
-    for name in ("tf32", "fp32", "tf32", "bf16"):
+def test_each_network_computes_in_its_own_precision() -> None:
+    """The last one's mode is not everybody's, and the program's own settings are as they were, and can be read."""
+    before, cuda = settings_of_the_process(), torch.device("cuda")
+    networks = {name: torch.nn.Identity() for name in PRECISIONS}
+    for name, network in networks.items():
         set_precision(network, name)
-        assert precision_of(network) == name
-        found.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
-    assert found == [("tf32", "tf32"), ("ieee", "ieee"), ("tf32", "tf32"), ("ieee", "ieee")]
+    assert settings_of_the_process() == before
+    for name, network in networks.items():
+        form = "tf32" if name == "tf32" else "ieee"
+        with arithmetic(network, cuda):
+            assert settings_of_the_process() == [form, form, True]
+        with pytest.raises(ZeroDivisionError), arithmetic(network, cuda):
+            _ = 1 / 0
+        with arithmetic(network, CPU):
+            assert settings_of_the_process() == before
+        assert settings_of_the_process() == before
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_steps_and_evaluations_compute_in_the_networks_precision(precision, monkeypatch) -> None:
+    """A training step, joint training and an evaluation set it, for a CUDA device."""
+    seen = []
+
+    @contextmanager
+    def watched(network: torch.nn.Module, device: torch.device) -> Iterator[None]:
+        seen.append((precision_of(network), device.type))
+        yield
+
+    monkeypatch.setattr("trainer.learner.arithmetic", watched)
+    monkeypatch.setattr("trainer.evaluation.arithmetic", watched)
+    data = Synthetic()
+    for algorithm in ("maml", "pretrain"):
+        learner = Learner(replace(SETTINGS, algorithm=algorithm), data, data.describe(), CPU)
+        set_precision(learner.network, precision)
+        learner.gradient(data.batch("train", [0, 1]), 0, every_step=False)
+    inner = learner.settings.inner_loop_at_test()
+    evaluate_network(learner.network, [data.batch("val", [0, 1])], inner, data.describe(), "val")
+    assert seen == [(precision, "cpu")] * 3
 
 
 def in_float32() -> EpisodeBatch:

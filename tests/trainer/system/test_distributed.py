@@ -17,16 +17,16 @@ import pytest
 import torch
 from synthetic import Synthetic
 
-from mamldata.errors import MamldataError, RequestError
+from mamldata.errors import LostPeerError, MamldataError, RequestError
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train
 from trainer.results import read_result, result_of
 from trainer.runs.checkpoint import find_last, load_checkpoint
-from trainer.system.distributed import ALONE, World, world_of
+from trainer.system.distributed import ALONE, World, joined, world_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes, signals and limits as on Linux")
 
-TIMED = {"ms_per_step", "images_per_second", "data_wait_percent"}
+TIMED = {"ms_per_step", "images_per_second", "data_wait_percent", "seconds"}
 PATIENCE = 300  # seconds, on a machine with other things to do, before a job is taken for hung
 CALM = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
 PLACE = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -302,3 +302,29 @@ def test_one_process_pays_nothing() -> None:
     fails: Callable[[], None] = lambda: (_ for _ in ()).throw(MamldataError("as it was"))  # noqa: E731
     with pytest.raises(MamldataError, match="as it was"), ALONE.together():
         fails()
+
+
+def test_nccl_is_aborted_where_a_peer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Destroying the group would wait for exchanges that never end; after a good end it waits for nothing."""
+    calls: list[str] = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", lambda kind: calls.append(kind))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroy"))
+
+    def abort() -> None:
+        calls.append("abort")
+        raise RuntimeError("and this fails, too")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", abort)
+    with pytest.raises(LostPeerError), joined():
+        raise LostPeerError("gone")
+    with joined():
+        pass
+    assert calls == ["cpu:gloo,cuda:nccl", "abort", "cpu:gloo,cuda:nccl", "destroy"]

@@ -363,10 +363,9 @@ def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> No
 
 def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[str, Any]:
     """The inputs of a bank; while they stay the same, the bank need not be made again."""
-    image = {key: value for key, value in asdict(manifest.image).items() if key != "bank_sha256"}
     return {
         "reader": asdict(manifest.reader),
-        "image": {**image, "size": size},
+        "image": {**manifest.image.to_json(), "size": size},
         "sources": [{"name": name, "sha256": digest} for name, digest in sources.items()],
     }
 

@@ -97,7 +97,9 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
         return live_data(target, root, episodes)
     narrow = {name: number for name, number in episodes.items() if name in LEAST}
     refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
-    return archive_data(folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root))
+    return archive_data(
+        folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root
+    )
 
 
 def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:

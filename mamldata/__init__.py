@@ -17,8 +17,9 @@ from mamldata.version import __version__
 
 if TYPE_CHECKING:
     from mamldata.archive.index import Archive
+    from mamldata.bank.prepare import prepare_image
     from mamldata.datasets.load import load_manifest
-    from mamldata.datasets.manifest import Manifest
+    from mamldata.datasets.manifest import ImageRecipe, Manifest
     from mamldata.errors import MamldataError
     from mamldata.pipeline import build, build_benchmark, fetch, images, read_archive
     from mamldata.sources.live import live
@@ -33,6 +34,7 @@ _HOME = {
     "EpisodeBatch": "streaming.batch",
     "EpisodeInfo": "sources.source",
     "EpisodeStream": "streaming.stream",
+    "ImageRecipe": "datasets.manifest",
     "Manifest": "datasets.manifest",
     "MamldataError": "errors",
     "batched": "streaming.transforms",
@@ -43,6 +45,7 @@ _HOME = {
     "images": "pipeline",
     "live": "sources.live",
     "load_manifest": "datasets.load",
+    "prepare_image": "bank.prepare",
     "read_archive": "pipeline",
 }
 
@@ -51,6 +54,7 @@ __all__ = [
     "EpisodeBatch",
     "EpisodeInfo",
     "EpisodeStream",
+    "ImageRecipe",
     "MamldataError",
     "Manifest",
     "__version__",
@@ -62,6 +66,7 @@ __all__ = [
     "images",
     "live",
     "load_manifest",
+    "prepare_image",
     "read_archive",
 ]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.protocol import TrainData
     from trainer.results import (
         Result,
+        class_interval,
         confusion,
         paired_difference,
         read_result,
@@ -44,6 +45,7 @@ __all__ = [
     "TrainSettings",
     "TrainedRun",
     "archive_data",
+    "class_interval",
     "confusion",
     "evaluate",
     "joined",
@@ -65,6 +67,7 @@ _HOME = {
     "TrainSettings": "settings",
     "TrainedRun": "runs.checkpoint",
     "archive_data": "data",
+    "class_interval": "results",
     "confusion": "results",
     "evaluate": "evaluation",
     "joined": "system.distributed",

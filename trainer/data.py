@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamldata.bank.prepare import recipe_of
+from mamldata.datasets.manifest import UNKNOWN
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
@@ -37,13 +39,23 @@ class EpisodeData:
         place: where they come from, in a form that is safe to show and store.
         open_source: gives the source of a split.
         remix: whether to train on remixed episodes.
+        root: the data root, whose banks tell how images were prepared.
 
     Raises:
         DamagedError: from any method that opens a split: the data have changed since another split was opened.
     """
 
-    def __init__(self, place: str, open_source: OpenSource, *, remix: bool = False) -> None:
+    def __init__(
+        self,
+        place: str,
+        open_source: OpenSource,
+        *,
+        remix: bool = False,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.place = place
+        self._root = root
+        self._image: dict[str, Any] | str = ""
         self.remix = remix
         self._open = open_source
         self._sources: dict[str, SplitSource] = {}
@@ -175,7 +187,16 @@ class EpisodeData:
         digest = info["archive_sha256"] or info["bank_sha256"]
         # The spelling of files, as in archive.json.
         normalisation = {key: list(value) for key, value in source.info.normalization._asdict().items()}
-        return {**info, "normalisation": normalisation, "digest": digest, "remix": self.remix, "source": self.place}
+        own = {"digest": digest, "remix": self.remix, "source": self.place, "image": self._image_of(source)}
+        return {**info, "normalisation": normalisation, **own}
+
+    def _image_of(self, source: Source) -> dict[str, Any] | str:
+        """How the images were prepared, looked up once: see ``ImageRecipe``; or ``unknown``."""
+        if not self._image:
+            info = source.info
+            recipe = recipe_of(info.dataset, info.bank_sha256, info.image_shape[0], self._root)
+            self._image = recipe.to_json() if recipe else UNKNOWN
+        return self._image
 
 
 def archive_data(
@@ -185,6 +206,7 @@ def archive_data(
     remix: bool = True,
     narrow: Mapping[str, int] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> EpisodeData:
     """The episodes of an archive.
 
@@ -194,13 +216,14 @@ def archive_data(
         remix: train on new episodes in each epoch, see ``mamldata.sources.remixed``; evaluation never does.
         narrow: ``n_way``, ``k_shot`` and ``k_query``, if episodes with fewer than are stored are wanted.
         cache_dir: where to keep the shards of an archive at an address.
+        root: the data root, where a bank of the same images tells how they were prepared.
     """
 
     def open_source(split: str) -> SplitSource:
         whole = open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
         return whole.narrowed(**narrow) if narrow else whole
 
-    return EpisodeData(shown_place(folder), open_source, remix=remix)
+    return EpisodeData(shown_place(folder), open_source, remix=remix, root=root)
 
 
 def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EpisodeData:
@@ -215,4 +238,4 @@ def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mappin
     def open_source(split: str) -> SplitSource:
         return live(dataset, split, root=root, workers=default_workers(), **options)
 
-    return EpisodeData(dataset, open_source)
+    return EpisodeData(dataset, open_source, root=root)

@@ -18,7 +18,7 @@ from trainer.maml.variants import method_of
 from trainer.networks.networks import build_network
 from trainer.networks.precision import arithmetic, pick_precision, set_precision
 from trainer.protocol import ClassData
-from trainer.runs.checkpoint import all_weights, load_optimizer, load_weights
+from trainer.runs.checkpoint import Start, all_weights, load_optimizer, load_weights, start_network, start_others
 from trainer.settings import TrainSettings
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import enough_memory
@@ -34,22 +34,34 @@ class Learner:
         data: tells the classes of episodes, for joint training.
         about: the description by ``TrainData.describe``.
         device: of the network.
+        start: the weights to start from; None: those that the seed gives.
 
     Attributes:
-        settings, device: as given.
+        settings, device, start: as given.
         network: on the device.
         parameters: everything that the outer loop learns.
         optimizer: of the outer loop.
 
     Raises:
-        RequestError: the network does not take these images, or the device does not have this precision or engine.
+        RequestError: the network does not take these images, the device does not have this precision or engine, or the
+            weights to start from do not fit.
     """
 
-    def __init__(self, settings: TrainSettings, data: ClassData, about: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        data: ClassData,
+        about: dict[str, Any],
+        device: torch.device,
+        start: Start | None = None,
+    ) -> None:
         self.settings = settings
+        self.start = start
         self.device = device
         self._data = data
         self.network = _fresh_network(settings, about).to(device)
+        if start:
+            start_network(self.network, settings, start)
         set_precision(self.network, pick_precision(settings.precision, device))
         self.parameters: MetaParameters
         self._engine = engine_for(
@@ -60,6 +72,8 @@ class Learner:
             self.parameters = joint_parameters(self.network, wide)
         else:
             self.parameters = meta_parameters(self.network, settings.inner_loop())
+        if start:
+            start_others(self.parameters, start)
         values = self.parameters.tensors()
         self.optimizer = _optimizer(settings, values, device)
 

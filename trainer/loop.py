@@ -13,12 +13,12 @@ from mamldata.errors import RequestError, StoppedError
 from mamldata.progress import Notify, silence
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.augment import augmentation
-from trainer.evaluation import evaluate_network
+from trainer.evaluation import evaluate_network, require_fit
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
 from trainer.recorder import Recorder, progress
-from trainer.runs.checkpoint import Checkpoint
+from trainer.runs.checkpoint import Checkpoint, Start, read_start
 from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
 from trainer.runs.tensorboard import require_tensorboard
@@ -36,6 +36,7 @@ def train(
     run_dir: Path | str,
     *,
     resume: bool = False,
+    start: Path | str | None = None,
     notify: Notify = silence,
     world: World = ALONE,
 ) -> RunResult:
@@ -50,6 +51,8 @@ def train(
         data: the episodes.
         run_dir: created if missing.
         resume: continue the run in ``run_dir``, or start it if there is none.
+        start: a run folder or a checkpoint, whose weights to start from in place of random ones: those of the network
+            with its head, and learned rates and norms. The optimizer starts new.
         notify: receives progress lines and, on a CPU, the number of threads.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             the others need no access to ``run_dir``.
@@ -67,9 +70,12 @@ def train(
     notify = notify if world.first else silence
     if resume:
         settings = world.from_first(lambda: as_begun(run_dir, settings))
+    from_there = world.from_first(lambda: read_start(start)) if start is not None else None
     with world.together():
         about = data.describe()
-        learner = _fit_to_train(settings, data, about, world)  # before anything is written
+        if from_there:
+            require_fit(from_there.place, from_there.checkpoint, about)
+        learner = _fit_to_train(settings, data, about, world, from_there)  # before anything is written
     require_agreement(world, settings, about)
     with stop_at_signals(keyboard=world.world_size == 1) as stop, ExitStack() as held:
         with world.together():
@@ -77,7 +83,9 @@ def train(
                 held.enter_context(alone_in(run_dir))
         threads = held.enter_context(limited_threads())
         # One process looks for the last checkpoint, and all resume from that one, wherever they run.
-        last = world.from_first(lambda: open_run(run_dir, settings, about, resume=resume))
+        last = world.from_first(
+            lambda: open_run(run_dir, settings, about, resume=resume, start=from_there and from_there.record)
+        )
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
             notify(f"{run_dir} is done: {progress(last.step, settings.outer_steps)} steps.")
             return run_result(run_dir, last, world)
@@ -106,7 +114,9 @@ def train(
         return run_result(run_dir, last, world)
 
 
-def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World) -> Learner:
+def _fit_to_train(
+    settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World, start: Start | None
+) -> Learner:
     """The learner, once everything that training needs has been checked."""
     if world.world_size > settings.meta_batch_size:
         raise RequestError(
@@ -119,7 +129,7 @@ def _fit_to_train(settings: TrainSettings, data: TrainData, about: dict[str, Any
     settings.inner_loop().require_shots(about["k_shot"])
     augmentation(settings.augment, about["image_shape"])  # raises if it is not for these images
     keep_large_buffers()
-    learner = Learner(settings, data, about, device)
+    learner = Learner(settings, data, about, device, start)
     _validation(learner, data, world)  # raises if there are too few episodes
     return learner
 

@@ -61,7 +61,7 @@ class Recorder:
         self.window = metrics.Window(step, begun)
         self._board: Board | None = None
         if writes:
-            begin_run(run_dir, self._settings, data, last)
+            begin_run(run_dir, self._settings, data, last, learner.start and learner.start.record)
             if self._settings.tensorboard:
                 self._board = Board(run_dir, step)
         if last:

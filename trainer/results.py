@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import make_folder, read_whole, write_atomic
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from trainer.evaluation import Evaluation
-from trainer.intervals import half_width
+from trainer.intervals import class_half_width, half_width
 
 FOLDER = "results"
 _FORMAT = "mamldata-result/1"
+_NAMELESS = "This result does not name the classes of its episodes: the data did not tell them."
 _MOST_BYTES, _MOST_VALUES = 1 << 28, 1 << 26
-# Keys of the target's description that are not of its evaluated episodes: place, normalization, training.
-_INCIDENTAL = ("source", "normalisation", "remix")
+# Keys of the target's description that do not tell its evaluated episodes from others.
+_INCIDENTAL = ("source", "normalisation", "image", "remix")
 
 
 class EpisodeResult(NamedTuple):
@@ -241,12 +243,36 @@ def confusion(result: Result) -> Confusion:
     """
     names = result.class_names
     if names is None:
-        raise RequestError("This result does not name the classes of its episodes: the data did not tell them.")
+        raise RequestError(_NAMELESS)
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     for episode in result.episodes:
         classes = np.array(episode.classes)
         np.add.at(counts, (classes[episode.true], classes[np.array(episode.given)]), 1)
     return Confusion(names, counts)
+
+
+_TURNED = re.compile(r", turned (90|180|270)$")  # see ``ClassTable.label``
+
+
+def class_interval(result: Result) -> float:
+    """Half the width of the 95 % interval of the accuracy for other classes, of which those evaluated are a sample.
+
+    The interval beside the accuracy, ``evaluation["interval"]``, is for more episodes of the same classes. This one is
+    wider; see ``trainer.intervals.class_half_width``. The turned images of a class belong to that class.
+
+    Raises:
+        RequestError: the result does not name the classes, or has too few episodes or classes to tell.
+    """
+    if result.class_names is None:
+        raise RequestError(_NAMELESS)
+    roots = {name: place for place, name in enumerate(dict.fromkeys(map(_root, result.class_names)))}
+    places = np.array([roots[_root(name)] for name in result.class_names])
+    classes = places[np.array([episode.classes for episode in result.episodes])]
+    return class_half_width(np.array([episode.right / result.images for episode in result.episodes]), classes)
+
+
+def _root(name: str) -> str:
+    return _TURNED.sub("", name)
 
 
 class Difference(NamedTuple):

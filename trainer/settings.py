@@ -18,6 +18,7 @@ from trainer.maml.algorithms import (
     ADAPTS,
     ALGORITHMS,
     BN_MODES,
+    INNER_LOSSES,
     LOSSES,
     ORDERS,
     RATES,
@@ -25,6 +26,7 @@ from trainer.maml.algorithms import (
     Algorithm,
     BatchNorm,
     InnerLoop,
+    InnerLoss,
     Loss,
     Order,
     Rates,
@@ -115,7 +117,7 @@ def setting(default: Any, meaning: str, **rules: Any) -> Any:
 class TrainSettings:
     """The settings of a run. The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps.
 
-    See ``Algorithm`` and ``InnerLoop`` for ``order``, ``loss``, ``rates``, ``adapts`` and ``bn``.
+    See ``Algorithm`` and ``InnerLoop`` for ``order``, ``loss``, ``rates``, ``adapts``, ``inner_loss`` and ``bn``.
 
     Raises:
         RequestError: lists all faults. Conflicts are looked for only if each setting has a valid type or choice.
@@ -172,6 +174,12 @@ class TrainSettings:
     )
     adapts: Adapts | None = setting(
         None, "Part of the network that the inner loop adapts.", shown="the algorithm's", choices=ADAPTS
+    )
+    inner_loss: InnerLoss | None = setting(
+        None,
+        "Loss of an inner step: the mean over the support images, or n_way times that, as in MAML's released code.",
+        shown="mean",
+        choices=INNER_LOSSES,
     )
     msl_epochs: int | None = setting(
         None, "Epochs until only the last step counts in the multi-step loss.", shown=str(MSL_EPOCHS), at_least=1

@@ -29,6 +29,7 @@ _OF_ONE = (
     "loss",
     "rates",
     "adapts",
+    "inner_loss",
     "msl_epochs",
     "first_order_epochs",
     "epoch_steps",

@@ -14,6 +14,7 @@ from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
+from mamldata.errors import RequestError
 from mamldata.pipeline import build_benchmark
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
@@ -27,6 +28,7 @@ from trainer.settings import SETTINGS
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
+@click.option("--disjoint", is_flag=True, help="Draw live episodes that share no image: as many as the images allow.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
@@ -38,6 +40,7 @@ def command(
     benchmark: str | None,
     split: str | None,
     count: int | None,
+    disjoint: bool,
     inner_steps: int | None,
     device: str,
     episodes: dict[str, Any],
@@ -52,12 +55,13 @@ def command(
     missing.
     """
     from trainer.evaluation import evaluate
-    from trainer.results import save_result
+    from trainer.results import class_interval, result_of, save_result
     from trainer.system.distributed import joined
     from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
+        episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
             target, split = _built(benchmark, checkpoint, root)
@@ -75,8 +79,15 @@ def command(
     digest = data.describe()["digest"]
     known = benchmark_named(benchmark) if benchmark else benchmark_of(digest)
     complete = known is not None and result.episodes == known.episodes
+    other_classes: float | None = None
+    try:
+        other_classes = class_interval(result_of(result))
+        about_classes = f"For other classes, of which these are a sample: ± {100 * other_classes:.2f} (95 % interval)"
+    except RequestError as error:
+        about_classes = f"No interval for other classes: {error}"
     if as_json:
-        print_json({**result.to_json(), "benchmark": known.name if known and complete else None, "digest": digest})
+        named = known.name if known and complete else None
+        print_json({**result.to_json(), "class_interval": other_classes, "benchmark": named, "digest": digest})
     else:
         show(str(result))
         if known:
@@ -87,7 +98,10 @@ def command(
             )
             show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
         steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
+        say(about_classes)
         say(f"Accuracy before adaptation and after each inner step: {steps} %")
+        losses = result.answers.losses.mean(0).tolist() if result.answers else ()
+        say(f"Loss before adaptation and after each inner step: {' → '.join(f'{loss:.3f}' for loss in losses)} nats")
     if result.doubt:
         say(result.doubt)
     say(f"Every answer: {save_result(result)}")

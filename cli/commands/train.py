@@ -23,6 +23,13 @@ from mamldata.words import install_command
 @click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
+@click.option(
+    "--from",
+    "start",
+    type=LocalPath(exists=True, path_type=Path),
+    metavar="RUN|CHECKPOINT",
+    help="Start from the weights of another run, in place of random ones.",
+)
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or start it if there is none.")
 @episode_options(seed=False)
 @root_option
@@ -30,6 +37,7 @@ from mamldata.words import install_command
 def command(
     target: str,
     out: Path,
+    start: Path | None,
     resume: bool,
     chosen: dict[str, Any],
     episodes: dict[str, Any],
@@ -55,10 +63,10 @@ def command(
     with world.together():
         data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
         settings = TrainSettings(**values)
-    start = time.monotonic()
+    begun = time.monotonic()
     try:
         with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-            result = train(settings, data, out, resume=resume, notify=say, world=world)
+            result = train(settings, data, out, resume=resume, start=start, notify=say, world=world)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
     except RunExistsError as error:
@@ -73,5 +81,5 @@ def command(
         print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
         return
     show(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
-    say(f"Done in {(time.monotonic() - start) / 60:.1f} min.")
+    say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
     next_command(["eval", result.best, target, *as_words(episodes)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mamldata.datasets.paths import DatasetFolder
 from mamldata.errors import RequestError, did_you_mean
@@ -13,6 +14,7 @@ from mamldata.readers.image import ReaderRecipe
 from mamldata.sampling.splits import SplitScheme
 
 COLLECTED = "images.tar"  # what an ImageCollection becomes under raw/
+UNKNOWN = "unknown"  # stands for an ``ImageRecipe`` where none is recorded
 PIN = "images.json"  # what was collected first
 
 
@@ -99,6 +101,10 @@ class ImageRecipe:
     invert: bool
     bank_sha256: Mapping[int, str]
     upright: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the pixels, as plain values: all but ``bank_sha256``."""
+        return {key: value for key, value in vars(self).items() if key != "bank_sha256"}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ReaderRecipe:
     damaged: str = "fail"
     classes: tuple[str, ...] = ()
 
-    def to_values(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The values as they are stored in JSON."""
         values = asdict(self)
         del values["classes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from mamldata.bank.format import map_images
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
+from mamldata.sampling.disjoint import DisjointSampler
 from mamldata.sampling.sampler import EpisodeSampler
 from mamldata.sources.drawn import DrawnSource
 from mamldata.sources.pixels import Rows
-from mamldata.sources.source import Images, episode_info, require_some
+from mamldata.sources.source import Images, at_most, episode_info, require_some
 
 
 class LiveSource(DrawnSource):
@@ -34,6 +36,7 @@ def live(
     rotations: str | None = None,
     query_alpha: int | None = None,
     image_size: int | None = None,
+    disjoint: bool = False,
     root: str | os.PathLike[str] | None = None,
     workers: int = 1,
 ) -> LiveSource:
@@ -50,6 +53,8 @@ def live(
         query_alpha: share out the ``n_way * k_query`` query images unequally, by a Dirichlet distribution with this
             parameter; see ``mamldata.sampling.sampler.EpisodeSpec``.
         split_scheme, rotations, image_size: the manifest's own if None.
+        disjoint: draw episodes that share no image, which end when the images do; see
+            ``mamldata.sampling.disjoint.DisjointSampler``. They are others than those of an archive.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         workers: processes that decode images if the bank must be made.
 
@@ -67,9 +72,12 @@ def live(
     manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)
     plan = plan_archive(manifest, bank, request)
-    sampler = EpisodeSampler(plan.spec(split), plan.split(split).classes)
+    sampler = (DisjointSampler if disjoint else EpisodeSampler)(plan.spec(split), plan.split(split).classes)
+    if isinstance(sampler, DisjointSampler):
+        episodes = at_most(episodes, sampler.episodes)
     rows = Rows([0], partial(_open_bank, bank.path, bank.shape))
-    return LiveSource(episode_info(plan, split, None), sampler, rows, episodes)
+    info = replace(episode_info(plan, split, None), disjoint=disjoint)
+    return LiveSource(info, sampler, rows, episodes)
 
 
 def _open_bank(path: Path, shape: tuple[int, int, int, int], _: int) -> Images:

@@ -35,6 +35,7 @@ class EpisodeInfo:
         normalization: mean and deviation of the train split, for images in [0, 1].
         query_alpha: None: each class has ``k_query`` query images; else see
             ``mamldata.sampling.sampler.EpisodeSpec``.
+        disjoint: whether no two of them share an image, see ``mamldata.sampling.disjoint``.
     """
 
     dataset: str
@@ -50,6 +51,7 @@ class EpisodeInfo:
     archive_sha256: str | None
     normalization: Normalization
     query_alpha: int | None = None
+    disjoint: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes the episodes, as plain values: those of JSON."""
@@ -57,6 +59,8 @@ class EpisodeInfo:
         del values["normalization"]  # it follows from the bank and the split scheme
         if self.query_alpha is None:  # as in files of earlier versions
             del values["query_alpha"]
+        if not self.disjoint:
+            del values["disjoint"]
         return values | {"image_shape": list(self.image_shape)}
 
 

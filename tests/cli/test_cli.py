@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import mamldata
 from cli.main import VERBS, main
 from cli.output import train_command
 from mamldata.datasets.toml import builtin_names
@@ -476,6 +477,7 @@ def test_a_folder_of_photographs_is_a_dataset(tmp_path: Path):
 SEVERAL = """\
 import json, sys
 from click.testing import CliRunner
+import mamldata
 from cli.main import main
 for arguments in json.loads(sys.argv[1]):
     result = CliRunner().invoke(main, arguments)
@@ -514,11 +516,39 @@ def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
     assert run("eval", checkpoint, archive, "--device", "cpu").stdout == by_folder.stdout
     for text in ("95 % interval, 6 episodes", "split scheme seeded", "test, 5-way 1-shot", "batch norm transductive"):
         assert text in by_folder.stdout
+    assert "No interval for other classes: 6 episodes of " in by_folder.stderr
+    assert "Loss before adaptation and after each inner step: " in by_folder.stderr
     as_json = json.loads(run("eval", trained, archive, "--json", "--episodes", 4, "--device", "cpu").stdout)
-    assert as_json["episodes"] == 4
+    assert (as_json["episodes"], as_json["class_interval"]) == (4, None)
     again = run("train", archive, "--out", trained, "--steps", 2, "--meta-batch-size", 2, "--resume", "--device", "cpu")
     assert again.exit_code == 0, again.output
     refused(run("train", archive, "--out", trained, "--steps", 2), 2, "already holds a run", "--resume")
+
+
+def test_evaluation_on_episodes_that_share_no_image(trained: Path, archive: Path, glyphs_root: Path) -> None:
+    """As many as the images allow, more than classes, so that there is an interval for other classes."""
+    live = ("glyphs", "--k-query", 2, "--disjoint", "--device", "cpu", "--rotations", "none")
+    apart = run("eval", trained, *live, root=glyphs_root)
+    assert apart.exit_code == 0, apart.output
+    assert "For other classes, of which these are a sample: ± " in apart.stderr
+    kept = mamldata.live("glyphs", "test", k_query=2, rotations="none", disjoint=True, root=glyphs_root).episodes
+    assert f"(95 % interval, {kept} episodes)" in apart.stdout
+    refused(
+        run("eval", trained, *live, "--episodes", kept + 1, root=glyphs_root), 2, f"glyphs has {kept} test episodes"
+    )
+    refused(run("eval", trained, archive, "--disjoint"), 2, "--disjoint: the episodes of the archive")
+
+
+def test_training_starts_from_another_run(trained: Path, archive: Path, tmp_path: Path) -> None:
+    """``--from`` takes a run's folder; the new run records its checkpoint, and goes on with it alone."""
+    options = ("--steps", 2, "--meta-batch-size", 2, "--device", "cpu", "--meta-lr", 0.01)
+    command = ("train", archive, "--out", tmp_path / "next", *options)
+    begun = run(*command, "--from", trained)
+    assert begun.exit_code == 0, begun.output
+    record = json.loads((tmp_path / "next" / "config.json").read_text())["start"]
+    assert Path(record["file"]).parent == trained
+    assert run(*command, "--from", trained, "--resume").exit_code == 0
+    refused(run(*command, "--from", tmp_path / "next", "--resume"), 2, "holds another run, which started from")
 
 
 def test_train_remixes_an_archive_unless_told_not_to(archive: Path, trained: Path, tmp_path: Path):

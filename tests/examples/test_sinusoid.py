@@ -20,11 +20,12 @@ def test_maml_learns_to_adapt_and_joint_training_does_not(run_example: Callable[
         r"^(.+), (\d+) points, rate .+: before (.+) ± .+, 1 step (.+) ± .+, 10 steps (.+) ± ", printed, re.M
     )
     found = {(name, int(points)): [float(value) for value in values] for name, points, *values in lines}
-    assert len(found) == 4
+    assert len(found) == 8
     before, one, ten = found["MAML", 10]
     assert ten < one < before
     assert one < 0.8 * found["joint training", 10][1]
     assert ten < found["MAML", 5][2]
+    assert found["FOMAML", 10][2] < found["joint training", 10][2] < found["random", 10][2]
     with Image.open(tmp_path / "sinusoid.png") as picture:
         assert picture.size == (1200, 780)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100  # more than a blank page

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mamldata
 from mamldata.archive.build import build
 from mamldata.archive.index import read_archive
 from mamldata.archive.plan import BuildRequest
@@ -35,7 +36,7 @@ from mamldata.streaming.stream import EpisodeStream
 from trainer.data import EpisodeData, archive_data, live_data
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train
-from trainer.runs.checkpoint import find_last, load_checkpoint
+from trainer.runs.checkpoint import find_last, load_checkpoint, load_run
 from trainer.runs.folder import CONFIG
 from trainer.settings import TrainSettings
 
@@ -389,6 +390,34 @@ class TestDescription:
         assert (about["dataset"], about["n_way"], about["image_shape"]) == ("glyphs", 3, [28, 28, 1])
         assert about["digest"] == (about["archive_sha256"] or found.bank_sha256)
         assert "split" not in about
+
+    def test_how_images_were_prepared(self, archive: Path, glyphs_root: Path, tmp_path: Path) -> None:
+        """Told by the bank of the same digest under the root, by a manifest that pins the digest, or not at all."""
+        recipe = {"size": 28, "channels": 1, "resampling": "lanczos", "invert": True, "upright": False}
+        data = live_data("glyphs", glyphs_root, OPTIONS)
+        assert data.describe()["image"] == archive_data(archive, root=glyphs_root).describe()["image"] == recipe
+        assert archive_data(archive, root=tmp_path).describe()["image"] == recipe  # pinned by the built-in manifest
+        larger = tmp_path / "larger"
+        shutil.copytree(glyphs_root / "glyphs" / "raw", tmp_path / "root" / "glyphs" / "raw")
+        mamldata.build("glyphs", larger, root=tmp_path / "root", image_size=20, episodes={"train": 2}, workers=1)
+        assert archive_data(larger, root=glyphs_root).describe()["image"] == "unknown"
+        assert archive_data(larger, root=tmp_path / "root").describe()["image"] == {**recipe, "size": 20}
+
+    def test_a_run_keeps_how_images_were_prepared(self, archive: Path, glyphs_root: Path, tmp_path: Path) -> None:
+        """In config.json and in checkpoints, to prepare other images by; a resumed run may find it late."""
+        run, stranger = tmp_path / "run", archive_data(archive)
+        stranger._image = "unknown"
+        train(TrainSettings(steps=1, **QUICK), stranger, run)
+        assert json.loads((run / CONFIG).read_text())["data"]["image"] == "unknown"
+        with pytest.raises(RequestError, match="does not record how its images of 28x28 pixels in 1 channel were prep"):
+            load_run(run).image  # noqa: B018
+        train(TrainSettings(steps=2, **QUICK), archive_data(archive, root=glyphs_root), run, resume=True)
+        last = load_run(find_last(run) or run)
+        assert last.image.to_json() == json.loads((run / CONFIG).read_text())["data"]["image"]
+        old = load_run(run)
+        del old.data["image"]  # as in the first version's checkpoints
+        with pytest.raises(RequestError, match="Give an ImageRecipe of your own"):
+            old.image  # noqa: B018
 
     def test_no_password_is_stored(self, server: Server, tmp_path: Path) -> None:
         """Neither in a run's folder nor in a message: an address is noted without it."""

@@ -17,11 +17,21 @@ import trainer
 from mamldata.errors import DamagedError, MamldataError, RequestError
 from mamldata.sampling.order import Indices
 from trainer.evaluation import Answers, Evaluation, Origin, evaluate
+from trainer.intervals import class_half_width
 from trainer.loop import train
 from trainer.maml.adapt import adapt
 from trainer.maml.parameters import episodes
 from trainer.maml.variants import method_of
-from trainer.results import Result, confusion, paired_difference, read_result, result_of, save_result, worst_episodes
+from trainer.results import (
+    Result,
+    class_interval,
+    confusion,
+    paired_difference,
+    read_result,
+    result_of,
+    save_result,
+    worst_episodes,
+)
 from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
 
@@ -165,6 +175,20 @@ def test_worst_episodes_come_first() -> None:
     assert [episode.index for episode in worst_episodes(result)] == [1, 4, 3, 2, 0]
     assert [episode.index for episode in worst_episodes(result, 2)] == [1, 4]
     assert result.episodes[4].loss is None
+
+
+def test_interval_for_other_classes() -> None:
+    """Of the accuracies by episode and their classes, where a class and its turned images are one; else refused."""
+    drawn = np.array([[i, j] for i in range(5) for j in range(5) if i != j])
+    right = [min(i, j) for i, j in drawn.tolist()]
+    given = [[0, 0, 1, 1] if one == 3 else [0, 1, 1, 1] if one else [1, 1, 0, 0] for one in right]
+    names = [[f"class {i}", f"class {j}, turned {90 * (1 + i % 3)}"] for i, j in drawn.tolist()]
+    one = made(given, names)
+    expected = class_half_width(np.array(one.accuracy_by_episode), drawn)
+    assert class_interval(result_of(one)) == pytest.approx(expected)
+    assert expected > 0
+    with pytest.raises(RequestError, match="does not name the classes"):
+        class_interval(result_of(made(given)))
 
 
 def test_confusion_is_over_classes_not_labels() -> None:

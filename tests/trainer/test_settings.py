@@ -14,6 +14,7 @@ from mamldata.errors import RequestError
 from trainer.maml.algorithms import (
     ADAPTS,
     BN_MODES,
+    INNER_LOSSES,
     LOSSES,
     ORDERS,
     RATES,
@@ -21,6 +22,7 @@ from trainer.maml.algorithms import (
     Algorithm,
     BatchNorm,
     InnerLoop,
+    InnerLoss,
     Loss,
     Order,
     Rates,
@@ -156,7 +158,7 @@ def test_names_that_stand_twice_are_the_same() -> None:
     assert SETTINGS["network"].choices == tuple(NETWORKS)
     assert SETTINGS["engine"].choices == ("auto", *ENGINES, "graphed")
     assert SETTINGS["precision"].choices == PRECISIONS
-    pairs = {Order: ORDERS, BatchNorm: BN_MODES, Loss: LOSSES, Rates: RATES, Adapts: ADAPTS}
+    pairs = {Order: ORDERS, BatchNorm: BN_MODES, Loss: LOSSES, Rates: RATES, Adapts: ADAPTS, InnerLoss: INNER_LOSSES}
     assert all(get_args(kind) == choices for kind, choices in pairs.items())
 
 
@@ -173,7 +175,7 @@ def test_a_choice_that_must_be_made_is_not_none(name: str) -> None:
     """None stands for the algorithm's own, and only where an algorithm has one."""
     with pytest.raises(RequestError, match=f"{name} must be one of .*, not None"):
         TrainSettings(**{name: None})  # type: ignore[arg-type]
-    TrainSettings(order=None, loss=None, rates=None, adapts=None, bn=None, precision=None)
+    TrainSettings(order=None, loss=None, rates=None, adapts=None, inner_loss=None, bn=None, precision=None)
 
 
 def test_an_algorithm_brings_its_own_coordinates() -> None:

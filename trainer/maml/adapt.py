@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.maml.algorithms import InnerLoop
-from trainer.maml.losses import loss_of
+from trainer.maml.losses import inner_loss_of
 from trainer.maml.parameters import Episode, FastWeights, MetaParameters, Parameters, support_of_step
 from trainer.maml.rates import inner_rate
 from trainer.networks.norms import Norm
@@ -99,9 +99,9 @@ def _less(value: Tensor, rate: Tensor | float, slope: Tensor) -> Tensor:
 
 
 def support_loss(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> Tensor:
-    """Mean loss of the support set, a scalar: equation 3 of Finn et al. 2017, or equation 2 for regression."""
+    """Loss of the support set, a scalar: equation 3 of Finn et al. 2017, or equation 2 for regression."""
     logits = call(network, fast.weights, episode.support_x, method.norm(fast))
-    return loss_of(logits, episode.support_y, method.inner.task_loss)
+    return inner_loss_of(logits, episode.support_y, method.inner)
 
 
 def query_logits(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> Tensor:

@@ -11,7 +11,8 @@ Order = Literal["first", "second"]
 BatchNorm = Literal["transductive", "per-step", "support", "frozen"]
 Loss = Literal["final", "multi-step"]
 Rates = Literal["fixed", "layer-step", "parameter"]
-Adapts = Literal["all", "head"]
+Adapts = Literal["all", "all-but-norms", "head"]
+InnerLoss = Literal["mean", "class-sum"]
 Outer = Literal["query", "reptile", "joint", "none"]
 TaskLoss = Literal["cross-entropy", "squared-error"]
 
@@ -19,7 +20,8 @@ ORDERS: tuple[Order, ...] = ("first", "second")
 BN_MODES: tuple[BatchNorm, ...] = ("transductive", "per-step", "support", "frozen")
 LOSSES: tuple[Loss, ...] = ("final", "multi-step")
 RATES: tuple[Rates, ...] = ("fixed", "layer-step", "parameter")
-ADAPTS: tuple[Adapts, ...] = ("all", "head")
+ADAPTS: tuple[Adapts, ...] = ("all", "all-but-norms", "head")
+INNER_LOSSES: tuple[InnerLoss, ...] = ("mean", "class-sum")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class InnerLoop:
             ``per-step``, as transductive, but each step has its own scale and shift, which the outer loop learns and
             the inner loop does not change (Antoniou et al. 2019, section 4).
         rates: ``fixed``, or learned for each ``layer-step`` or ``parameter``; see ``Algorithm``.
-        adapts: ``all``, or the ``head`` alone.
+        adapts: ``all``; ``all-but-norms``, whose scales and shifts only the outer loop changes; or the ``head`` alone.
+        inner_loss: scale of the loss that a step descends on: the ``mean`` over the support images; or ``class-sum``,
+            the mean of each class summed over the classes, which is ``n_way`` times the mean. For classes only.
         support_batches: divide the support set into this many batches of equal shots, of which each step takes the
             next one; must divide k_shot.
         checkpoint: keep only the weights of each step, not its graph, and recompute each step for the gradient,
             which is then equal up to rounding; for second order with the engine loop.
         task_loss: of the support and of the query set: ``cross-entropy`` if the answers are classes,
             ``squared-error`` if they are numbers.
+
+    Raises:
+        RequestError: ``class-sum`` with answers that are numbers.
     """
 
     steps: int
@@ -51,9 +58,14 @@ class InnerLoop:
     bn: BatchNorm
     rates: Rates = "fixed"
     adapts: Adapts = "all"
+    inner_loss: InnerLoss = "mean"
     support_batches: int = 1
     checkpoint: bool = False
     task_loss: TaskLoss = "cross-entropy"
+
+    def __post_init__(self) -> None:
+        if self.inner_loss == "class-sum" and self.task_loss != "cross-entropy":
+            raise RequestError(f"inner_loss class-sum is for classes, but the loss is {self.task_loss}. Use mean.")
 
     def require_shots(self, k_shot: int) -> None:
         """Check that a class's support images can be divided evenly among the batches.
@@ -81,8 +93,9 @@ class Algorithm:
         loss: the query loss after the ``final`` inner step, or ``multi-step``, a weighted sum over all steps.
         rates: inner learning rates: ``fixed``; learned, one for each ``layer-step`` (tensor of the network and inner
             step); or learned, one for each ``parameter`` (single number of the network), for all steps.
-        adapts: what the inner loop changes: ``all``, or the ``head`` alone.
+        adapts: what the inner loop changes: ``all``, ``all-but-norms``, or the ``head`` alone.
         bn: the default batch norm; see ``InnerLoop``.
+        inner_loss: the scale of the inner loss: ``mean`` or ``class-sum``; see ``InnerLoop``.
     """
 
     name: str
@@ -92,6 +105,7 @@ class Algorithm:
     rates: Rates = "fixed"
     adapts: Adapts = "all"
     bn: BatchNorm = "transductive"
+    inner_loss: InnerLoss = "mean"
 
 
 _ALL = (
@@ -134,6 +148,8 @@ def objections(algorithm: Algorithm, *, first_order_epochs: int) -> list[str]:
         found.append(f"rates cannot be {algorithm.rates} with {algorithm.name}: it would not learn them.")
     if not learns and algorithm.bn == "per-step":
         found.append(f"bn cannot be per-step with {algorithm.name}: it would not learn each step's scale and shift.")
+    if algorithm.outer == "reptile" and algorithm.adapts == "all-but-norms":
+        found.append(f"adapts cannot be all-but-norms with {algorithm.name}: it would not learn scales and shifts.")
     if learns and (algorithm.bn, algorithm.order, algorithm.loss) == ("per-step", "first", "final"):
         found.append(
             "bn cannot be per-step with order first and loss final: only the last step's scale and shift would be "

@@ -13,7 +13,7 @@ from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.words import install_command
 from trainer.maml.adapt import Method, adapt
-from trainer.maml.losses import loss_of
+from trainer.maml.losses import inner_loss_of
 from trainer.maml.objective import Measured, Objective, meta_loss
 from trainer.maml.parameters import Episode, FastWeights, MetaParameters, episodes, support_of_step
 from trainer.maml.rates import inner_rate
@@ -155,7 +155,7 @@ def _higher_path(network: nn.Module, parameters: MetaParameters, episode: Episod
         if inner.rates != "fixed":
             rates = {"lr": [inner_rate(parameters, name, inner, step) for name in method.names]}
         part = support_of_step(episode, inner, step)
-        loss = loss_of(functional(part.support_x, batch_statistics), part.support_y, inner.task_loss)
+        loss = inner_loss_of(functional(part.support_x, batch_statistics), part.support_y, inner)
         constant = inner.order == "first"
         descent.step(loss, override=rates, grad_callback=_detach_all if constant else None)
         path.append(FastWeights(dict(zip(own, functional.parameters(), strict=True))))

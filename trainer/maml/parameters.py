@@ -88,7 +88,8 @@ def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
 def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
     """The parameters that the inner loop changes."""
     names = head_names(network) if inner.adapts == "head" else [name for name, _ in network.named_parameters()]
-    untouched = set(norm_names(network)) if inner.bn == "per-step" else set()
+    outer_only = inner.bn == "per-step" or inner.adapts == "all-but-norms"
+    untouched = set(norm_names(network)) if outer_only else set()
     return [name for name in names if name not in untouched]
 
 

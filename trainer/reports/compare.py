@@ -72,6 +72,7 @@ class Comparison:
         return {
             "format": _FORMAT,
             "reference": self.reference,
+            "verdict": verdict(self),
             "data": self.data,
             "entries": [_entry_json(entry) for entry in self.entries],
         }
@@ -172,7 +173,17 @@ def table(result: Comparison) -> str:
         "the same for all, with 95 % intervals; single models."
     )
     head, *rows = _rows(result)
-    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, rows)])
+    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, rows), "", verdict(result)])
+
+
+def verdict(result: Comparison) -> str:
+    """A sentence on which differences from the reference have an interval without zero."""
+    others = [entry for entry in result.entries if entry.name != result.reference]
+    clear = [f"{one.name} ({100 * one.ahead:+.2f})" for one in others if abs(one.ahead) > one.ahead_interval]
+    rest = [one.name for one in others if abs(one.ahead) <= one.ahead_interval]
+    said = [f"is clear of zero for {', '.join(clear)}"] if clear else []
+    said += [f"includes zero for {', '.join(rest)}"] if rest else []
+    return f"The 95 % interval of the difference to {result.reference}, on these episodes, {', and '.join(said)}."
 
 
 def _row(cells: list[str]) -> str:

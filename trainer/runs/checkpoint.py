@@ -17,9 +17,11 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mamldata.datasets.manifest import UNKNOWN, ImageRecipe
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import open_regular, write_atomic
 from mamldata.io.containers import reading_container
+from mamldata.io.digest import sha256_file
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.networks.networks import build_network
 from trainer.runs.content import fault_in, optimizer_state
@@ -99,6 +101,74 @@ def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
         for name, value in getattr(parameters, part).items()
     }
     return {**network.state_dict(), **beside}
+
+
+class Start(NamedTuple):
+    """The weights that a run starts from.
+
+    Attributes:
+        place: the checkpoint's file.
+        checkpoint: that it holds.
+        record: for ``config.json``: ``file``, its ``sha256``, ``step``, and the ``digest`` of the data trained on.
+    """
+
+    place: Path
+    checkpoint: Checkpoint
+    record: dict[str, Any]
+
+
+def read_start(place: Path | str) -> Start:
+    """The best checkpoint of a run folder, or the one in a file, to start another run from.
+
+    Raises:
+        RequestError: not a checkpoint of this trainer.
+        DamagedError: the checkpoint is damaged.
+    """
+    path, checkpoint = find_checkpoint(Path(place))
+    digest, step = checkpoint.data["digest"], checkpoint.step
+    return Start(path, checkpoint, {"file": str(path), "sha256": sha256_file(path), "step": step, "digest": digest})
+
+
+def start_network(network: nn.Module, settings: TrainSettings, start: Start) -> None:
+    """Give a fresh network the weights of another run.
+
+    Raises:
+        RequestError: they are those of another network, or learned on images that were scaled otherwise.
+    """
+    theirs = saved_settings(start.checkpoint.settings, start.place)
+    if theirs.normalize != settings.normalize:
+        raise RequestError(
+            f"{start.place} cannot start this run: it was trained with normalize {theirs.normalize}, not "
+            f"{settings.normalize}. Choose the same, or another checkpoint."
+        )
+    own, given = network.state_dict(), {name: v for name, v in start.checkpoint.weights.items() if ":" not in name}
+    if wrong := sorted(
+        n for n in own.keys() | given.keys() if n not in own or n not in given or own[n].shape != given[n].shape
+    ):
+        raise RequestError(
+            f"{start.place} cannot start this run: its network is {theirs.network}, and "
+            f"{wrong[0]} differs in shape or is missing. Choose the same network and filters, or another checkpoint."
+        )
+    network.load_state_dict(given)
+
+
+def start_others(parameters: MetaParameters, start: Start) -> None:
+    """Give the rates and per-step norms of another run to one that learns them, too; what it lacks starts fresh.
+
+    Raises:
+        RequestError: the other run learned rates or norms that this one has no place for.
+    """
+    own = all_weights(nn.Module(), parameters)
+    given = {name: value for name, value in start.checkpoint.weights.items() if ":" in name}
+    fits = {name for name in given if name in own and own[name].shape == given[name].shape}
+    if lost := sorted(name for name in given.keys() - fits if not name.startswith(_PREFIXES["joint"])):
+        raise RequestError(
+            f"{start.place} cannot start this run: {lost[0]} was learned there, and has no place here. Choose the same "
+            "bn, rates, adapts and inner_steps, or another checkpoint."
+        )
+    with torch.no_grad():
+        for name in fits:
+            own[name].copy_(given[name])
 
 
 def load_weights(network: nn.Module, parameters: MetaParameters, weights: Parameters, place: Path) -> None:
@@ -253,6 +323,23 @@ class TrainedRun(NamedTuple):
     parameters: MetaParameters
     settings: TrainSettings
     data: dict[str, Any]
+
+    @property
+    def image(self) -> ImageRecipe:
+        """How the training images were prepared, for ``mamldata.prepare_image``.
+
+        Raises:
+            RequestError: the run does not record it.
+        """
+        recorded = self.data.get("image", UNKNOWN)
+        if recorded == UNKNOWN:
+            height, width, channels = self.data["image_shape"]
+            raise RequestError(
+                f"The run does not record how its images of {height}x{width} pixels in {channels} "
+                f"channel{'s' if channels > 1 else ''} were prepared. Give an ImageRecipe of your own with their "
+                "resampling, inversion and turning."
+            )
+        return ImageRecipe(**recorded, bank_sha256={})
 
 
 def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamldata.datasets.manifest import UNKNOWN
+from mamldata.datasets.toml import RESAMPLINGS
+
 _MOST = 2**63  # beyond, numbers are none of NumPy's
 _LARGEST_SIDE = 2**16  # pixels
 
@@ -29,6 +32,9 @@ def fault_in(content: Mapping[str, Any]) -> str | None:
     known = data.get("normalisation")
     if known is not None and not _normalizes(known, data["image_shape"][2]):
         return "its data must have normalisation, a mean and a positive std for each channel"
+    prepared = data.get("image", UNKNOWN)
+    if prepared != UNKNOWN and not _prepares(prepared, *data["image_shape"]):
+        return "its data must have image, how images of its image_shape were prepared"
     return None
 
 
@@ -100,6 +106,17 @@ def _normalizes(value: object, channels: int) -> bool:
         )
 
     return isinstance(value, dict) and numbers(value.get("mean"), -math.inf) and numbers(value.get("std"), 0)
+
+
+def _prepares(value: object, height: int, width: int, channels: int) -> bool:
+    """See ``ImageRecipe.to_json``."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"size", "channels", "resampling", "invert", "upright"}
+        and all(type(value[key]) is bool for key in ("invert", "upright"))
+        and value["resampling"] in RESAMPLINGS
+        and [value["size"], value["size"], value["channels"]] == [height, width, channels]
+    )
 
 
 _Check = tuple[Callable[[Any], bool], str]

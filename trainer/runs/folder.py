@@ -27,8 +27,8 @@ CONFIG = "config.json"
 COMPARISON = "compare.json"
 
 _KINDS = {INDEX: "an archive", CONFIG: "a run", COMPARISON: "a comparison"}  # by the file that identifies it
-# Keys of the data's description that may differ: the place, and one that follows from the rest, which early runs lack.
-_INCIDENTAL = frozenset({"source", "normalisation"})
+# Keys of the data's description that may differ: the place, and those that follow from the rest, which early runs lack.
+_INCIDENTAL = frozenset({"source", "normalisation", "image"})
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,21 @@ def require_agreement(world: World, settings: TrainSettings, data: dict[str, Any
                 )
 
 
-def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, resume: bool) -> Checkpoint | None:
+def open_run(
+    run_dir: Path,
+    settings: TrainSettings,
+    data: dict[str, Any],
+    *,
+    resume: bool,
+    start: dict[str, Any] | None = None,
+) -> Checkpoint | None:
     """Inspect a run folder without changing it.
+
+    Args:
+        run_dir: the folder.
+        settings, data: of the run.
+        resume: whether it may hold this run.
+        start: ``Start.record`` of the weights to start from; a run with a checkpoint of its own needs none.
 
     Returns:
         The checkpoint to resume from; None to start from the beginning.
@@ -123,6 +136,7 @@ def open_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], *, re
     refuse_others(run_dir, CONFIG)
     if config.exists():
         _refuse_another_run(config, settings, data)
+        _refuse_another_start(config, start, begun=last is not None)
     elif last:
         raise RequestError(f"{run_dir} holds checkpoints, but no {CONFIG} with their settings. Choose another folder.")
     return load_checkpoint(last) if last else None
@@ -142,13 +156,22 @@ def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
     return settings
 
 
-def begin_run(run_dir: Path, settings: TrainSettings, data: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+def begin_run(
+    run_dir: Path,
+    settings: TrainSettings,
+    data: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    start: dict[str, Any] | None = None,
+) -> None:
     """Write the run's settings and data, and drop metrics from after the checkpoint that it resumes from.
 
     Raises:
         WriteError: the folder cannot be written to.
     """
-    write_atomic(run_dir / CONFIG, json.dumps(_config(settings, data), indent=2).encode() + b"\n")
+    content = _config(settings, data)
+    if start := start or _start(run_dir / CONFIG):
+        content["start"] = start
+    write_atomic(run_dir / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
     if checkpoint is None:
         metrics.rewind(run_dir, 0, -1)
     else:
@@ -215,6 +238,25 @@ def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, A
             + "\n".join(f"  {line}" for line in differences)
             + "\nResume it with its own settings, or choose another folder."
         )
+
+
+def _start(config: Path) -> dict[str, Any] | None:
+    """The weights that a run started from, see ``Start.record``; None if it started from its seed."""
+    start = parse_json(read_whole(config, MOST_NOTE)).get("start") if config.exists() else None
+    if start is not None and not (isinstance(start, dict) and {"file", "sha256"} <= start.keys()):
+        raise DamagedError(f"{config} is damaged (its start has no file). Start again in another folder.")
+    return start
+
+
+def _refuse_another_start(config: Path, start: dict[str, Any] | None, *, begun: bool) -> None:
+    there = _start(config)
+    if (start is None and begun) or (start or {}).get("sha256") == (there or {}).get("sha256"):
+        return
+    shown = [f"from {one['file']}, sha256 {one['sha256'][:12]}…" if one else "from its seed" for one in (there, start)]
+    raise RequestError(
+        f"{config.parent} holds another run, which started {shown[0]}, not {shown[1]}. Resume it with the weights "
+        "that it started from, or choose another folder."
+    )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> Iterator[str]:

@@ -206,10 +206,10 @@ def test_faults_reach_the_user(tmp_path: Path) -> None:
 
 def test_banks_of_other_readers_keep_their_description() -> None:
     """A reader without a list of classes is described as before there was one."""
-    assert ReaderRecipe("class-folders").to_values() == {
+    assert ReaderRecipe("class-folders").to_json() == {
         "type": "class-folders",
         "depth": 1,
         "splits": False,
         "damaged": "fail",
     }
-    assert NAMED.to_values()["classes"] == ["ape", "bee", "cat"]
+    assert NAMED.to_json()["classes"] == ["ape", "bee", "cat"]

@@ -7,7 +7,18 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from problems import adapt, batch, direction, directional, dot, loop, query_logits, small_convnet, support_loss
+from problems import (
+    adapt,
+    batch,
+    direction,
+    directional,
+    dot,
+    loop,
+    named,
+    query_logits,
+    small_convnet,
+    support_loss,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -206,6 +217,62 @@ def test_first_order_takes_learned_rates_slopes_for_constants() -> None:
         torch.testing.assert_close(gradient.rates[name][0], expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("weights", [(), (0.2, 0.3, 0.5)], ids=["final", "multi-step"])
+@pytest.mark.parametrize("rates", RATES)
+def test_gradient_of_the_class_sum_equals_finite_differences(rates, weights) -> None:
+    """The scale of the inner loss is differentiated, too: the meta-gradient is the slope of the outer loss."""
+    network, tasks = small_convnet(), batch()
+    inner = replace(BASE, lr=0.05, rates=rates, inner_loss="class-sum")
+    at = jittered(network, inner)
+    gradient = loop(network, at, tasks, inner, Objective("query", weights)).gradient
+    along = direction(at, 0)
+    expected = weights or (0, 0, 1)
+    slope = directional(lambda point: meta_loss(network, tasks, inner, expected, point), at, along, width=1e-5)
+    assert dot(gradient, along) == pytest.approx(slope, rel=1e-6, abs=1e-10)
+
+
+@pytest.mark.parametrize("adapts", ADAPTS)
+@pytest.mark.parametrize("bn", BN_MODES)
+def test_class_sum_is_the_mean_with_n_way_times_the_rate(bn, adapts) -> None:
+    """So the rates of MAML's released code are n_way times larger on the mean; both losses and gradients agree."""
+    network, tasks = small_convnet(), batch()
+    summed = replace(BASE, bn=bn, adapts=adapts, inner_loss="class-sum")
+    mean = replace(summed, inner_loss="mean", lr=3 * BASE.lr)
+    at = meta_parameters(network, mean)
+    one, other, plain = (loop(network, at, tasks, inner) for inner in (summed, mean, replace(mean, lr=BASE.lr)))
+    for name, value in named(other.gradient).items():
+        torch.testing.assert_close(named(one.gradient)[name], value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-12, atol=0)
+    assert abs(one.loss - plain.loss) > 1e-4
+
+
+def test_class_sum_adds_the_losses_of_images_over_the_shots() -> None:
+    """As MAML's released code has it: the sum over all support images, divided by the shots of a class."""
+    network, episode = small_convnet(), one()
+    inner = replace(BASE, inner_loss="class-sum")
+    fast = FastWeights(meta_parameters(network, inner).weights)
+    logits = query_logits(network, fast, episode._replace(query_x=episode.support_x), inner)
+    expected = F.cross_entropy(logits, episode.support_y, reduction="sum") / 2
+    torch.testing.assert_close(support_loss(network, fast, episode, inner), expected)
+
+
+def test_class_sum_of_numbers_is_refused() -> None:
+    """A regression problem has no classes to sum over."""
+    with pytest.raises(RequestError, match="inner_loss class-sum is for classes, but the loss is squared-error"):
+        replace(BASE, inner_loss="class-sum", task_loss="squared-error")
+
+
+def test_norms_that_do_not_adapt_are_learned_all_the_same() -> None:
+    """The inner loop leaves scales and shifts as they are and moves the rest; the outer loop has their gradient."""
+    network, inner = small_convnet(), replace(BASE, adapts="all-but-norms")
+    at = meta_parameters(network, inner)
+    start, *_, end = adapt(network, at, one(), inner)
+    same = {name for name in start.weights if torch.equal(start.weights[name], end.weights[name])}
+    assert same == {f"blocks.{block}.{part}" for block in (0, 1) for part in ("scale", "shift")}
+    gradient = loop(network, at, batch(), inner).gradient
+    assert all(gradient.weights[name].abs().max() > 1e-6 for name in same)
+
+
 def test_adapted_names_of_the_space() -> None:
     """Per-step norms are left alone by the inner loop, and ANIL's is the head's."""
     network = small_convnet()
@@ -214,6 +281,7 @@ def test_adapted_names_of_the_space() -> None:
     assert adapted_names(network, BASE) == [name for name, _ in network.named_parameters()]
     assert sorted(adapted_names(network, replace(BASE, bn="per-step"))) == sorted(kernels + head)
     assert adapted_names(network, replace(BASE, adapts="head")) == head
+    assert sorted(adapted_names(network, replace(BASE, adapts="all-but-norms"))) == sorted(kernels + head)
 
 
 def test_multi_step_weights_are_annealed() -> None:
@@ -258,12 +326,14 @@ def test_senseless_combinations_are_refused_all_at_once() -> None:
             loss="multi-step",
             rates="parameter",
             bn="per-step",
+            adapts="all-but-norms",
         )
     assert str(caught.value).splitlines()[1:] == [
         "  order cannot be second with reptile: it takes no gradient through the inner loop.",
         "  loss cannot be multi-step with reptile: it uses no query loss.",
         "  rates cannot be parameter with reptile: it would not learn them.",
         "  bn cannot be per-step with reptile: it would not learn each step's scale and shift.",
+        "  adapts cannot be all-but-norms with reptile: it would not learn scales and shifts.",
     ]
     with pytest.raises(RequestError) as caught:
         TrainSettings(algorithm="fomaml", bn="per-step", first_order_epochs=2, msl_epochs=3)

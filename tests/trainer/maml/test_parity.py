@@ -84,6 +84,18 @@ def test_engines_agree_on_the_algorithms(make, order, rates, adapts, objective, 
     assert_same(expected, run(engine, network, at, batch(), inner, objective, every_step=True))
 
 
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("adapts", ADAPTS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_engines_agree_on_the_class_sum(order, adapts, engine) -> None:
+    """The scale of the inner loss is the same in every engine, and with recomputed steps."""
+    network, inner = small_convnet(), replace(BASE, lr=0.05, order=order, adapts=adapts, inner_loss="class-sum")
+    at = parameters_of(network, inner)
+    expected = loop(network, at, batch(), inner)
+    assert_same(expected, run(engine, network, at, batch(), inner))
+    assert_same(expected, loop(network, at, batch(), replace(inner, checkpoint=order == "second")))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bn", BN_MODES)
 @pytest.mark.parametrize("make", [small_convnet, normed_linear, pooled])

@@ -26,7 +26,7 @@ from synthetic import Synthetic
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from trainer.intervals import student_quantile
 from trainer.loop import train
-from trainer.reports.compare import compare, table
+from trainer.reports.compare import compare, table, verdict
 from trainer.reports.costs import Costs
 from trainer.reports.plots import plot_comparison, plot_run
 from trainer.results import paired_difference, read_result
@@ -82,7 +82,8 @@ def test_the_table(compared) -> None:
     text = table(result)
     assert (out / "compare.md").read_text() == text + "\n"
     assert result.reference == "maml"
-    heading, _, head, rule, *rows = text.splitlines()
+    heading, _, head, rule, *rows, _, said = text.splitlines()
+    assert said == verdict(result) == json.loads((out / "compare.json").read_text())["verdict"]
     assert heading.startswith(
         "synthetic, split scheme made-up, 5-way 1-shot 5-query; 4 outer steps of 2 episodes; 12 test"
     )
@@ -93,6 +94,19 @@ def test_the_table(compared) -> None:
     assert cells["maml"][8] == cells["maml"][10] == "1.00"
     assert cells["fomaml"][2].startswith(("+", "-"))
     assert cells["random"][7:] == ["", "", "", ""]
+
+
+def test_the_verdict(compared) -> None:
+    """It names those ahead and behind with the difference, and those whose interval includes zero, its ends as well."""
+    result, _ = compared
+    gaps = {"fomaml": (-0.05, 0.02), "maml": (0.0, 0.0), "pretrain": (0.05, 0.02), "random": (0.02, 0.02)}
+    told = [replace(entry, ahead=gaps[entry.name][0], ahead_interval=gaps[entry.name][1]) for entry in result.entries]
+    start = "The 95 % interval of the difference to maml, on these episodes, "
+    assert verdict(replace(result, entries=tuple(told))) == (
+        f"{start}is clear of zero for fomaml (-5.00), pretrain (+5.00), and includes zero for random."
+    )
+    assert verdict(replace(result, entries=tuple(told[:2]))) == f"{start}is clear of zero for fomaml (-5.00)."
+    assert verdict(replace(result, entries=tuple(told[1::2]))) == f"{start}includes zero for random."
 
 
 def test_the_document(compared) -> None:

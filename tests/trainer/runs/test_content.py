@@ -63,6 +63,9 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     normalisation = {"mean": [0.5], "std": [0.5]}
     found.append({**found[0], "accuracy": None, "window": window})
     found.append({**found[1], "data": {**found[1]["data"], "normalisation": normalisation}})
+    side = DATA.describe()["image_shape"][0]
+    image = {"size": side, "channels": 1, "resampling": "lanczos", "invert": True, "upright": False}
+    found[-1]["data"]["image"] = image
     found[-1]["settings"] = {**found[-1]["settings"], "normalize": True}
     return found
 

@@ -77,6 +77,18 @@ def test_the_numbers_of_the_maml_paper(name: str, expected: tuple[object, ...]):
     assert found == expected
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("maml-")])
+def test_the_scales_of_the_released_maml_code(name: str):
+    """Its losses are sums over the images divided by the shots: of the inner loop, and of the clipped meta-gradient."""
+    recipe = load_recipe(name)
+    settings, (n_way, k_shot, k_query) = TrainSettings(**recipe.settings), recipe.episodes.values()
+    assert (settings.inner_loss, settings.adapts) == ("class-sum", "all-but-norms")
+    clip = 10 * k_shot / (n_way * k_query) if "mini" in name else None
+    assert settings.meta_clip_value == (clip and pytest.approx(clip, abs=1e-4))
+    assert "no scale" in recipe.notes
+    assert "last weights" in recipe.notes
+
+
 OMNIGLOT = ("maml++", "conv4-pool", 64, "per-step", 50_000, 5, 0.1, 5, 10, 500, "cosine", None, 8)
 MINI = ("maml++", "conv4-pool", 48, "per-step", 50_000, 5, 0.01, 5, 15, 500, "constant", 10.0, 2)
 

@@ -180,14 +180,6 @@ class TestWhatIsTransformed:
             assert torch.equal(batch.query_y, plain.query_y)
             assert torch.equal(batch.index, plain.index)
 
-    def test_no_image_of_torchvision_arrives(self, folder):
-        """A batch has plain tensors, also where a transform returns torchvision's kind."""
-        tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-        for random_too in (False, True):
-            transform = mamldata.batched(tv_tensors.Image, random=random_too)
-            batch = next(iter(EpisodeStream(folder, batch_size=4, transform=transform)))
-            assert {type(batch.support_x), type(batch.query_x)} == {torch.Tensor}
-
     def test_a_fixed_transform_gets_a_whole_batch(self, folder):
         """One that draws nothing is called once for all support images and once for all query images."""
         seen = []

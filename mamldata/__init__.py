@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from mamldata.datasets.load import load_manifest
     from mamldata.datasets.manifest import ImageRecipe, Manifest
     from mamldata.errors import MamldataError
-    from mamldata.pipeline import build, build_benchmark, fetch, read_archive
+    from mamldata.pipeline import build, build_benchmark, fetch, images, read_archive
     from mamldata.sources.live import live
     from mamldata.sources.source import EpisodeInfo
     from mamldata.streaming.batch import EpisodeBatch
     from mamldata.streaming.stream import EpisodeStream
+    from mamldata.streaming.transforms import batched
+    from mamldata.streaming.webdataset import decode_episodes
 
 _HOME = {
     "Archive": "archive.index",
@@ -35,9 +37,12 @@ _HOME = {
     "ImageRecipe": "datasets.manifest",
     "Manifest": "datasets.manifest",
     "MamldataError": "errors",
+    "batched": "streaming.transforms",
     "build": "pipeline",
     "build_benchmark": "pipeline",
+    "decode_episodes": "streaming.webdataset",
     "fetch": "pipeline",
+    "images": "pipeline",
     "live": "sources.live",
     "load_manifest": "datasets.load",
     "prepare_image": "bank.prepare",
@@ -53,9 +58,12 @@ __all__ = [
     "MamldataError",
     "Manifest",
     "__version__",
+    "batched",
     "build",
     "build_benchmark",
+    "decode_episodes",
     "fetch",
+    "images",
     "live",
     "load_manifest",
     "prepare_image",

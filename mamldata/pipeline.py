@@ -1,9 +1,9 @@
-"""From the name of a dataset to its archive in two calls; and reading an archive, wherever it is."""
+"""From the name of a dataset to its archive in two calls, or to its images; and reading an archive, wherever it is."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,22 @@ from mamldata.archive import build as building
 from mamldata.archive import index, remote
 from mamldata.archive.benchmarks import benchmark
 from mamldata.archive.index import Archive
-from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
+from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest, require_classes
 from mamldata.archive.store import store_at
 from mamldata.bank.make import make_bank
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
+from mamldata.errors import RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
 from mamldata.progress import Notify, Progress, silence, silent
+from mamldata.sampling.sampler import class_table
+from mamldata.sampling.splits import SPLITS, divide
+from mamldata.words import install_command
 
 if TYPE_CHECKING:
     from mamldata.fetching.act import Fetched
+    from mamldata.streaming.images import BankImages
 
 Place = str | os.PathLike[str]
 
@@ -172,3 +177,48 @@ def read_archive(place: Place) -> Archive:
         DamagedError: ``archive.json`` is damaged.
     """
     return remote.read_remote_archive(str(place)) if is_remote(place) else index.read_archive(Path(place))
+
+
+def images(
+    dataset: Place,
+    split: str = "train",
+    *,
+    split_scheme: str | None = None,
+    rotations: bool = False,
+    image_size: int | None = None,
+    root: Place | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+    workers: int = 1,
+) -> BankImages:
+    """The images of a split as a ``VisionDataset`` of torchvision: pairs of a PIL image and the index of its class.
+
+    The bank is made first if it is missing; nothing is downloaded.
+
+    Args:
+        dataset: a built-in name, or the path of a manifest.
+        split: ``train``, ``val`` or ``test``.
+        split_scheme, image_size: the manifest's own if None.
+        rotations: every class four times, turned by 0, 90, 180 and 270 degrees, whatever the manifest says of episodes.
+        root: the data root; see ``mamldata.datasets.paths.data_root``.
+        transform, target_transform: of the PIL image, ``L`` or ``RGB``, and of the index.
+        workers: processes that decode images if the bank must be made.
+
+    Raises:
+        RequestError: the name, the split or the scheme is unknown; the split has no classes; or torchvision is missing.
+        DataMissingError: the raw files are missing; the message names the command that fetches them.
+        DamagedError: the bank is damaged, see ``mamldata.bank.make.make_bank``.
+    """
+    try:
+        from mamldata.streaming.images import BankImages
+    except ModuleNotFoundError as error:
+        raise RequestError(f"mamldata.images needs torchvision: {install_command('vision')}") from error
+    if split not in SPLITS:
+        raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    manifest = load_manifest(os.fspath(dataset))
+    scheme = manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
+    bank = make_bank(manifest, data_root(root), image_size, workers=workers)
+    division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
+    require_classes(division, [split], scheme, manifest)
+    table = class_table(bank.class_names, bank.class_offsets, division[split], 4 if rotations else 1)
+    return BankImages(bank, table, split, transform, target_transform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from importlib.metadata import version
 
 # What each extra of pyproject.toml installs. The project is on no index, so that its extras have no name there.
 _EXTRAS = {
@@ -12,6 +13,7 @@ _EXTRAS = {
     "resnet": "torchvision",
     "s3": "s3fs",
     "tensorboard": "tensorboard",
+    "vision": "torchvision",
 }
 _MOST = 1000  # characters of a line that is shown
 _MOST_QUOTED = 200  # characters of a value that is quoted
@@ -47,8 +49,11 @@ def quoted(value: object) -> str:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs what an extra of this project needs."""
-    return f"pip install {_EXTRAS[extra]}"
+    """The command that installs what an extra of this project needs, and leaves torch as it is."""
+    package = _EXTRAS[extra]
+    # Every torchvision needs one certain torch, and pip would exchange the installed one for that of the newest.
+    keep = f" torch=={version('torch')}" if package == "torchvision" else ""
+    return f"pip install {package}{keep}"
 
 
 def mamldata_command(verb: str, *words: object) -> str:

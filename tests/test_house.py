@@ -11,7 +11,7 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 # Each room may import those after it in the list, and the modules at the top of mamldata that TOP names.
 ROOMS = ["streaming", "sources", "archive", "bank", "fetching", "datasets", "readers", "sampling", "io"]
-TOP = {"errors", "progress", "parallel", "version", "siblings", "words"}
+TOP = {"errors", "progress", "parallel", "version", "siblings", "words", "pictures"}
 ABOVE = {"pipeline", "preview", "doctor", "__main__", "__init__"}  # of mamldata: what stands above all rooms
 EXCEPTION = "mamldata/__main__.py"  # starts cli, and says so
 
@@ -87,7 +87,9 @@ def test_no_circles() -> None:
 def test_torch_is_in_streaming_and_the_trainer() -> None:
     """No other room of mamldata imports torch; doctor asks it for its devices when it is called."""
     users = {
-        module.as_posix() for module in modules() if any(name.split(".")[0] == "torch" for name in imported(module))
+        module.as_posix()
+        for module in modules()
+        if any(name.split(".")[0] in {"torch", "torchvision"} for name in imported(module))
     }
     allowed = {user for user in users if user.startswith(("mamldata/streaming/", "trainer/"))}
     assert users - allowed == {"mamldata/doctor.py"}

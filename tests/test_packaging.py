@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -45,6 +47,54 @@ def test_the_source_distribution_holds_the_examples(tmp_path: Path):
         expected = {f"{folder}/{path.name}" for path in (PROJECT / folder).iterdir() if path.is_file()}
         assert expected
         assert expected <= names
+
+
+def fake_wheel(folder: Path, name: str, version: str, requires: str = "") -> Path:
+    """A wheel without a module."""
+    place = folder / f"{name}-{version}-py3-none-any.whl"
+    needs = f"Requires-Dist: {requires}\n" if requires else ""
+    with zipfile.ZipFile(place, "w") as file:
+        info = f"{name}-{version}.dist-info"
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{info}/RECORD", "")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("mamldata", []),
+        ("mamldata[vision] torch==2.2.0", ["torchvision 0.17.0"]),  # as the hint says that a user gets
+    ],
+)
+def test_an_older_torch_stays(wheel: Path, tmp_path: Path, asked: str, expected: list[str]):
+    """Beside an older torch the wheel, and torchvision with it, are installed without exchanging that torch."""
+    index = tmp_path / "index"
+    index.mkdir()
+    shutil.copy(wheel, index)
+    (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA"))
+    required = re.findall(
+        r"^Requires-Dist: ([A-Za-z0-9_-]+)", zipfile.ZipFile(wheel).read(metadata).decode(), re.MULTILINE
+    )
+    assert "torch" in required
+    for name in set(required) - {"torch", "torchvision"}:
+        fake_wheel(index, name, "9999.0")
+    old = fake_wheel(index, "torch", "2.2.0")
+    fake_wheel(index, "torch", "2.9.0")
+    fake_wheel(index, "torchvision", "0.17.0", "torch==2.2.0")
+    fake_wheel(index, "torchvision", "0.24.0", "torch==2.9.0")
+    place = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "install", "--no-index", "--quiet"]
+    subprocess.run([*pip, "--no-deps", str(old)], check=True)
+    command = [*pip, "--dry-run", "--find-links", str(index), "--report", "-", *asked.split()]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = [f"{one['metadata']['name']} {one['metadata']['version']}" for one in report["install"]]
+    assert [one for one in found if one.startswith("torch")] == expected
+    assert any(one.startswith("mamldata") for one in found)
 
 
 @pytest.fixture

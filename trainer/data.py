@@ -23,6 +23,7 @@ from mamldata.sources.source import Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
+from mamldata.streaming.transforms import Transform
 from mamldata.words import counted
 
 OpenSource = Callable[[str], SplitSource]
@@ -67,6 +68,7 @@ class EpisodeData:
         device: torch.device,
         *,
         normalize: bool = False,
+        transform: Transform | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> DeviceStream:
@@ -77,6 +79,7 @@ class EpisodeData:
             seed=seed,
             remix=self.remix,
             normalize=normalize,
+            transform=transform,
             rank=rank,
             world_size=world_size,
         )

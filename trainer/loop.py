@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from mamldata.errors import RequestError, StoppedError
 from mamldata.progress import Notify, silence
 from mamldata.streaming.batch import EpisodeBatch
+from trainer.augment import augmentation
 from trainer.evaluation import evaluate_network, require_fit
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
@@ -94,6 +95,7 @@ def train(
                 settings.seed,
                 learner.device,
                 normalize=settings.normalize,
+                transform=augmentation(settings.augment, about["image_shape"]),
                 rank=world.rank,
                 world_size=world.world_size,
             )
@@ -125,6 +127,7 @@ def _fit_to_train(
     if settings.tensorboard:
         require_tensorboard()
     settings.inner_loop().require_shots(about["k_shot"])
+    augmentation(settings.augment, about["image_shape"])  # raises if it is not for these images
     keep_large_buffers()
     learner = Learner(settings, data, about, device, start)
     _validation(learner, data, world)  # raises if there are too few episodes

@@ -12,6 +12,7 @@ from mamldata.errors import RequestError
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.streaming.batch import EpisodeBatch
+from mamldata.streaming.transforms import Transform
 
 
 class TrainStream(Protocol):
@@ -50,12 +51,21 @@ class TrainData(ClassData, Protocol):
     """Episodes to train and to evaluate on."""
 
     def train(
-        self, batch_size: int, seed: int, device: torch.device, *, normalize: bool, rank: int, world_size: int
+        self,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        *,
+        normalize: bool,
+        transform: Transform | None,
+        rank: int,
+        world_size: int,
     ) -> TrainStream:
         """Meta-batches of the train split, floating point, on ``device``; the order is a function of ``seed``.
 
-        Images are in [0, 1], or normalized by the mean and deviation of the train split. Each of several processes
-        gets its part of every meta-batch of ``batch_size`` episodes.
+        Images are in [0, 1], or normalized by the mean and deviation of the train split; ``transform`` is applied to
+        them before, see ``EpisodeStream``. Each of several processes gets its part of every meta-batch of
+        ``batch_size`` episodes.
         """
         ...
 

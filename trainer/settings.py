@@ -129,6 +129,11 @@ class TrainSettings:
         None, "Filters of each convolution; not for resnet18.", shown="the network's own", at_least=1, at_most=4096
     )
     normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
+    augment: str = setting(
+        "none",
+        "Random changes of training images: photo crops, flips, changes colours; character turns, scales, shifts.",
+        choices=("none", "photo", "character"),
+    )
     bn: BatchNorm | None = setting(
         None,
         "Source of the statistics that normalize query images.",

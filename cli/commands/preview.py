@@ -12,8 +12,9 @@ from cli.output import next_command, print_json, show, train_command, trainable
 from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
+from mamldata.pictures import contact_sheet
 from mamldata.pipeline import read_archive
-from mamldata.preview import contact_sheet, episode, save, title
+from mamldata.preview import episode, save, title
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive

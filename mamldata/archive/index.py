@@ -22,7 +22,7 @@ from mamldata.io.npy import npy_bytes
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.sampler import ROTATIONS, ClassTable, EpisodeSpec, quarter_turns
 from mamldata.sampling.splits import SPLITS, require_split
-from mamldata.words import quoted
+from mamldata.words import counted, quoted
 
 FORMAT = "mamldata/1"
 THIN = "mamldata-thin/1"
@@ -110,6 +110,11 @@ class Archive:
     splits: Mapping[str, ArchiveSplit]
     images: tuple[ImageShard, ...] = ()
     query_alpha: int | None = None
+
+    def __repr__(self) -> str:
+        shape = f"{self.n_way}-way {self.k_shot}-shot {self.k_query}-query"
+        splits = ", ".join(f"{name} {counted(split.episodes, 'episode')}" for name, split in self.splits.items())
+        return f"<Archive: {self.dataset}, {shape}, {'thin, ' * self.thin}{splits}>"
 
     @property
     def thin(self) -> bool:

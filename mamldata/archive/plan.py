@@ -75,7 +75,7 @@ def plan_archive(manifest: Manifest, bank: Bank, request: BuildRequest) -> Archi
     """
     scheme = manifest.scheme(request.split_scheme)
     division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)
-    _require_classes(division, [split for split in SPLITS if request.episodes.get(split)], scheme, manifest)
+    require_classes(division, [split for split in SPLITS if request.episodes.get(split)], scheme, manifest)
     rotations = request.rotations or manifest.rotations
     image_shape = bank.shape[1:]
     layout = EpisodeLayout(request.n_way, request.k_shot, request.k_query, image_shape)
@@ -116,7 +116,12 @@ def _image_shards(bank: Bank) -> tuple[ImageShard, ...]:
     return image_shards(rows, per_shard, image_shape)
 
 
-def _require_classes(division: Division, splits: Sequence[str], scheme: SplitScheme, manifest: Manifest) -> None:
+def require_classes(division: Division, splits: Sequence[str], scheme: SplitScheme, manifest: Manifest) -> None:
+    """Check that splits have classes.
+
+    Raises:
+        RequestError: one has none; the message says which have.
+    """
     if empty := [split for split in splits if not division[split]]:
         those, full = " and ".join(empty), [split for split in SPLITS if division[split]]
         raise RequestError(

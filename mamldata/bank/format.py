@@ -21,6 +21,7 @@ from mamldata.io.npy import npy_bytes, npy_header
 from mamldata.progress import Progress, silent
 from mamldata.readers.left_out import LeftOut
 from mamldata.sampling.normalization import Normalization, normalization
+from mamldata.words import counted
 
 FORMAT = "mamldata-bank/3"  # increased when the same raw images decode to other pixels
 _MOST_BYTES = 1 << 28  # of a bank's JSON
@@ -55,6 +56,10 @@ class Bank:
     class_sums: tuple[tuple[tuple[int, int], ...], ...]
     left_out: tuple[str, ...] = ()
     files_left_out: tuple[LeftOut, ...] | None = None
+
+    def __repr__(self) -> str:
+        images, classes = counted(self.shape[0], "image"), counted(len(self.class_names), "class", "classes")
+        return f"<Bank: {self.name}, {images} {list(self.shape[1:])} of {classes}, {self.path}>"
 
     def open_images(self) -> Images:
         """Map the images: uint8 ``[images, H, W, C]``, read-only."""

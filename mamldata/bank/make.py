@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -364,7 +364,7 @@ def _finish(folder: DatasetFolder, size: int, description: dict[str, Any]) -> No
 def _identity(manifest: Manifest, size: int, sources: dict[str, str]) -> dict[str, Any]:
     """The inputs of a bank; while they stay the same, the bank need not be made again."""
     return {
-        "reader": asdict(manifest.reader),
+        "reader": manifest.reader.to_json(),
         "image": {**manifest.image.to_json(), "size": size},
         "sources": [{"name": name, "sha256": digest} for name, digest in sources.items()],
     }

@@ -69,7 +69,7 @@ def _manifest(top: Table, folder: Traversable, reference: str) -> Manifest:
         homepage=top.text("homepage"),
         citation=top.text("citation").strip(),
         files=_files(top),
-        reader=_reader(top.table("reader")),
+        reader=_reader(top.table("reader"), folder),
         image=_image(top.table("image")),
         images=_images(top.table("images")) if "images" in top.values else None,
         rotations=top.choice("rotations", ROTATIONS, default="none"),
@@ -186,7 +186,7 @@ def _file_names(table: Table, split: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _reader(table: Table) -> ReaderRecipe:
+def _reader(table: Table, folder: Traversable) -> ReaderRecipe:
     kind = table.choice("type", READERS)
     known = READERS[kind].options if kind in READERS else ()
     options: dict[str, Any] = {}
@@ -196,6 +196,8 @@ def _reader(table: Table) -> ReaderRecipe:
         options["splits"] = table.take("splits", bool, False)
     if "damaged" in known and "damaged" in table.values:
         options["damaged"] = table.choice("damaged", DAMAGED)
+    if "classes" in known and "classes" in table.values:
+        options["classes"] = _classes("classes", table, folder)
     if table.values:
         table.finish()
     return ReaderRecipe(kind, **options)
@@ -256,26 +258,26 @@ def _scheme(name: str, table: Table, folder: Traversable) -> SplitScheme:
     return scheme
 
 
-def _classes(split: str, table: Table, folder: Traversable) -> tuple[str, ...]:
-    table.known.add(split)
-    value = table.values.get(split)
+def _classes(key: str, table: Table, folder: Traversable) -> tuple[str, ...]:
+    table.known.add(key)
+    value = table.values.get(key)
     if isinstance(value, str):
-        return _list_file(split, value, table, folder)
+        return _list_file(key, value, table, folder)
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return tuple(value)
-    table.fault(split, "must be a list of classes or the name of a text file with one class per line")
+    table.fault(key, "must be a list of classes or the name of a text file with one class per line")
     return ()
 
 
-def _list_file(split: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
+def _list_file(key: str, name: str, table: Table, folder: Traversable) -> tuple[str, ...]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        table.fault(split, f"{quoted(name)} must be a path below the manifest's folder")
+        table.fault(key, f"{quoted(name)} must be a path below the manifest's folder")
         return ()
     try:
         place = folder.joinpath(*path.parts)
         text = (read_whole(place, MOST_TEXT) if isinstance(place, Path) else place.read_bytes()).decode("utf-8")
     except (OSError, ValueError) as error:
-        table.fault(split, f"cannot read the class list {quoted(name)} ({error})")
+        table.fault(key, f"cannot read the class list {quoted(name)} ({error})")
         return ()
     return tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -31,9 +31,11 @@ class ReaderRecipe:
 
     Attributes:
         type: ``class-folders``: every image lies in a folder named after its class. ``csv-splits``: ``train.csv``,
-            ``val.csv`` and ``test.csv`` name images and classes. ``cifar-100`` and ``tiered-imagenet``: their pickles.
+            ``val.csv`` and ``test.csv`` name images and classes. ``webdataset``: a label lies beside every image.
+            ``cifar-100`` and ``tiered-imagenet``: their pickles.
         depth: how many path components above the image form its class name; 0 for all of them.
         splits: whether the component above them is the split.
+        classes: the names of labels that are numbers, from 0 on; empty: the numbers are the names.
         damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
     """
 
@@ -41,6 +43,13 @@ class ReaderRecipe:
     depth: int = 1
     splits: bool = False
     damaged: str = "fail"
+    classes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as they are stored in JSON."""
+        values = asdict(self)
+        del values["classes"]
+        return values | ({"classes": list(self.classes)} if self.classes else {})  # none in files of earlier versions
 
     def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
         """The faults that leaving images out cannot resolve."""

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from mamldata.errors import DamagedError, Fault
-from mamldata.readers import cifar100, class_folders, csv_splits, tiered_imagenet
+from mamldata.readers import cifar100, class_folders, csv_splits, tiered_imagenet, webdataset
 from mamldata.readers.image import ImageRef, ReaderRecipe
 from mamldata.readers.left_out import LeftOut, Tally
 
@@ -56,5 +56,12 @@ def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:
 
 
 READERS = {
-    reader.name: reader for reader in (class_folders.READER, csv_splits.READER, cifar100.READER, tiered_imagenet.READER)
+    reader.name: reader
+    for reader in (
+        class_folders.READER,
+        csv_splits.READER,
+        cifar100.READER,
+        tiered_imagenet.READER,
+        webdataset.READER,
+    )
 }

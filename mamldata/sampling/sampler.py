@@ -108,6 +108,9 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        return f"<ClassTable: {len(self):,} classes>"
+
     def label(self, index: int) -> str:
         """A readable class name, such as ``Greek/character03, turned 90``."""
         turns = int(self.quarter_turns[index])

@@ -60,8 +60,11 @@ class DrawnSource(AllHere):
         self._pixels.copy(classes, images[..., first : first + self.info.k_query], query)
 
     def classes(self, index: Indices) -> Indices:
-        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
-        return self._draws.get(index).classes[:, : self.info.n_way].astype(np.int64)
+        """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label.
+
+        They are drawn again, which leaves what ``read`` remembers alone, so any thread may ask.
+        """
+        return self.sampler.draw(index).classes[:, : self.info.n_way].astype(np.int64)
 
     def class_labels(self, index: int) -> list[str]:
         """The names of an episode's classes, one for each way."""

@@ -15,6 +15,7 @@ from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import LEAST, ClassTable
+from mamldata.words import counted
 
 Images = npt.NDArray[np.uint8]
 
@@ -182,8 +183,18 @@ def require_narrower(info: EpisodeInfo, n_way: int | None, k_shot: int | None, k
     return replace(info, **given)
 
 
+def in_words(source: Source) -> str:
+    """What a source gives, such as ``omniglot train, 5-way 1-shot 15-query, 2,000 episodes``."""
+    info = source.info
+    count = "episodes without end" if source.episodes is None else counted(source.episodes, "episode")
+    return f"{info.dataset} {info.split}, {info.n_way}-way {info.k_shot}-shot {info.k_query}-query, {count}"
+
+
 class AllHere:
     """The part of a source that fetches nothing, and whose episodes cannot be taken apart and have equal queries."""
+
+    def __repr__(self: Any) -> str:
+        return f"<{type(self).__name__}: {in_words(self)}>"
 
     @property
     def fetched_shards(self) -> tuple[int, ...]:

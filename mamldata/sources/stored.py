@@ -24,7 +24,7 @@ from mamldata.io.atomic import FileVersion
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
-from mamldata.sources.source import EpisodeInfo, Images, at_most, episode_info, require_narrower
+from mamldata.sources.source import EpisodeInfo, Images, at_most, episode_info, in_words, require_narrower
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 _LOOK_EVERY = 5.0  # seconds; a look costs a few microseconds for each shard, which is much for every meta-batch
@@ -68,6 +68,9 @@ class StoredSource(ABC):
         self._look_again = 0.0
         self._checked: dict[Path, FileVersion] = {}
         self._whole: StoredSource | None = None  # the source of a view, whose temporary folder must stay
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {in_words(self)}>"
 
     @abstractmethod
     def _open_shard(self, number: int) -> memoryview:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mamldata.errors import RequestError
+from mamldata.pictures import contact_sheet
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices, Order, shard_runs, share
 from mamldata.sources.source import Source
 from mamldata.streaming.buffers import BufferPool
+from mamldata.words import counted
 
 
 class EpisodeBatch(NamedTuple):
@@ -36,6 +40,52 @@ class EpisodeBatch(NamedTuple):
     query_x: torch.Tensor
     query_y: torch.Tensor
     index: torch.Tensor  # type: ignore[assignment]  # the field's word; tuple.index is not needed here
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EpisodeBatch:
+        """The same on a device; see ``torch.Tensor.to``. ``EpisodeStream.to`` copies while the consumer computes."""
+        return EpisodeBatch(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+    def __repr__(self) -> str:
+        parts = (f"{name}={_in_short(part)}" for name, part in zip(self._fields, self, strict=True))
+        return f"EpisodeBatch({', '.join(parts)})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The first episode as a picture, which notebooks show; None if it has no images that could be shown."""
+        if self.support_x.dim() != 5 or self.support_x.shape[2] not in {1, 3} or not len(self.index):
+            return None
+        support, query = _visible(self.support_x[0], self.query_x[0])
+        labels = range(int(self.support_y[0].max()) + 1)
+        of_support, of_query = (
+            [part[0].cpu().numpy() == way for way in labels] for part in (self.support_y, self.query_y)
+        )
+        sheet = contact_sheet(
+            np.stack([support[mine] for mine in of_support]),
+            [query[mine] for mine in of_query],
+            [f"label {way}" for way in labels],
+            f"episode {int(self.index[0])}, the first of {counted(len(self.index), 'episode')}",
+        )
+        stream = io.BytesIO()
+        sheet.save(stream, format="PNG")
+        return stream.getvalue()
+
+
+def _in_short(part: object) -> str:
+    """A tensor as ``float32[32, 5, 1, 28, 28]``; others as they are, because torch.func puts numbers into fields."""
+    if not isinstance(part, torch.Tensor):
+        return repr(part)
+    where = "" if part.device.type == "cpu" else f" on {part.device}"
+    return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}{where}"
+
+
+def _visible(*parts: torch.Tensor) -> list[npt.NDArray[np.uint8]]:
+    """Images ``[images, C, H, W]`` as uint8 ``[images, H, W, C]``; of those not in [0, 1] the range is stretched."""
+    arrays = [part.cpu().permute(0, 2, 3, 1) for part in parts]
+    if arrays[0].dtype != torch.uint8:
+        arrays = [array.float() for array in arrays]
+        low, high = min(float(one.min()) for one in arrays), max(float(one.max()) for one in arrays)
+        low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+        arrays = [((array - low) * (255 / ((high - low) or 1))).round().to(torch.uint8) for array in arrays]
+    return [array.numpy() for array in arrays]
 
 
 def _refuse_to_collate(*_: Any, **__: Any) -> None:
@@ -177,6 +227,27 @@ class BatchReader:
         if len(index) < self.batch_size:
             support_y, query_y = support_y[: len(index)], query_y[: len(index)]
         return EpisodeBatch(support, support_y, query, query_y, index)
+
+
+def require_dtype(dtype: torch.dtype, *, normalized: bool) -> None:
+    """Check the dtype of images.
+
+    Raises:
+        RequestError: images cannot have it, or not if they are normalized.
+    """
+    if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
+        raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+    if normalized and dtype == torch.uint8:
+        raise RequestError("Normalized images cannot be uint8. Leave out normalize or dtype=torch.uint8.")
+
+
+def scaled(images: torch.Tensor, dtype: torch.dtype, normalize: Normalization | None) -> torch.Tensor:
+    """Stored images, uint8 ``[B, images, C, H, W]``, channels-last in memory, as ``BatchReader.read`` gives them."""
+    if dtype == torch.uint8:
+        return images
+    out = torch.empty_like(images, dtype=dtype)
+    _scale(images, out, _affine(normalize) if normalize else None)
+    return out
 
 
 def _affine(normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:

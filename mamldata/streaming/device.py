@@ -19,6 +19,7 @@ import torch
 from mamldata.errors import RequestError
 from mamldata.sources.source import EpisodeInfo
 from mamldata.streaming.batch import BatchReader, EpisodeBatch, Stored
+from mamldata.streaming.transforms import Transforms
 
 _Item = tuple[int, EpisodeBatch, "torch.cuda.Event | None"]
 
@@ -40,10 +41,18 @@ class Passes(Protocol):
         """What the episodes are."""
         ...
 
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes."""
+        ...
+
     def __len__(self) -> int: ...
 
     def reader(self, device: torch.device) -> BatchReader:
         """The reader of the meta-batches."""
+        ...
+
+    def transforms(self, device: torch.device) -> Transforms | None:
+        """What the consumer's thread does with the meta-batches of the reader."""
         ...
 
     def start_pass(self) -> range:
@@ -90,6 +99,13 @@ class DeviceStream:
         """What the episodes are."""
         return self.stream.info
 
+    def __repr__(self) -> str:
+        return f"<DeviceStream: {self.stream!r} on {self.device}>"
+
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes; see ``EpisodeStream.class_names``."""
+        return self.stream.class_names(batch)
+
     def __len__(self) -> int:
         try:
             return len(self.stream)
@@ -116,6 +132,7 @@ class DeviceStream:
         if self._left is not None:
             self._left.join()  # sources are for one thread at a time
         ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=self.prefetch)
+        transforms = self.stream.transforms(self.device)
         earlier: torch.cuda.Event | None = None
         stop = threading.Event()
         work = threading.Thread(
@@ -132,6 +149,8 @@ class DeviceStream:
                 t, batch, copied = item
                 if copied is not None:
                     earlier = _hand_over(batch, copied, self.device, earlier)
+                if transforms is not None:
+                    batch = transforms(t, batch)
                 self.stream.next_batch = t + 1
                 # Keep no reference to a meta-batch that the consumer has dropped: its memory is reused.
                 del item

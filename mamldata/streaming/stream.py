@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -18,9 +18,10 @@ from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Order
 from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
-from mamldata.sources.source import EpisodeInfo, Source
-from mamldata.streaming.batch import BatchReader, EpisodeBatch
+from mamldata.sources.source import EpisodeInfo, Source, in_words
+from mamldata.streaming.batch import BatchReader, EpisodeBatch, require_dtype
 from mamldata.streaming.device import DeviceStream
+from mamldata.streaming.transforms import Transform, Transforms
 
 _STATE_VERSION = 1
 _WARNED = -1  # in place of a process id
@@ -49,6 +50,11 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             deviation, channel by channel. Or a mean and deviation of your own, such as those that a network was
             trained with.
         normalise: the former spelling of ``normalize``.
+        transform: augments support images, and query images unless ``query_transform`` says otherwise: a callable that
+            takes an image ``[C, H, W]`` as ``dtype`` has it, on the stream's device and before it is normalized, and
+            returns a tensor ``[C', H', W']``, such as those of torchvision v2; or ``mamldata.batched`` of one that
+            takes several. Its random numbers are a function of ``seed``, the epoch and the episode.
+        query_transform: the same of query images; None for none.
         n_way, k_shot, k_query: take only the first so many ways, support images and query images of each episode;
             None: all.
         verify: hash each shard when it is opened, which finds even one changed pixel.
@@ -75,6 +81,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         dtype: torch.dtype = torch.float32,
         normalize: bool | Normalization = False,
         normalise: bool | Normalization = False,
+        transform: Transform | None = None,
+        query_transform: Transform | Literal["same"] | None = "same",
         n_way: int | None = None,
         k_shot: int | None = None,
         k_query: int | None = None,
@@ -83,15 +91,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(dtype, torch.dtype) or (dtype != torch.uint8 and not dtype.is_floating_point):
-            raise RequestError(f"dtype must be torch.uint8 or a floating torch.dtype, not {dtype!r}.")
+        normalize = normalize or normalise
+        require_dtype(dtype, normalized=bool(normalize))
         try:
             batch_size = operator.index(batch_size)  # NumPy's integers are accepted too
         except TypeError as error:
             raise RequestError(f"batch_size must be a whole number, not {batch_size!r}.") from error
-        normalize = normalize or normalise
-        if normalize and dtype == torch.uint8:
-            raise RequestError("Normalized images cannot be uint8. Leave out normalize or dtype=torch.uint8.")
         if not 0 <= rank < world_size <= max(batch_size, 1):
             raise RequestError(
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
@@ -112,6 +117,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self.rank, self.world_size = rank, world_size
         self.dtype = dtype
         self.normalize = _normalisation(normalize, self.source.info)
+        self._transform = _require_callable(transform, "transform")
+        self._query_transform = transform if query_transform == "same" else query_transform
+        _require_callable(self._query_transform, "query_transform")
         self.next_batch = 0
         self._resumed = False
         self._told: torch.Tensor | None = None  # the epoch that set_epoch set, in memory shared with workers
@@ -122,17 +130,17 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         self._reader: BatchReader | None = None  # kept to reuse its memory
 
     def __repr__(self) -> str:
-        info = self.info
-        shape = f"{info.n_way}-way {info.k_shot}-shot {info.k_query}-query"
-        of = "episodes without end" if self.order.episodes is None else f"{self.order.episodes:,} episodes"
-        return (
-            f"<EpisodeStream: {info.dataset} {info.split}, {shape}, {of}, in meta-batches of {self.order.batch_size}>"
-        )
+        return f"<EpisodeStream: {in_words(self.source)}, in meta-batches of {self.order.batch_size}>"
 
     @property
     def info(self) -> EpisodeInfo:
         """What the episodes are."""
         return self.source.info
+
+    def class_names(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The names of each episode's classes, by label: ``class_names(batch)[b][label]``."""
+        table = self.source.table
+        return [[table.label(one) for one in row] for row in self.source.classes(batch.index.cpu().numpy()).tolist()]
 
     def __len__(self) -> int:
         """Meta-batches in an epoch.
@@ -148,9 +156,22 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         return _Pass(self)
 
     def reader(self, device: torch.device) -> BatchReader:
-        """A reader of this rank's part of the meta-batches, for a device."""
-        return BatchReader(
-            self.source, self.order, self.dtype, device, self.rank, self.world_size, normalize=self.normalize
+        """A reader of this rank's part of the meta-batches, for a device; they are still to be transformed."""
+        normalize = self.normalize if self.transforms(device) is None else None
+        return BatchReader(self.source, self.order, self.dtype, device, self.rank, self.world_size, normalize=normalize)
+
+    def transforms(self, device: torch.device) -> Transforms | None:
+        """The transforms of what the reader gives, for the consumer's thread; None if there are none."""
+        if self._transform is None and self._query_transform is None:
+            return None
+        return Transforms(
+            self._transform,
+            self._query_transform,
+            self.order,
+            device,
+            self.rank,
+            self.world_size,
+            normalize=self.normalize,
         )
 
     def start_pass(self) -> range:
@@ -250,6 +271,7 @@ class _Pass(Iterator[EpisodeBatch]):
     def __init__(self, stream: EpisodeStream) -> None:
         self._stream = stream
         stream._reader = self._reader = stream._reader or stream.reader(torch.device("cpu"))
+        self._transforms = stream.transforms(torch.device("cpu"))
         self._in_worker = (worker := get_worker_info()) is not None
         # A DataLoader takes from its workers in turn, so striding keeps the order.
         self._worker, self._workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -262,6 +284,8 @@ class _Pass(Iterator[EpisodeBatch]):
             raise StopIteration
         self._failed = True  # an error ends the pass, as it ends a generator
         batch = self._reader.read(left.start)
+        if self._transforms is not None:
+            batch = self._transforms(left.start, batch)
         self._failed = False
         self._stand_at(left.start + self._workers, left.stop)
         # A worker's tensors are sent through shared memory, which must not be written to again.
@@ -350,6 +374,12 @@ def _normalisation(asked: bool | Normalization, info: EpisodeInfo) -> Normalizat
             "channels."
         )
     return asked
+
+
+def _require_callable(transform: Transform | None, name: str) -> Transform | None:
+    if transform is not None and not callable(transform):
+        raise RequestError(f"{name} must be a callable that takes and returns images, not {transform!r}.")
+    return transform
 
 
 def _narrowed(source: Source, **numbers: int | None) -> Source:

@@ -64,6 +64,7 @@ class Synthetic:
         device: torch.device,  # noqa: ARG002
         *,
         normalize: bool = False,  # noqa: ARG002
+        transform: object = None,  # noqa: ARG002
         rank: int = 0,
         world_size: int = 1,
     ) -> SyntheticStream:

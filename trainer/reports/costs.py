@@ -105,7 +105,8 @@ class _Sample:
 
 
 def _sample(batch_size: int, seed: int, normalize: bool, data: TrainData) -> _Sample:
-    batches = iter(data.train(batch_size, seed, torch.device("cpu"), normalize=normalize, rank=0, world_size=1))
+    device = torch.device("cpu")
+    batches = iter(data.train(batch_size, seed, device, normalize=normalize, transform=None, rank=0, world_size=1))
     batch = EpisodeBatch(*(part.clone() for part in next(batches)))
     return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
 

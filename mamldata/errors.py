@@ -112,13 +112,19 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
-def enough_descriptors() -> Iterator[None]:
-    """Raise a ``MamldataError`` if the process may not open another file; other errors pass."""
+def enough_resources() -> Iterator[None]:
+    """Raise a ``MamldataError`` if the process may not open another file; other errors pass.
+
+    Raises:
+        MemoryError: it may map no more memory, which the system calls an ``OSError``.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in _TOO_MANY:
             raise MamldataError(system_problem(error)) from error
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
         raise
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import TypeVar
 
-from mamldata.errors import MamldataError, enough_descriptors
+from mamldata.errors import MamldataError, enough_resources
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -84,11 +84,11 @@ def run_tasks(
         return
     # Spawned, not forked: a fork copies the locks of threads that do not exist in the child.
     context = multiprocessing.get_context("spawn")
-    with enough_descriptors():
+    with enough_resources():
         pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=end_with_parent)
     try:
         # Few at a time: a pool that breaks while tasks are submitted may leave a process behind (Python 3.11).
-        with enough_descriptors():
+        with enough_resources():
             yield from _collect(pool, function, todo, 4 * workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

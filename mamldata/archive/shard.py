@@ -13,7 +13,7 @@ import numpy as np
 from mamldata.archive.index import INDEX, AnyShard, ImageShard, Shard, shard_sizes
 from mamldata.archive.layout import END, Bytes, EpisodeLayout
 from mamldata.bank.checked import hash_and_note
-from mamldata.errors import DamagedError, enough_descriptors
+from mamldata.errors import DamagedError, enough_resources
 from mamldata.io.atomic import FileVersion, file_version
 from mamldata.io.digest import sha256_file
 from mamldata.io.npy import npy_header
@@ -133,7 +133,7 @@ def open_images(
 def _map(path: Path, shard: AnyShard) -> tuple[Bytes, FileVersion]:
     """A file of the right length in memory: uint8 ``[bytes]``, read-only; and which version of it."""
     check_size(path, shard)
-    with enough_descriptors(), path.open("rb") as stream:
+    with enough_resources(), path.open("rb") as stream:
         version = file_version(os.fstat(stream.fileno()))
         map_ = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
     _maps.add(map_)

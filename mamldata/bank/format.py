@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mamldata.bank.checked import hash_and_note
 from mamldata.datasets.paths import DatasetFolder
-from mamldata.errors import DamagedError, DataMissingError
+from mamldata.errors import DamagedError, DataMissingError, enough_resources
 from mamldata.io.atomic import read_whole
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from mamldata.io.npy import npy_bytes, npy_header
@@ -158,7 +158,8 @@ def open_images(path: Path, sha256: str) -> Images:
 def map_images(path: Path, shape: tuple[int, int, int, int]) -> Images:
     """Map an array that has been checked: uint8 ``[images, H, W, C]``, read-only."""
     # A plain array over the map, because np.memmap's own indexing is slower by half.
-    return np.asarray(np.memmap(path, np.uint8, "r", len(npy_header("|u1", shape)), shape))
+    with enough_resources():
+        return np.asarray(np.memmap(path, np.uint8, "r", len(npy_header("|u1", shape)), shape))
 
 
 @lru_cache(maxsize=4)  # a worker asks once for each shard, and a description of many classes is long

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from mamldata.errors import WriteError, enough_descriptors, system_problem
+from mamldata.errors import WriteError, enough_resources, system_problem
 
 # Two changes within one tick of a file system's clock leave the same time; FAT's ticks are the longest.
 _TICK_NS = 2_000_000_000
@@ -47,7 +47,7 @@ def open_regular(path: Path) -> IO[bytes]:
         OSError: ``open`` raised it, or the file is not a regular file.
         MamldataError: this process has too many files open.
     """
-    with enough_descriptors():
+    with enough_resources():
         stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()

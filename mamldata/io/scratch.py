@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from mamldata.errors import WriteError
 from mamldata.io.atomic import writing
 
 _PREFIX = "mamldata-"
@@ -35,8 +36,9 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        _remove_stale(tempfile.gettempdir())
-        with writing(Path(tempfile.gettempdir())):
+        place = _place()
+        _remove_stale(place)
+        with writing(Path(place)):
             self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
             self._lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             # In this order: only the folder of a process that has had the lock counts as ours.
@@ -51,6 +53,20 @@ class Scratch:
             self.path.rename(self._folder / "gone")
         _remove(self._folder)
         os.close(self._lock)
+
+
+def _place() -> str:
+    """The folder of temporary folders.
+
+    Raises:
+        WriteError: none can be written to.
+    """
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise WriteError(
+            f"No temporary folder can be written to ({error.strerror}). Free space or file descriptors, or set TMPDIR."
+        ) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mamldata.errors import WriteError
 from mamldata.io import scratch as scratch_module
 from mamldata.io.scratch import Scratch, scratch
 
@@ -135,3 +136,14 @@ def test_too_few_descriptors_to_clear_up(place: Path, monkeypatch: pytest.Monkey
     scratch_module._remove_stale.cache_clear()
     with scratch():
         assert len(list(place.iterdir())) == 1
+
+
+def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none can be written to, the error says what to do."""
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.raises(WriteError, match="set TMPDIR"):
+        Scratch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -499,3 +500,17 @@ class TestUnequalQueries:
         assert next(iter(EpisodeStream(folder, k_shot=1))).support_x.shape[1] == 3
         with pytest.raises(RequestError, match="query_alpha must be a whole number from 1"):
             live("glyphs", root=glyphs_root, k_query=2, query_alpha=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "thin"])
+def test_too_little_memory_to_map(full, thin, kind, monkeypatch):
+    """A shard that the system has no memory to map is Python's own error, which the command line tells in words."""
+
+    def refuse(*_: object, **__: object) -> object:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mamldata.archive.shard.mmap.mmap", refuse)
+    source = open_archive({"full": full, "thin": thin}[kind])
+    size = 3 * 4 * 28 * 28
+    with pytest.raises(MemoryError):
+        source.read(np.array([0]), np.empty(size, np.uint8), np.empty(size, np.uint8))

@@ -671,12 +671,10 @@ def test_compare(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked = ("compare", archive, "--algorithms", "maml, fomaml,maml++,random", "--set", "maml++.inner-lr=0.1", *quick)
     done = run(*asked, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[4:]] == [
-        "| maml",
-        "| fomaml",
-        "| maml++",
-        "| random",
-    ]
+    *rows, empty, verdict = done.stdout.splitlines()[4:]
+    assert [row.split(" | ")[0] for row in rows] == ["| maml", "| fomaml", "| maml++", "| random"]
+    assert empty == ""
+    assert verdict.startswith("The 95 % interval of the difference to maml, on these episodes, ")
     files = {"compare.json", "compare.md", "learning.png", "accuracy.png", "inner-steps.png", "costs.png"}
     assert files | {"maml", "fomaml", "maml++", "random"} == {path.name for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("trainer.reports.costs._peak", lambda *_: 1.0)  # which was measured above

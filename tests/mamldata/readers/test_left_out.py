@@ -155,7 +155,7 @@ def test_no_image_at_all(tmp_path: Path):
     with pytest.raises(DamagedError, match=told):
         index_images(ReaderRecipe("class-folders"), [zipped(tmp_path / "p", tmp_path / "p.zip")])
     Image.new("L", (9, 9)).save(tmp_path / "p" / "a" / "1.png")
-    with pytest.raises(RequestError, match=rf"has images of 1 classes.*{told}"):
+    with pytest.raises(RequestError, match=rf"has images of 1 class.*{told}"):
         load_manifest(str(tmp_path / "p"))
 
 

@@ -77,9 +77,7 @@ def open_shard(
     if (broken := _first_broken_episode(mapped, shard, layout)) is not None:
         raise DamagedError(f"The shard {path} is damaged: episode {broken} does not start as it should. {remedy}")
     if verify and (got := sha256_file(path)) != shard.sha256:
-        raise DamagedError(
-            f"The shard {path} ({_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
-        )
+        raise _wrong_digest(path, shard, got, remedy)
     if sampler is not None and (other := _first_other_episode(mapped, shard, layout, sampler)) is not None:
         raise DamagedError(
             f"The shard {path} holds other episodes than {INDEX} says: its episode {other} is not the one that "
@@ -124,10 +122,14 @@ def open_images(
     if mapped[: len(header)].tobytes() != header:
         raise DamagedError(f"The shard {path} ({_range(shard)}) is damaged: it does not start as it should. {remedy}")
     if verify and (got := hash_and_note(path, shard.sha256)) != shard.sha256:
-        raise DamagedError(
-            f"The shard {path} ({_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
-        )
+        raise _wrong_digest(path, shard, got, remedy)
     return mapped[len(header) :].reshape(shard.rows, -1)
+
+
+def _wrong_digest(path: Path, shard: AnyShard, got: str, remedy: str) -> DamagedError:
+    return DamagedError(
+        f"The shard {path} ({_range(shard)}) is damaged: sha256 {got}, expected {shard.sha256}. {remedy}"
+    )
 
 
 def _map(path: Path, shard: AnyShard) -> tuple[Bytes, FileVersion]:

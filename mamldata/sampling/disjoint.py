@@ -18,7 +18,7 @@ class DisjointSampler(EpisodeSampler):
 
     The images of each class, shuffled, are divided into portions of ``k_shot + k_query``. Each episode takes a portion
     of ``n_way`` classes, drawn in proportion to the portions that they have left; classes with a portion for each
-    episode that is still to come go first, so that there are as many episodes as possible. A class and its turned
+    of the remaining episodes go first, which gives as many episodes as possible. A class and its turned
     images are one class here, because they are the same images: each time it is turned at random.
 
     Attributes:

@@ -9,12 +9,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from mamldata.archive.index import Archive
-from mamldata.errors import RequestError
+from mamldata.archive.index import INDEX, Archive
+from mamldata.errors import DamagedError, RequestError
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
-from mamldata.sampling.sampler import LEAST, ClassTable
+from mamldata.sampling.sampler import LEAST, ClassTable, EpisodeSampler
 from mamldata.words import counted
 
 Images = npt.NDArray[np.uint8]
@@ -217,6 +217,20 @@ class AllHere:
     def way_source(self) -> WaySource | None:
         """None: its episodes are not stored, or are remixed already."""
         return None
+
+
+def archive_sampler(archive: Archive, split: str) -> EpisodeSampler:
+    """What draws the episodes of an archive's split.
+
+    Raises:
+        RequestError: the archive has no such split.
+        DamagedError: its settings give no episodes, so that ``archive.json`` was altered.
+    """
+    classes = archive.split(split).classes
+    try:
+        return EpisodeSampler(archive.spec(split), classes)
+    except RequestError as error:
+        raise DamagedError(f"{INDEX} of the archive was altered: {error}") from error
 
 
 def episode_info(archive: Archive, split: str, digest: str | None) -> EpisodeInfo:

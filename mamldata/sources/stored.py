@@ -16,15 +16,23 @@ from typing import Any, Self
 
 import numpy as np
 
-from mamldata.archive.index import INDEX, Archive, Shard, read_archive
+from mamldata.archive.index import Archive, Shard, read_archive
 from mamldata.archive.layout import Bytes
 from mamldata.archive.shard import REMEDY, changed_in_place, check_size, open_maps, open_shard
-from mamldata.errors import DamagedError, RequestError
+from mamldata.errors import RequestError
 from mamldata.io.atomic import FileVersion
 from mamldata.sampling.order import Indices
 from mamldata.sampling.remix import Classes
 from mamldata.sampling.sampler import ClassTable, EpisodeSampler
-from mamldata.sources.source import EpisodeInfo, Images, at_most, episode_info, in_words, require_narrower
+from mamldata.sources.source import (
+    EpisodeInfo,
+    Images,
+    archive_sampler,
+    at_most,
+    episode_info,
+    in_words,
+    require_narrower,
+)
 
 _MOST_MAPS = 1 << 15  # Linux allows a process 65,530
 _LOOK_EVERY = 5.0  # seconds; a look costs a few microseconds for each shard, which is much for every meta-batch
@@ -263,10 +271,7 @@ class StoredSource(ABC):
 
     @cached_property
     def _sampler(self) -> EpisodeSampler:
-        try:
-            return EpisodeSampler(self.archive.spec(self._info.split), self.table)
-        except RequestError as error:
-            raise DamagedError(f"{INDEX} of the archive was altered: {error}") from error
+        return archive_sampler(self.archive, self._info.split)
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1

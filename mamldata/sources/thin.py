@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from mamldata.archive.index import INDEX, Archive
+from mamldata.archive.index import Archive
 from mamldata.archive.remote import WRONG_COPY, ShardCache
 from mamldata.archive.shard import REMEDY, check_size, open_images
 from mamldata.bank.checked import is_noted
-from mamldata.errors import DamagedError, RequestError
+from mamldata.errors import RequestError
 from mamldata.fetching.http import Network
 from mamldata.io.urls import join, local_folder, shown_place
-from mamldata.sampling.sampler import ClassTable, EpisodeSampler
+from mamldata.sampling.sampler import ClassTable
 from mamldata.sources.drawn import ThinSource
 from mamldata.sources.pixels import Rows
 from mamldata.sources.prefetch import Prefetch
 from mamldata.sources.remote import temporary_folder
-from mamldata.sources.source import Images, at_most, episode_info
+from mamldata.sources.source import Images, archive_sampler, at_most, episode_info
 
 _AT_ONCE = 4  # shards that are fetched at the same time
 
@@ -150,14 +150,10 @@ class _Fetched:
 
 
 def _source(archive: Archive, split: str, opened: Callable[[int], Images], episodes: int | None) -> ThinSource:
-    found = archive.split(split)
-    try:
-        sampler = EpisodeSampler(archive.spec(split), found.classes)
-    except RequestError as error:
-        raise DamagedError(f"{INDEX} of the archive was altered: {error}") from error
+    sampler = archive_sampler(archive, split)
     rows = Rows([shard.first_row for shard in archive.images], opened)
     info = episode_info(archive, split, archive.digest)
-    return ThinSource(info, sampler, rows, at_most(episodes, found.episodes))
+    return ThinSource(info, sampler, rows, at_most(episodes, archive.split(split).episodes))
 
 
 def _needed(archive: Archive, table: ClassTable) -> list[int]:

@@ -277,7 +277,7 @@ def _hand_over(
 
 
 def _require_gpu(device: torch.device) -> None:
-    """Check that there is such a GPU.
+    """Check that torch finds this GPU.
 
     Raises:
         RequestError: there is not; the message says why.

@@ -52,8 +52,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
         normalise: the former spelling of ``normalize``.
         transform: augments support images, and query images unless ``query_transform`` says otherwise: a callable that
             takes an image ``[C, H, W]`` as ``dtype`` has it, on the stream's device and before it is normalized, and
-            returns a tensor ``[C', H', W']``, such as those of torchvision v2; or ``mamldata.batched`` of one that
-            takes several. Its random numbers are a function of ``seed``, the epoch and the episode.
+            returns a tensor ``[C', H', W']``, such as those of torchvision v2; or ``mamldata.batched``, for a callable
+            that takes several. Its random numbers are a function of ``seed``, the epoch and the episode.
         query_transform: the same of query images; None for none.
         n_way, k_shot, k_query: take only the first so many ways, support images and query images of each episode;
             None: all.

@@ -526,7 +526,7 @@ def test_train_and_eval(archive: Path, trained: Path, tmp_path: Path):
 
 
 def test_evaluation_on_episodes_that_share_no_image(trained: Path, archive: Path, glyphs_root: Path) -> None:
-    """As many as the images allow, more than classes, so that there is an interval for other classes."""
+    """Their number is what the images allow; more episodes than classes give an interval for other classes."""
     live = ("glyphs", "--k-query", 2, "--disjoint", "--device", "cpu", "--rotations", "none")
     apart = run("eval", trained, *live, root=glyphs_root)
     assert apart.exit_code == 0, apart.output

@@ -35,7 +35,7 @@ class Prepared:
     Arguments and outcome are those of ``loop``; but the next call overwrites the gradient of a captured one.
 
     Args:
-        prepare: makes a step that takes such inputs out of one that computes it directly.
+        prepare: turns a plain step into one that is compiled or captured for such inputs.
     """
 
     def __init__(self, prepare: Callable[[Step, Sequence[Tensor]], Step]) -> None:

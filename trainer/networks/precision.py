@@ -50,7 +50,7 @@ def precision_of(network: nn.Module) -> Precision:
 def arithmetic(network: nn.Module, device: torch.device) -> Iterator[None]:
     """In this block, compute on CUDA as the network's precision says, and let cuDNN time its convolutions.
 
-    torch has one setting of each kind for the process, so each computation of a network sets them anew and then
+    torch has one setting of each kind for the process, so each computation of a network sets them first and then
     restores them: those of the program, which may have other networks, do not change. cuDNN times its algorithms at
     the first call for each shape, which pays because shapes repeat.
     """

@@ -22,7 +22,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
-    """A small archive; not to be written to."""
+    """A small archive, which tests only read."""
     out = tmp_path_factory.mktemp("transforms") / "archive"
     build(glyphs_manifest, glyphs_bank, out, REQUEST)
     return out

@@ -24,7 +24,7 @@ REQUEST = BuildRequest(n_way=3, k_shot=2, k_query=4, episodes={"train": 9}, seed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, glyphs_manifest, glyphs_bank) -> Path:
-    """A small archive of two shards; not to be written to."""
+    """A small archive of two shards, which tests only read."""
     out = tmp_path_factory.mktemp("webdataset") / "archive"
     build(glyphs_manifest, glyphs_bank, out, REQUEST)
     return out

@@ -370,7 +370,7 @@ def test_too_little_memory_names_what_to_lower(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fused_adam_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is no part of a checkpoint: a run from a GPU goes on with the kernels of the machine that it is on."""
+    """A checkpoint does not carry it: a run from a GPU goes on with the kernels of the present machine."""
     from trainer.learner import _optimizer
 
     with monkeypatch.context() as patch:

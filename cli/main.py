@@ -35,6 +35,8 @@ VERBS = {
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
+    "cite": "Print BibTeX for an archive, a benchmark or a run.",
+    "card": "Write a dataset card and Croissant metadata beside an archive.",
     "manifest": "Write a manifest for your own files.",
     "doctor": "Print what a bug report needs to say about this machine.",
 }

@@ -51,7 +51,7 @@ def bibtex(
     manifest: Manifest | None,
     *,
     algorithm: str | None = None,
-    version: str = __version__,
+    version: str | None = __version__,
 ) -> str:
     """BibTeX entries: of the thing itself, of its dataset, split scheme and algorithm, and of this software.
 
@@ -61,11 +61,11 @@ def bibtex(
         digest: of the archive, or of the data that a run was trained on; None if it is not pinned.
         manifest: of its dataset; None if it is unknown, so that its papers are left out.
         algorithm: of a run.
-        version: of mamldata, that a run was trained with.
+        version: of mamldata; of a run, the one that it was trained with; None if unknown.
     """
     name, scheme, episodes = about["dataset"], about["split_scheme"], f"{about['n_way']}w{about['k_shot']}s"
     facts = {"dataset": name, "version": about.get("dataset_version") or (manifest.version if manifest else None)}
-    facts |= {"split scheme": scheme, "sha256": digest, "made with mamldata": version}
+    facts |= {"split scheme": scheme, "data sha256" if algorithm else "sha256": digest, "mamldata": version}
     own = {
         "title": title,
         "key": title,  # by which bibliographies without authors are sorted

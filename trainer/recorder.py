@@ -17,7 +17,7 @@ from trainer.runs.tensorboard import Board
 from trainer.system.gpu import peak_memory
 
 
-def progress(step: int, steps: int) -> str:
+def reached(step: int, steps: int) -> str:
     """How far a step is; a resumed run may be asked for fewer steps than it has."""
     return f"{step} of {steps}" if step <= steps else f"{step} ({steps} are asked for)"
 
@@ -65,7 +65,7 @@ class Recorder:
             if self._settings.tensorboard:
                 self._board = Board(run_dir, step)
         if last:
-            self._report(f"Resuming after step {progress(step, self._settings.outer_steps)}.")
+            self._report(f"Resuming after step {reached(step, self._settings.outer_steps)}.")
 
     def __enter__(self) -> Recorder:
         return self

@@ -26,13 +26,17 @@ from mamldata.pipeline import read_archive
 @click.option("--date", type=click.DateTime(["%Y-%m-%d"]), help="Of publication, for Croissant; else it is left out.")
 @click.option("--overwrite", is_flag=True, help="Replace files that hold something else.")
 @json_option
-def command(archive: str, out: str | None, manifest: str | None, date: datetime | None, overwrite: bool, as_json: bool) -> None:
+def command(
+    archive: str, out: str | None, manifest: str | None, date: datetime | None, overwrite: bool, as_json: bool
+) -> None:
     """Write a dataset card (README.md) and Croissant 1.1 metadata (croissant.json) beside an archive.
 
     Hugging Face and search engines read them. They change neither the archive nor its digest.
     """
     if out is None and is_remote(archive):
-        raise click.UsageError("Missing option '--out': a folder on this machine, because the archive is at an address.")
+        raise click.UsageError(
+            "Missing option '--out': the archive is at an address, so name a folder on this machine."
+        )
     content = read_archive(archive)
     known = load_manifest(manifest) if manifest else known_dataset(vars(content))
     day = date and f"{date:%Y-%m-%d}"

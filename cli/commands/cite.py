@@ -62,10 +62,11 @@ def _citation(target: str, own: Manifest | None) -> tuple[str, str, bool]:
 
 def _of_run(path: Path, own: Manifest | None) -> tuple[str, str, bool]:
     from trainer.runs.checkpoint import find_checkpoint
+    from trainer.runs.folder import trained_with
 
-    _, checkpoint = find_checkpoint(path)
+    file, checkpoint = find_checkpoint(path)
     data, algorithm = checkpoint.data, checkpoint.settings["algorithm"]
     manifest = own or known_dataset(data)
     title = f"A run of {algorithm} on {data['n_way']}-way {data['k_shot']}-shot episodes of {data['dataset']}"
-    text = bibtex(title, data, data["digest"], manifest, algorithm=algorithm)
+    text = bibtex(title, data, data["digest"], manifest, algorithm=algorithm, version=trained_with(file.parent))
     return text, data["dataset"], manifest is not None

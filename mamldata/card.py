@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -26,16 +27,7 @@ from mamldata.words import counted, printable
 
 CARD, CROISSANT = "README.md", "croissant.json"
 # Licences that Hugging Face knows by these names in lowercase, and SPDX by these names.
-_LICENCES = (
-    "MIT",
-    "Apache-2.0",
-    "BSD-3-Clause",
-    "CC0-1.0",
-    "CC-BY-4.0",
-    "CC-BY-SA-4.0",
-    "CC-BY-NC-4.0",
-    "CC-BY-NC-SA-4.0",
-)
+_LICENCES = re.compile("MIT|Apache-2.0|BSD-3-Clause|CC0-1.0|CC-BY-4.0|CC-BY-SA-4.0|CC-BY-NC-4.0|CC-BY-NC-SA-4.0")
 _HF_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _SIZES = {1000: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _SPECIFICATIONS = ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"]
@@ -74,9 +66,13 @@ def _holds(path: Path, data: bytes) -> bool:
         return False
 
 
-def citation(archive: Archive, manifest: Manifest | None) -> str:
-    """BibTeX for an archive; see ``mamldata.citation.bibtex``."""
-    return bibtex(f"{_title(archive)}: an archive", vars(archive), archive.digest, manifest)
+def archive_title(archive: Archive) -> str:
+    """What an archive is, for a citation."""
+    return f"{_title(archive)}: {'a thin' if archive.thin else 'an'} archive"
+
+
+def _citation(archive: Archive, manifest: Manifest | None) -> str:
+    return bibtex(archive_title(archive), vars(archive), archive.digest, manifest)
 
 
 def card(archive: Archive, manifest: Manifest | None) -> str:
@@ -102,7 +98,7 @@ def card(archive: Archive, manifest: Manifest | None) -> str:
         splits="\n".join(splits),
         split=split,
         tars="" if archive.thin else Template(_template("card-tars.md")).substitute(hf_split=_HF_SPLITS[split]),
-        bibtex=citation(archive, manifest),
+        bibtex=_citation(archive, manifest),
     )
 
 
@@ -125,10 +121,10 @@ def croissant(archive: Archive, manifest: Manifest | None, date: str | None = No
         "name": f"{archive.dataset}-{archive.n_way}w{archive.k_shot}s{'-thin' * archive.thin}",
         "description": _description(archive, manifest),
         "version": int(version) if version.isdecimal() else version,
-        "citeAs": citation(archive, manifest),
+        "citeAs": _citation(archive, manifest),
         **{key: value for key, value in facts.items() if value},
-        "distribution": [*_files(archive), *_members(archive)],
-        "recordSet": [*_class_records(archive), *_episode_records(archive)],
+        "distribution": [*_files(archive), *(files for files, _ in _arrays(archive))],
+        "recordSet": [*_class_records(archive), *(records for _, records in _arrays(archive))],
     }
     return json.dumps(about, indent=2) + "\n"
 
@@ -150,18 +146,11 @@ def _description(archive: Archive, manifest: Manifest | None) -> str:
 
 
 def _preprocessing(archive: Archive, manifest: Manifest) -> str:
-    image = manifest.image
-    colour = "grey" if image.channels == 1 else "RGB"
-    height, width, _ = archive.image_shape
-    return (
-        f"{'Turned upright by EXIF; made' if image.upright else 'Made'} {colour}, resized to {height}x{width} "
-        f"({image.resampling}){', and inverted' if image.invert else ''}. Rotations by quarter turns as further "
-        f"classes: {archive.rotations}."
-    )
+    return f"{json.dumps({**manifest.image.to_json(), 'size': archive.image_shape[0]})}, rotations {archive.rotations}"
 
 
 def _spdx(manifest: Manifest | None) -> str | None:
-    return next((name for name in _LICENCES if manifest and manifest.licence.lower() == name.lower()), None)
+    return manifest.licence if manifest and _LICENCES.fullmatch(manifest.licence) else None
 
 
 def _hf_licence(manifest: Manifest | None) -> str:
@@ -182,37 +171,14 @@ def _loading(archive: Archive) -> str:
 
 
 def _files(archive: Archive) -> Iterator[dict[str, Any]]:
+    """Every file; ``archive.json`` once more for each split, see ``_class_records``."""
     kind = "application/octet-stream" if archive.thin else "application/x-tar"
-    index = _file(INDEX, "application/json", len(archive.to_json()), archive.digest)
-    yield index
-    yield from ({**index, "@id": f"{split}-{INDEX}"} for split in archive.splits)  # see _class_records
-    yield from (_file(shard.file, kind, shard.bytes, shard.sha256) for shard in archive.shards())
-
-
-def _file(name: str, kind: str, size: int, sha256: str) -> dict[str, Any]:
-    place = {"@type": "cr:FileObject", "@id": name, "name": name, "contentUrl": name}
-    return {**place, "contentSize": f"{size} B", "encodingFormat": kind, "sha256": sha256}
-
-
-def _members(archive: Archive) -> Iterator[dict[str, Any]]:
-    """The arrays in the tars: a set of files for each split and member."""
-    for split, member, description in _arrays(archive):
-        yield {
-            "@type": "cr:FileSet",
-            "@id": f"{split}-{member}-files",
-            "description": description,
-            "containedIn": [{"@id": shard.file} for shard in archive.splits[split].shards],
-            "encodingFormat": "application/octet-stream",
-            "includes": f"*.{member}.npy",
-        }
-
-
-def _arrays(archive: Archive) -> Iterator[tuple[str, str, str]]:
-    """Split, member, and what it holds."""
-    for split in archive.splits if not archive.thin else ():
-        for member in archive.layout.members:
-            shape = f"{np.dtype(member.dtype).name} {list(member.shape)}"
-            yield split, member.name, f"The {member.name} array of each {split} episode: a NumPy file, {shape}"
+    index = (INDEX, "application/json", len(archive.to_json()), archive.digest)
+    entries = {INDEX: index, **{f"{split}-{INDEX}": index for split in archive.splits}}
+    entries |= {shard.file: (shard.file, kind, shard.bytes, shard.sha256) for shard in archive.shards()}
+    for key, (name, encoding, size, sha256) in entries.items():
+        place = {"@type": "cr:FileObject", "@id": key, "name": name, "contentUrl": name}
+        yield {**place, "contentSize": f"{size} B", "encodingFormat": encoding, "sha256": sha256}
 
 
 def _class_records(archive: Archive) -> Iterator[dict[str, Any]]:
@@ -221,6 +187,7 @@ def _class_records(archive: Archive) -> Iterator[dict[str, Any]]:
     Each split has an entry of its own for that file: mlcroissant makes one table of all that it reads from an entry.
     """
     kinds = {"name": "sc:Text", "first_row": "sc:Integer", "images": "sc:Integer"}
+    kinds |= {} if archive.thin else {"quarter_turns": "sc:Integer"}
     for split in archive.splits:
         path = f"$.splits.{split}.classes[*]"
         fields = {
@@ -230,16 +197,27 @@ def _class_records(archive: Archive) -> Iterator[dict[str, Any]]:
         yield _records(f"{split}-classes", f"The classes of {split}, and their images in the bank.", fields)
 
 
-def _episode_records(archive: Archive) -> Iterator[dict[str, Any]]:
-    """The arrays of each episode. Croissant has no type for a file of NumPy, whose bytes are given as text."""
-    for split, member, description in _arrays(archive):
-        files = {"fileSet": {"@id": f"{split}-{member}-files"}}
-        number = {**files, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d+)\."}}
-        fields = {
-            "episode": ("sc:Integer", number),
-            "npy": ("sc:Text", {**files, "extract": {"fileProperty": "content"}}),
-        }
-        yield _records(f"{split}-{member}", f"{description}.", fields)
+def _arrays(archive: Archive) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The arrays in the tars, for each split and member: the set of files, and a record for each episode.
+
+    Croissant has no type for a file of NumPy, so its bytes are given as text.
+    """
+    for split in archive.splits if not archive.thin else ():
+        for member in archive.layout.members:
+            name, shape = f"{split}-{member.name}", f"{np.dtype(member.dtype).name} {list(member.shape)}"
+            files = {
+                "@type": "cr:FileSet",
+                "@id": f"{name}-files",
+                "description": f"The {member.name} array of each {split} episode: a NumPy file, {shape}.",
+                "containedIn": [{"@id": shard.file} for shard in archive.splits[split].shards],
+                "encodingFormat": "application/octet-stream",
+                "includes": f"*.{member.name}.npy",
+            }
+            source = {"fileSet": {"@id": files["@id"]}}
+            number = {**source, "extract": {"fileProperty": "filename"}, "transform": {"regex": r"^(\d+)\."}}
+            npy = {**source, "extract": {"fileProperty": "content"}}
+            fields = {"episode": ("sc:Integer", number), "npy": ("sc:Text", npy)}
+            yield files, _records(name, files["description"], fields)
 
 
 def _records(name: str, description: str, fields: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:

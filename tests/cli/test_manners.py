@@ -104,6 +104,7 @@ def test_quiet_prints_results_and_errors(archive: Path, tmp_path: Path) -> None:
     quiet = run("-q", "verify", archive)
     assert (quiet.stdout, quiet.stderr) == (usual.stdout, "")
     assert usual.stderr
+    assert not output.Manner.quiet, "it would last for what else this process does"
     wrong = run("--quiet", "verify", tmp_path / "nothing")
     assert wrong.exit_code == 2
     assert "is neither the folder of an archive nor a dataset" in wrong.stderr
@@ -119,6 +120,7 @@ def test_verbose_says_how_long_and_where(archive: Path, tmp_path: Path) -> None:
     assert "Traceback" not in run("verify", tmp_path / "nothing").stderr
 
 
+@pytest.mark.slow
 def test_verbose_tells_no_password() -> None:
     """A traceback has addresses as they may be shown."""
     failed = run("-v", "inspect", "http://user:s3cret@127.0.0.1:1/archive?key=s3cret")
@@ -134,11 +136,20 @@ def test_quiet_and_verbose() -> None:
 
 @pytest.mark.slow
 def test_validation_and_eval_show_progress(archive: Path, glyphs_root: Path, tmp_path: Path) -> None:
-    """They count their episodes; training on a dataset shows how its bank is checked, too."""
+    """They count their episodes."""
     quick = ["--steps", 1, "--meta-batch-size", 2, "--filters", 4, "--device", "cpu"]
     trained = run("-v", "train", archive, "--out", tmp_path / "run", *quick, "--eval-episodes", 2)
     assert "evaluate on val: 2 episodes in" in trained.stderr
     assert "evaluate on test: 3 episodes in" in run("-v", "eval", tmp_path / "run", archive).stderr
+
+
+def test_live_episodes_show_how_their_bank_is_read(
+    glyphs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank that was not hashed before counts its bytes, without an archive too."""
+    monkeypatch.setenv("MAMLDATA_CACHE", str(tmp_path / "cache"))
+    shown = run("-v", "preview", "glyphs", "--out", tmp_path / "p.png", "--root", glyphs_root)
+    assert re.search(r"^.*: 3\.6 MiB in \d+\.\d s$", shown.stderr, re.MULTILINE), shown.stderr
 
 
 def test_disk_use_counts_everything_once(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def _arrays(archive: Archive) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     for split in archive.splits if not archive.thin else ():
         for member in archive.layout.members:
             name, shape = f"{split}-{member.name}", f"{np.dtype(member.dtype).name} {list(member.shape)}"
-            files = {
+            files: dict[str, Any] = {
                 "@type": "cr:FileSet",
                 "@id": f"{name}-files",
                 "description": f"The {member.name} array of each {split} episode: a NumPy file, {shape}.",

@@ -39,7 +39,7 @@ def command(
         )
     content = read_archive(archive)
     known = load_manifest(manifest) if manifest else known_dataset(vars(content))
-    day = date and f"{date:%Y-%m-%d}"
+    day = f"{date:%Y-%m-%d}" if date else None
     try:
         written = write_cards(content, Path(out or archive), known, date=day, overwrite=overwrite)
     except WriteError as error:

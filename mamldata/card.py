@@ -20,7 +20,7 @@ import numpy as np
 from mamldata.archive.index import INDEX, Archive
 from mamldata.citation import bibtex
 from mamldata.datasets.manifest import Manifest
-from mamldata.errors import WriteError
+from mamldata.errors import RequestError
 from mamldata.io.atomic import make_folder, read_whole, write_atomic
 from mamldata.io.urls import is_http
 from mamldata.words import counted, printable
@@ -46,13 +46,16 @@ def write_cards(
         overwrite: replace files that hold something else.
 
     Raises:
-        WriteError: one of them exists with another content, and nothing is written; or the folder is not writable.
+        RequestError: one of them exists with another content; then nothing is written.
+        WriteError: the folder is not writable.
     """
     contents = {CARD: card(archive, manifest), CROISSANT: croissant(archive, manifest, date)}
     files = {folder / name: text.encode() for name, text in contents.items()}
     for path, data in files.items():
         if os.path.lexists(path) and not (overwrite or _holds(path, data)):
-            raise WriteError(f"{path} exists and holds something else. Choose another folder, or ask to overwrite it.")
+            raise RequestError(
+                f"{path} exists and holds something else. Choose another folder, or ask to overwrite it."
+            )
     make_folder(folder)
     for path, data in files.items():
         write_atomic(path, data)
@@ -120,7 +123,7 @@ def croissant(archive: Archive, manifest: Manifest | None, date: str | None = No
         "conformsTo": _SPECIFICATIONS,
         "name": f"{archive.dataset}-{archive.n_way}w{archive.k_shot}s{'-thin' * archive.thin}",
         "description": _description(archive, manifest),
-        "version": int(version) if version.isdecimal() else version,
+        "version": int(version) if re.fullmatch("[0-9]{1,9}", version) else version,
         "citeAs": _citation(archive, manifest),
         **{key: value for key, value in facts.items() if value},
         "distribution": [*_files(archive), *(files for files, _ in _arrays(archive))],

@@ -13,6 +13,7 @@ from typing import Any
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.toml import builtin_names
+from mamldata.errors import RequestError
 from mamldata.version import __version__
 from mamldata.words import printable
 
@@ -42,6 +43,20 @@ def known_dataset(about: Mapping[str, Any]) -> Manifest | None:
     size = about.get("image_size") or about["image_shape"][0]
     same = about.get("bank_sha256") in {None, manifest.image.bank_sha256.get(size, about.get("bank_sha256"))}
     return manifest if same and about.get("dataset_version", manifest.version) == manifest.version else None
+
+
+def dataset_of(about: Mapping[str, Any], given: str | None) -> Manifest | None:
+    """The manifest that the user gives for some episodes; else ``known_dataset``.
+
+    Raises:
+        RequestError: there is no such manifest, or it is of another dataset.
+    """
+    if given is None:
+        return known_dataset(about)
+    manifest = load_manifest(given)
+    if manifest.name != about["dataset"]:
+        raise RequestError(f"{given} is of the dataset {manifest.name}, but these episodes are of {about['dataset']}.")
+    return manifest
 
 
 def bibtex(

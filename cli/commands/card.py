@@ -10,9 +10,8 @@ import click
 from cli.options import LocalPath, json_option
 from cli.output import next_command, print_json, say, show
 from mamldata.card import write_cards
-from mamldata.citation import known_dataset
-from mamldata.datasets.load import load_manifest
-from mamldata.errors import WriteError
+from mamldata.citation import dataset_of
+from mamldata.errors import RequestError
 from mamldata.io.urls import is_remote
 from mamldata.pipeline import read_archive
 
@@ -38,14 +37,12 @@ def command(
             "Missing option '--out': the archive is at an address, so name a folder on this machine."
         )
     content = read_archive(archive)
-    known = load_manifest(manifest) if manifest else known_dataset(vars(content))
+    known = dataset_of(vars(content), manifest)
     day = f"{date:%Y-%m-%d}" if date else None
     try:
         written = write_cards(content, Path(out or archive), known, date=day, overwrite=overwrite)
-    except WriteError as error:
-        if overwrite:
-            raise
-        raise WriteError(f"{error} (--out, --overwrite)") from error
+    except RequestError as error:
+        raise RequestError(f"{error} That is what --out and --overwrite are for.") from error
     if as_json:
         print_json({"digest": content.digest, "files": [str(path) for path in written]})
         return

@@ -13,8 +13,7 @@ from cli.output import print_json, say, show
 from mamldata.archive.benchmarks import benchmarks
 from mamldata.archive.index import is_archive
 from mamldata.card import archive_title
-from mamldata.citation import bibtex, known_dataset
-from mamldata.datasets.load import load_manifest
+from mamldata.citation import bibtex, dataset_of
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.io.urls import is_remote
 from mamldata.pipeline import read_archive
@@ -32,7 +31,7 @@ def command(target: str, manifest: str | None, as_json: bool) -> None:
     These are the papers of the dataset, of the split scheme, and of a run's algorithm.
     """
     title, about, digest, trained = _cited(target)
-    own = load_manifest(manifest) if manifest else known_dataset(about)
+    own = dataset_of(about, manifest)
     text = bibtex(title, about, digest, own, **trained)
     if as_json:
         print_json({"bibtex": text})

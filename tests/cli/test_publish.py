@@ -21,7 +21,7 @@ from mamldata.card import write_cards
 from mamldata.citation import bibtex, known_dataset, papers
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.toml import builtin_names
-from mamldata.errors import WriteError
+from mamldata.errors import RequestError
 from mamldata.io.digest import sha256_file
 from mamldata.sources.open import open_archive
 from mamldata.version import __version__
@@ -118,7 +118,7 @@ def test_a_users_file_is_kept(archive: Path, name: str) -> None:
     (archive / name).write_text("mine")
     files = set(archive.iterdir())
     refused = run("card", archive)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert f"{name} exists and holds something else" in refused.stderr
     assert "--overwrite" in refused.stderr
     assert (archive / name).read_text() == "mine"
@@ -130,7 +130,7 @@ def test_a_users_file_is_kept(archive: Path, name: str) -> None:
 def test_the_library_names_no_option(archive: Path) -> None:
     """What is in the way is said without the command line's words."""
     (archive / "README.md").mkdir()
-    with pytest.raises(WriteError, match="exists and holds something else") as caught:
+    with pytest.raises(RequestError, match="exists and holds something else") as caught:
         write_cards(read_archive(archive), archive, None)
     assert "--" not in str(caught.value)
 
@@ -177,6 +177,9 @@ def test_a_card_of_an_unknown_dataset(archive: Path, tmp_path: Path) -> None:
     assert run("card", archive, "--manifest", tmp_path / "my.toml", "--overwrite").exit_code == 0
     assert "\nlicense: other\nlicense_name: my-letters-terms\n" in (archive / "README.md").read_text()
     cited = run("cite", archive, "--manifest", tmp_path / "my.toml")
+    other = run("cite", archive, "--manifest", "glyphs")
+    assert other.exit_code == 2
+    assert "glyphs is of the dataset glyphs, but these episodes are of my-letters" in other.stderr
     assert r"(My) 50 \% \textbackslash{}of" in entries(cited.stdout)["my-letters"]["note"]
 
 

@@ -54,7 +54,7 @@ def write_cards(
     for path, data in files.items():
         if os.path.lexists(path) and not (overwrite or _holds(path, data)):
             raise RequestError(
-                f"{path} exists and holds something else. Choose another folder, or ask to overwrite it."
+                f"{path} exists and holds something else. Choose another folder, or overwrite it."
             )
     make_folder(folder)
     for path, data in files.items():

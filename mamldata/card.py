@@ -53,9 +53,7 @@ def write_cards(
     files = {folder / name: text.encode() for name, text in contents.items()}
     for path, data in files.items():
         if os.path.lexists(path) and not (overwrite or _holds(path, data)):
-            raise RequestError(
-                f"{path} exists and holds something else. Choose another folder, or overwrite it."
-            )
+            raise RequestError(f"{path} exists and holds something else. Choose another folder, or overwrite it.")
     make_folder(folder)
     for path, data in files.items():
         write_atomic(path, data)

@@ -20,7 +20,7 @@ from mamldata.pipeline import read_archive
 
 
 @click.command(
-    epilog="\b\nExamples:\n  mamldata cite glyphs-5w1s\n  mamldata cite run >> paper.bib",
+    epilog="\b\nExamples:\n  mamldata cite glyphs-5w1s\n  mamldata cite run",
 )
 @click.argument("target", metavar="ARCHIVE|RUN|BENCHMARK")
 @click.option("--manifest", metavar="FILE.toml", help="Of your own dataset, with its citation.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Learner:
         self.settings = settings
         self.start = start
         self.device = device
-        self._data = data
+        self._data, self._n_way = data, about["n_way"]
         self.network = _fresh_network(settings, about).to(device)
         if start:
             start_network(self.network, settings, start)
@@ -116,7 +117,8 @@ class Learner:
                 classes = self._data.classes(batch.index)
                 outcome = joint(self.network, self.parameters, batch, classes, world)
             else:
-                method = method_of(self.network, settings.inner_loop(step), settings.engine)
+                inner = replace(settings.inner_loop(step), n_way=self._n_way)
+                method = method_of(self.network, inner, settings.engine)
                 outcome = self._engine(
                     self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
                 )

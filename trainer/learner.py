@@ -119,9 +119,8 @@ class Learner:
             else:
                 inner = replace(settings.inner_loop(step), n_way=self._n_way)
                 method = method_of(self.network, inner, settings.engine)
-                outcome = self._engine(
-                    self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
-                )
+                objective = replace(settings.objective(step), every_step=every_step)
+                outcome = self._engine(self.network, self.parameters, batch, method, objective)
         # All at once: each exchange has its cost.
         *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
         return Outcome(self.parameters.like(slopes), loss, score)

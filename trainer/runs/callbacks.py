@@ -55,8 +55,8 @@ class Callbacks:
                 if place not in self._warned:
                     self._warned.add(place)
                     warnings.warn(
-                        f"The callback {type(callback).__name__} failed in {what}, and training goes on without what it "
-                        f"was given: {error!r}. Further errors of it are not shown.",
+                        f"The callback {type(callback).__name__} failed in {what}: {error!r}. Training goes on, and its "
+                        "further errors are not shown.",
                         stacklevel=2,
                     )
 

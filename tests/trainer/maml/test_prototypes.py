@@ -40,7 +40,8 @@ def reference(support: Array, labels: Array, query: Array, truth: Array) -> tupl
     """Loss, accuracy, and the loss's slopes by support and query embeddings, by hand: Snell et al. 2017, eq. 1 and 2.
 
     With the probabilities p[q, k], d = p - onehot(truth) and the mean c[k] of class k over its s images:
-    dL/dquery[q] = -2 / Q * sum_k d[q, k] (query[q] - c[k]), and dL/dsupport = 2 / Q / s * sum_q d[q, k] (query[q] - c[k]).
+    dL/dquery[q] = -2 / Q * sum_k d[q, k] (query[q] - c[k]), and dL/dsupport = 2 / Q / s * sum_q d[q, k] (query[q] -
+    c[k]).
     """
     means = np.stack([support[labels == k].mean(0) for k in range(3)])
     by_query, by_support, losses, right = np.zeros_like(query), np.zeros_like(support), [], []

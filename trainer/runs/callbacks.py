@@ -55,7 +55,7 @@ class Callbacks:
                 if place not in self._warned:
                     self._warned.add(place)
                     warnings.warn(
-                        f"The callback {type(callback).__name__} failed in {what}: {error!r}. Training goes on, and its "
+                        f"The callback {type(callback).__name__} failed in {what}: {error!r}. Training goes on; its "
                         "further errors are not shown.",
                         stacklevel=2,
                     )

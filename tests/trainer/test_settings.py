@@ -13,6 +13,7 @@ import torch
 from mamldata.errors import RequestError
 from trainer.maml.algorithms import (
     ADAPTS,
+    ALGORITHMS,
     BN_MODES,
     INNER_LOSSES,
     LOSSES,
@@ -129,8 +130,7 @@ def test_every_fault_is_reported_at_once() -> None:
         )
     assert str(caught.value).splitlines() == [
         "Invalid training settings:",
-        "  algorithm must be one of "
-        + "maml, fomaml, maml++, anil, meta-sgd, reptile, protonet, pretrain, random, not 'mampl'.",
+        f"  algorithm must be one of {', '.join(ALGORITHMS)}, not 'mampl'.",
         "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
         "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
         "  steps must be at least 1, not 0.",

@@ -168,6 +168,13 @@ def test_its_settings_are_read_back() -> None:
     assert RUN.resolved()["inner_lr"] is None
 
 
+def test_another_run_is_told_as_such(tmp_path: Path) -> None:
+    """In the folder of a run of MAML, whose inner rate has no place here, the difference is the algorithm."""
+    train(replace(RUN, algorithm="maml"), Synthetic(), tmp_path)
+    with pytest.raises(RequestError, match=r"holds another run:\n  algorithm: 'maml' there, 'protonet' here"):
+        train(RUN, Synthetic(), tmp_path, resume=True)
+
+
 def test_any_number_of_ways_at_test(tmp_path: Path) -> None:
     """Trained on 8-way episodes and evaluated on 3-way ones, which is said; accuracy is one number, without steps."""
     path = train(RUN, Synthetic(n_way=8), tmp_path).best

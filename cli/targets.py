@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
+    from trainer.mixture import MixedData
 from cli.options import option_name
 
 
@@ -100,6 +102,30 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     return archive_data(
         folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root
     )
+
+
+def training_data(
+    targets: Sequence[str],
+    weights: Sequence[float] | None,
+    root: str | None,
+    options: Sequence[dict[str, Any]],
+    *,
+    remix: bool | None = None,
+) -> EpisodeData | MixedData:
+    """The episodes of one target, or the mixture of several; ``options`` has those of ``episode_data`` for each.
+
+    Raises:
+        RequestError: a target is neither an archive nor a dataset, or the weights are invalid.
+        click.UsageError: options do not fit a target.
+    """
+    from trainer.mixture import MixedData
+
+    parts = [
+        episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)
+    ]
+    if weights is None and len(parts) == 1:
+        return parts[0]
+    return MixedData(parts, weights)
 
 
 def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:

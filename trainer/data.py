@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.splits import SPLITS
+from mamldata.sources.fitted import fitted
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
-from mamldata.sources.source import Source, SplitSource
+from mamldata.sources.source import EpisodeInfo, Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
@@ -40,6 +41,7 @@ class EpisodeData:
         open_source: gives the source of a split.
         remix: whether to train on remixed episodes.
         root: the data root, whose banks tell how images were prepared.
+        fit: the shape (H, W, C) to which to bring all images, see ``mamldata.sources.fitted``; None: as they are.
 
     Raises:
         DamagedError: from any method that opens a split: the data have changed since another split was opened.
@@ -52,7 +54,9 @@ class EpisodeData:
         *,
         remix: bool = False,
         root: str | os.PathLike[str] | None = None,
+        fit: Sequence[int] | None = None,
     ) -> None:
+        self._fit = fit
         self.place = place
         self._root = root
         self._image: dict[str, Any] | str = ""
@@ -73,18 +77,22 @@ class EpisodeData:
         world_size: int = 1,
     ) -> DeviceStream:
         """Meta-batches of the train split on a device: remixed, or else shuffled if the split is finite."""
-        stream = EpisodeStream(
-            self._source("train").view(),
-            batch_size=batch_size,
-            seed=seed,
-            remix=self.remix,
-            normalize=normalize,
-            transform=transform,
-            rank=rank,
-            world_size=world_size,
+        stream = self.stream(
+            batch_size, seed, normalize=normalize, transform=transform, rank=rank, world_size=world_size
         )
         self._trained_on = stream.source
         return stream.to(device)
+
+    def stream(self, batch_size: int, seed: int, **options: Any) -> EpisodeStream:
+        """What ``train`` puts on a device; ``options`` are those of ``EpisodeStream``."""
+        return EpisodeStream(
+            self._source("train").view(), batch_size=batch_size, seed=seed, remix=self.remix, **options
+        )
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the training episodes are."""
+        return self._source("train").info
 
     def eval(
         self,
@@ -157,6 +165,8 @@ class EpisodeData:
     def _source(self, split: str) -> SplitSource:
         if split not in self._sources:
             source = self._open(split)
+            if self._fit is not None:
+                source = fitted(source, self._fit)
             if self._sources:
                 self._require_same(source)
             self._sources[split] = source
@@ -194,7 +204,7 @@ class EpisodeData:
         """How the images were prepared, looked up once: see ``ImageRecipe``; or ``unknown``."""
         if not self._image:
             info = source.info
-            recipe = recipe_of(info.dataset, info.bank_sha256, info.image_shape[0], self._root)
+            recipe = recipe_of(info.dataset, info.bank_sha256, (info.fitted_from or info.image_shape)[0], self._root)
             self._image = recipe.to_json() if recipe else UNKNOWN
         return self._image
 
@@ -207,6 +217,7 @@ def archive_data(
     narrow: Mapping[str, int] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
+    fit: Sequence[int] | None = None,
 ) -> EpisodeData:
     """The episodes of an archive.
 
@@ -217,25 +228,33 @@ def archive_data(
         narrow: ``n_way``, ``k_shot`` and ``k_query``, if episodes with fewer than are stored are wanted.
         cache_dir: where to keep the shards of an archive at an address.
         root: the data root, where a bank of the same images tells how they were prepared.
+        fit: the shape of images, (H, W, C), that a network takes, see ``mamldata.sources.fitted``; None: as they are.
     """
 
     def open_source(split: str) -> SplitSource:
         whole = open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
         return whole.narrowed(**narrow) if narrow else whole
 
-    return EpisodeData(shown_place(folder), open_source, remix=remix, root=root)
+    return EpisodeData(shown_place(folder), open_source, remix=remix, root=root, fit=fit)
 
 
-def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EpisodeData:
+def live_data(
+    dataset: str,
+    root: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+    *,
+    fit: Sequence[int] | None = None,
+) -> EpisodeData:
     """Episodes drawn from a dataset as they are needed, so that training never sees one twice.
 
     Args:
         dataset: a built-in name, or a manifest's path.
         root: the data root.
         options: more arguments of ``mamldata.live``.
+        fit: see ``archive_data``.
     """
 
     def open_source(split: str) -> SplitSource:
         return live(dataset, split, root=root, workers=default_workers(), **options)
 
-    return EpisodeData(dataset, open_source, root=root)
+    return EpisodeData(dataset, open_source, root=root, fit=fit)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mamldata.errors import RequestError, StoppedError
+from mamldata.errors import ImageShapeError, RequestError, StoppedError
 from mamldata.sampling.normalization import Normalization
+from mamldata.sources.fitted import shape_text
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.words import counted
 from trainer.intervals import half_width
@@ -110,6 +111,8 @@ class Evaluation:
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
         trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
+        fitted: how images were brought to the network's shape, such as ``from 84x84 RGB to 28x28 grey``; None if they
+            had it.
         answers: to each query image; not in ``to_json``.
         origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
@@ -132,6 +135,7 @@ class Evaluation:
     k_query: int
     accuracy_by_episode: tuple[float, ...] = field(repr=False)
     trained_on: str | None = None
+    fitted: str | None = None
     answers: Answers | None = field(default=None, repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
@@ -156,12 +160,10 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of plain values; ``trained_on`` only if it is not None."""
+        """As a dict of plain values; ``trained_on`` and ``fitted`` only if they are not None."""
         kept = [one.name for one in fields(self) if one.name not in {"accuracy_by_episode", "answers", "origin"}]
         values = {name: getattr(self, name) for name in kept}
-        if self.trained_on is None:
-            del values["trained_on"]
-        return values
+        return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         return (
@@ -170,6 +172,7 @@ class Evaluation:
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
             f"{counted(self.inner_steps, 'inner step')}, batch norm {self.bn}, "
             f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
+            f"{f', images fitted {self.fitted}' if self.fitted else ''}"
         )
 
 
@@ -393,7 +396,7 @@ def evaluate(
         if isinstance(data, NamesClasses) and evaluation.answers and world.first:
             names = data.class_names(split, evaluation.answers.index)
     origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
-    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), origin=origin)
+    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), fitted=_fitted(about), origin=origin)
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
@@ -405,12 +408,16 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
         about: describes the episodes: at least their ``n_way`` and ``image_shape``.
 
     Raises:
-        RequestError: it was trained with another number of ways or shape of images.
+        RequestError: it was trained with another number of ways.
+        ImageShapeError: or with another shape of images.
     """
     for key in ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
         if here != there:
-            raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
+            error = ImageShapeError if key == "image_shape" else RequestError
+            raise error(
+                f"{path} was trained with {key} {there}, but these episodes have {here}. Choose episodes with the same."
+            )
 
 
 def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
@@ -418,6 +425,13 @@ def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
         return None
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
+
+
+def _fitted(about: Mapping[str, Any]) -> str | None:
+    """From and to which shape images were fitted; None if they were not."""
+    if (before := about.get("fitted_from")) is None:
+        return None
+    return f"from {shape_text(before)} to {shape_text(about['image_shape'])}"
 
 
 def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalization:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -27,6 +27,25 @@ def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization
     """
     pairs = [_mean_and_std(total, squares, pixels) if pixels else (0.0, 1.0) for total, squares in sums]
     return Normalization(tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs))
+
+
+def mixed_normalization(parts: Sequence[Normalization], weights: Sequence[float]) -> Normalization:
+    """The normalization of a mixture: of the pixels of all parts together, in the proportions of ``weights``.
+
+    Args:
+        parts: with the same number of channels each.
+        weights: from 0, not all 0.
+    """
+    whole = math.fsum(weights)
+    means, stds = [], []
+    for channel in range(len(parts[0].mean)):
+        mean = math.fsum(w * part.mean[channel] for w, part in zip(weights, parts, strict=True)) / whole
+        squares = (
+            w * (part.std[channel] ** 2 + part.mean[channel] ** 2) for w, part in zip(weights, parts, strict=True)
+        )
+        means.append(round(mean, 6))
+        stds.append(round(math.sqrt(max(math.fsum(squares) / whole - mean**2, 0.0)), 6) or 1.0)
+    return Normalization(tuple(means), tuple(stds))
 
 
 def _mean_and_std(total: int, squares: int, pixels: int) -> tuple[float, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from mamldata.io.digest import canonical_json, sha256_bytes
 
 Indices = npt.NDArray[np.int64]
 
-_KEPT = 2  # epochs: prefetching and a second pass use neighbouring ones
+_KEPT = 16  # epochs: each source of a mixture is in another; prefetching and a second pass use neighbouring ones
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ class Order:
         if self._drops_the_rest:
             return self.episodes // self.batch_size
         return math.ceil(self.episodes / self.batch_size)
+
+    def place(self, t: int) -> tuple[int, int]:
+        """The number of the source of meta-batch ``t``, always 0 but in a mixture, and the meta-batches before it."""
+        return 0, t
+
+    def epoch(self, t: int) -> int:
+        """The epoch of meta-batch ``t``; 0 if the first one never ends."""
+        return 0 if self.batches_per_epoch is None else t // self.batches_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the order, as plain values: those of JSON."""
+        return {**asdict(self), "shards": list(self.shards or ())}
 
     def indices(self, t: int) -> Indices:
         """The episodes of meta-batch ``t``: int64 ``[batch_size]``, fewer only at the end of a plain epoch."""

@@ -36,6 +36,8 @@ class EpisodeInfo:
         query_alpha: None: each class has ``k_query`` query images; else see
             ``mamldata.sampling.sampler.EpisodeSpec``.
         disjoint: whether no two of them share an image, see ``mamldata.sampling.disjoint``.
+        fitted_from: the shape of the stored images, if they are read in another, see ``mamldata.sources.fitted``.
+        sources: of a mixture, the same for each of its sources, see ``mamldata.sources.mixed``; empty otherwise.
     """
 
     dataset: str
@@ -52,6 +54,8 @@ class EpisodeInfo:
     normalization: Normalization
     query_alpha: int | None = None
     disjoint: bool = False
+    fitted_from: tuple[int, int, int] | None = None
+    sources: tuple[EpisodeInfo, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes the episodes, as plain values: those of JSON."""
@@ -61,6 +65,13 @@ class EpisodeInfo:
             del values["query_alpha"]
         if not self.disjoint:
             del values["disjoint"]
+        if self.fitted_from is None:
+            del values["fitted_from"]
+        else:
+            values["fitted_from"] = list(self.fitted_from)
+        del values["sources"]
+        if self.sources:
+            values["sources"] = [source.identity() for source in self.sources]
         return values | {"image_shape": list(self.image_shape)}
 
 

@@ -77,7 +77,14 @@ def refuse_with_benchmark(name: str, target: str | None, options: dict[str, Any]
         raise click.UsageError(f"{names}: the benchmark {name} defines its episodes. Leave out these options.")
 
 
-def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
+def episode_data(
+    target: str,
+    root: str | None,
+    episodes: dict[str, Any],
+    *,
+    remix: bool | None = None,
+    fit: Sequence[int] | None = None,
+) -> EpisodeData:
     """The episodes that a command trains or evaluates on. Imports torch.
 
     Args:
@@ -85,6 +92,7 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
         root: the data root.
         episodes: the options that the user gave for episodes. Those of an archive can only be made narrower.
         remix: whether to train on remixed episodes; None: the user did not set it.
+        fit: the shape of images to bring them to, see ``archive_data``.
 
     Raises:
         RequestError: ``target`` is neither an archive nor a dataset.
@@ -96,11 +104,11 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     if folder is None:
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
-        return live_data(target, root, episodes)
+        return live_data(target, root, episodes, fit=fit)
     narrow = {name: number for name, number in episodes.items() if name in LEAST}
     refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
     return archive_data(
-        folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root
+        folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root, fit=fit
     )
 
 
@@ -120,9 +128,7 @@ def training_data(
     """
     from trainer.mixture import MixedData
 
-    parts = [
-        episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)
-    ]
+    parts = [episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)]
     if weights is None and len(parts) == 1:
         return parts[0]
     return MixedData(parts, weights)

@@ -86,9 +86,7 @@ class MixedData:
         if normalize is True:
             normalize = self._info().normalization
         passes = [
-            part.eval(
-                split, count, batch_size, device, normalize=normalize, rank=rank, world_size=world_size
-            )
+            part.eval(split, count, batch_size, device, normalize=normalize, rank=rank, world_size=world_size)
             for part, count in zip(self.parts, shares(self.weights, episodes), strict=True)
             if count
         ]

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
-from cli.output import bars, print_json, say, show
+from cli.output import bars, columns, print_json, say, show
 from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
+from mamldata.archive.benchmarks import Benchmark, benchmark_of, benchmarks
 from mamldata.archive.benchmarks import benchmark as benchmark_named
-from mamldata.archive.benchmarks import benchmark_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
-from mamldata.errors import RequestError
+from mamldata.errors import ImageShapeError, LostPeerError, MamldataError, PeerError, RequestError, StoppedError
+from mamldata.io.urls import shown_place
 from mamldata.pipeline import build_benchmark
 from mamldata.sampling.splits import SPLITS
+from mamldata.words import counted
 from trainer.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from trainer.evaluation import Evaluation
+    from trainer.system.distributed import World
 
 
 @click.command(
-    epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s",
+    epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s\n"
+    "  mamldata eval run glyphs-5w1s eurosat dtd --fit",
 )
 @click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
-@click.argument("target", metavar="[NAME|FOLDER|ARCHIVE]", required=False)
+@click.argument("targets", metavar="[NAME|FOLDER|ARCHIVE|BENCHMARK]...", nargs=-1)
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @click.option("--disjoint", is_flag=True, help="Draw live episodes that share no image: as many as the images allow.")
+@click.option("--fit", is_flag=True, help="Resize images, and make them grey or RGB, as the network takes them.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
@@ -36,49 +47,103 @@ from trainer.settings import SETTINGS
 @json_option
 def command(
     checkpoint: Path,
-    target: str | None,
+    targets: tuple[str, ...],
     benchmark: str | None,
-    split: str | None,
-    count: int | None,
-    disjoint: bool,
-    inner_steps: int | None,
-    device: str,
     episodes: dict[str, Any],
-    root: str | None,
+    disjoint: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
 
-    Every answer is kept in a file in the folder results beside the checkpoint.
+    Every answer is kept in a file in the folder results beside the checkpoint. Several targets give one table, which is
+    kept in results/targets; if some of them fail, the others are still evaluated.
 
     With --benchmark, the episodes are all of that benchmark's, from its archive under the root, which is built if it is
     missing.
     """
-    from trainer.evaluation import evaluate
-    from trainer.results import class_interval, result_of, save_result
     from trainer.system.distributed import joined
-    from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
+    how |= {"episodes": {**episodes, **given(disjoint=disjoint or None)}, "world": world}
+    if len(targets) < 2:
+        found = _evaluated(checkpoint, targets[0] if targets else None, benchmark, **how)
+        if world.first:
+            _tell(found, as_json)
+        return
+    if benchmark is not None:
+        refuse_with_benchmark(benchmark, targets[0], {})
+    _table(checkpoint, targets, how, as_json)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An evaluation, with the digest of its data, and their benchmark if that is known."""
+
+    result: Evaluation
+    digest: str
+    known: Benchmark | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all episodes of the benchmark."""
+        return self.known is not None and self.result.episodes == self.known.episodes
+
+
+@contextmanager
+def _naming_fit() -> Iterator[None]:
+    """Name the option that helps where images do not fit the network."""
+    try:
+        yield
+    except ImageShapeError as error:
+        raise ImageShapeError(f"{error} Or fit these images to the network with --fit.") from error
+
+
+@_naming_fit()
+def _evaluated(
+    checkpoint: Path,
+    target: str | None,
+    benchmark: str | None,
+    *,
+    split: str | None,
+    count: int | None,
+    fit: bool,
+    inner_steps: int | None,
+    device: str,
+    episodes: dict[str, Any],
+    root: str | None,
+    world: World,
+) -> _Found:
+    """Evaluate on one target."""
+    from trainer.evaluation import evaluate
+    from trainer.runs.checkpoint import find_checkpoint
+    from trainer.system.signals import stop_at_signals
+
+    if benchmark is None and target in benchmarks() and not Path(target).exists():
+        target, benchmark = None, target
+    shape = world.from_first(lambda: find_checkpoint(checkpoint)[1].data["image_shape"]) if fit else None
     with world.together():
-        episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
-            target, split = _built(benchmark, checkpoint, root)
+            target, split = _built(benchmark, checkpoint, root, shape)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
-        data = episode_data(target, root, episodes)
+        data = episode_data(target, root, episodes, fit=shape)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
         result = evaluate(
             checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
         )
-    if not world.first:
-        return
     digest = data.describe()["digest"]
-    known = benchmark_named(benchmark) if benchmark else benchmark_of(digest)
-    complete = known is not None and result.episodes == known.episodes
+    return _Found(result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest))
+
+
+def _tell(found: _Found, as_json: bool) -> None:
+    """Print the result of one target, and keep every answer."""
+    from trainer.results import class_interval, result_of, save_result
+
+    result, known, digest = found.result, found.known, found.digest
     other_classes: float | None = None
     try:
         other_classes = class_interval(result_of(result))
@@ -86,14 +151,14 @@ def command(
     except RequestError as error:
         about_classes = f"No interval for other classes: {error}"
     if as_json:
-        named = known.name if known and complete else None
+        named = known.name if known and found.complete else None
         print_json({**result.to_json(), "class_interval": other_classes, "benchmark": named, "digest": digest})
     else:
         show(str(result))
         if known:
             part = (
                 "benchmark"
-                if complete
+                if found.complete
                 else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
             )
             show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
@@ -107,13 +172,60 @@ def command(
     say(f"Every answer: {save_result(result)}")
 
 
-def _built(name: str, checkpoint: Path, root: str | None) -> tuple[str, str]:
+def _table(checkpoint: Path, targets: Sequence[str], how: dict[str, Any], as_json: bool) -> None:
+    """Evaluate on each target in turn, and show and keep all results in one table.
+
+    Raises:
+        MamldataError: a target failed.
+    """
+    from trainer.results import save_result, save_targets
+    from trainer.runs.checkpoint import find_checkpoint
+
+    world = how["world"]
+    path = world.from_first(lambda: find_checkpoint(checkpoint)[0])
+    rows: list[dict[str, Any]] = []
+    for target in map(str, targets):
+        row: dict[str, Any] = {"target": shown_place(target)}
+        try:
+            found = _evaluated(checkpoint, target, None, **how)
+            with world.together():
+                if world.first:
+                    say(f"{row['target']}: {found.result}")
+                    row |= {**found.result.to_json(), "digest": found.digest, "file": save_result(found.result).name}
+        except (StoppedError, LostPeerError):
+            raise
+        except (MamldataError, click.UsageError) as error:
+            row["error"] = error.message if isinstance(error, click.UsageError) else str(error)
+        rows.append(row)
+    failed = [f"  {row['target']}: {row['error']}" for row in rows if "error" in row]
+    if world.first:
+        kept = save_targets(path, rows)
+        if as_json:
+            print_json({"targets": rows})
+        else:
+            for line in columns([("target", "split scheme", "split", "accuracy", "digest"), *map(_cells, rows)]):
+                show(line)
+        say(f"The table: {kept}")
+    if failed:
+        what = f"{counted(len(failed), 'target')} of {len(rows)} failed:\n" + "\n".join(failed)
+        raise MamldataError(what) if world.first else PeerError(0, what)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return row["target"], "", "", "failed", ""
+    accuracy = f"{100 * row['accuracy']:.2f} % ± {100 * row['interval']:.2f}"
+    fitted = f", images fitted {row['fitted']}" if "fitted" in row else ""
+    return row["target"], row["split_scheme"], row["split"], accuracy, f"sha256:{row['digest'][:12]}…{fitted}"
+
+
+def _built(name: str, checkpoint: Path, root: str | None, fit: Sequence[int] | None) -> tuple[str, str]:
     """The place and the split of a benchmark's archive, built if it is missing; but first, whether the network fits."""
     from trainer.evaluation import require_fit
     from trainer.runs.checkpoint import find_checkpoint
 
     wanted = benchmark_named(name)
-    shape = [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
+    shape = fit or [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
     require_fit(*find_checkpoint(checkpoint), {"n_way": wanted.n_way, "image_shape": shape})
     place = wanted.folder(data_root(root))
     build_benchmark(name, place, root=root, progress=bars)

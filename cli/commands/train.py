@@ -20,7 +20,9 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     try:
         return None if value is None else [float(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not numbers with commas between, such as 0.7,0.3.", ctx, param) from None
+        raise click.BadParameter(
+            f"{value!r} is not numbers with commas between, such as 0.7,0.3.", ctx, param
+        ) from None
 
 
 @click.command(
@@ -29,7 +31,9 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
 @click.argument("targets", metavar="NAME|FOLDER|ARCHIVE...", nargs=-1, required=True)
-@click.option("--weights", callback=_weights, metavar="W,W…", help="Of several targets: how often each.  [default: equal]")
+@click.option(
+    "--weights", callback=_weights, metavar="W,W…", help="Of several targets: how often each.  [default: equal]"
+)
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
 @click.option(
@@ -60,8 +64,8 @@ def command(
     matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step, or amid a validation, with a
     checkpoint and exit code 75; a second Ctrl-C ends it at once.
 
-    Of several targets each meta-batch comes from one, as often as --weights says; validation takes episodes of all in the
-    same proportions.
+    Of several targets each meta-batch comes from one, as often as --weights says; validation takes episodes of all in
+    the same proportions.
 
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
@@ -74,9 +78,7 @@ def command(
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
-        data, values, episodes = begin(
-            targets, root, episodes, chosen, say if world.first else lambda _: None, weights
-        )
+        data, values, episodes = begin(targets, root, episodes, chosen, say if world.first else lambda _: None, weights)
         settings = TrainSettings(**values)
     begun = time.monotonic()
     try:

@@ -73,7 +73,7 @@ def test_the_run_names_its_sources_and_refuses_others(folders, tmp_path) -> None
         mixed(folders, remix=False),
         archive_data(folders[0]),
     ):
-        with pytest.raises(RequestError, match="holds another run:\n(.*\n)*  sources: "):
+        with pytest.raises(RequestError, match=r"holds another run:\n(.*\n)*  sources: "):
             train(SETTINGS, other, run, resume=True)
 
 
@@ -87,8 +87,10 @@ def test_validation_takes_each_source_by_its_weight(folders) -> None:
     assert torch.equal(list(data.eval("val", 5, 2, CPU))[-1].query_x, alone[0])
     with pytest.raises(RequestError, match=r"has 8 val episodes, but 12 were requested"):
         data.eval("val", 20, 2, CPU)
-    ranks = [[batch.index.tolist() for batch in data.eval("val", 5, 2, CPU, rank=rank, world_size=2)] for rank in (0, 1)]
-    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == [[0, 1], [2], [0, 1]]
+    ranks = [
+        [batch.index.tolist() for batch in data.eval("val", 5, 2, CPU, rank=rank, world_size=2)] for rank in (0, 1)
+    ]
+    assert [one + other for one, other in zip(*ranks, strict=True)] == [[0, 1], [2], [0, 1]]
 
 
 def test_live_episodes_never_end(folders, glyphs_root) -> None:

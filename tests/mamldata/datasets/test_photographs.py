@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -75,4 +76,4 @@ def test_the_published_layout_and_division(dataset: str, scheme: str, counts: tu
     assert np.allclose(bank.open_images()[:, 40, 40, 0], list(shades.values()), atol=3)
     division = divide(manifest.scheme(scheme), bank.class_names, dataset)
     assert tuple(map(len, division.values())) == counts
-    assert sorted(sum(division.values(), ())) == list(range(len(names)))
+    assert sorted(chain(*division.values())) == list(range(len(names)))

@@ -134,7 +134,7 @@ def test_resumed_with_other_ranks(folders, glyphs_root, expected, at: int, befor
         stream.load_state_dict(json.loads(state))
     for whole in expected[at : at + 5]:
         indices, support, query = zip(*(kept(next(iter(stream))) for stream in later), strict=True)
-        assert (sum(indices, []), b"".join(support), b"".join(query)) == whole
+        assert (list(chain(*indices)), b"".join(support), b"".join(query)) == whole
 
 
 def test_read_ahead_and_pickled(folders, glyphs_root, expected) -> None:

@@ -54,7 +54,7 @@ def kept() -> dict[str, object]:
 
 
 def test_one_table_of_several_targets() -> None:
-    """A line for each, with what evaluating it alone gives; the same in a file, whose rows name those of the answers."""
+    """A line for each, with what evaluating it alone gives; the same in a file, which names those of the answers."""
     alone = [json.loads(run("eval", "run", name, "--json", "--device", "cpu").stdout) for name in "AB"]
     shown = run("eval", "run", "A", "B", "--device", "cpu")
     assert shown.exit_code == 0, shown.output

@@ -134,6 +134,6 @@ def training_data(
     return MixedData(parts, weights)
 
 
-def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
+def evaluated_episodes(data: EpisodeData | MixedData, split: str, asked: int | None) -> int:
     """How many episodes to evaluate on: ``asked``, else all of an archive, else 600, as is usual in the field."""
     return asked or data.available(split) or 600

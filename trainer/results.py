@@ -140,6 +140,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no other numbers
 
 
+def results_folder(checkpoint: Path) -> Path:
+    """Where the results of a checkpoint are kept."""
+    return checkpoint.parent / FOLDER
+
+
 def save_result(evaluation: Evaluation) -> Path:
     """Write the result of an evaluation by ``trainer.evaluate`` into the folder ``results`` beside its checkpoint.
 
@@ -151,7 +156,7 @@ def save_result(evaluation: Evaluation) -> Path:
     """
     assert evaluation.origin is not None, "evaluate_network does not know its checkpoint; evaluate does"
     result = result_of(evaluation)
-    path = evaluation.origin.checkpoint.parent / FOLDER / result.name
+    path = results_folder(evaluation.origin.checkpoint) / result.name
     make_folder(path.parent)
     head = {"format": _FORMAT, **asdict(result)}
     del head["episodes"]
@@ -177,7 +182,7 @@ def save_targets(checkpoint: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         WriteError: the folder cannot be written to.
     """
     names = sha256_bytes(canonical_json([[row["target"] for row in rows]]))[:12]
-    path = checkpoint.parent / FOLDER / "targets" / f"{checkpoint.stem}-{names}.json"
+    path = results_folder(checkpoint) / "targets" / f"{checkpoint.stem}-{names}.json"
     make_folder(path.parent)
     finite = [{key: _finite(value) if key == "loss" else value for key, value in row.items()} for row in rows]
     head = {"format": _TARGETS, "checkpoint": checkpoint.name, "targets": finite}

@@ -119,7 +119,7 @@ def _evaluated(
     from trainer.runs.checkpoint import find_checkpoint
     from trainer.system.signals import stop_at_signals
 
-    if benchmark is None and target in benchmarks() and not Path(target).exists():
+    if target is not None and benchmark is None and target in benchmarks() and not Path(target).exists():
         target, benchmark = None, target
     shape = world.from_first(lambda: find_checkpoint(checkpoint)[1].data["image_shape"]) if fit else None
     with world.together():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from mamldata.io.digest import canonical_json, sha256_bytes
 
 Indices = npt.NDArray[np.int64]
 
-_KEPT = 16  # epochs: each source of a mixture is in another; prefetching and a second pass use neighbouring ones
+_KEPT = 2  # epochs: prefetching and a second pass use neighbouring ones
+_ORDERS = 8  # orders whose epochs are kept: those of a mixture's sources
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,24 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64)
 
 
-@lru_cache(maxsize=_KEPT)
+class _Kept:
+    """A function of (seed, epoch, …) that keeps the last ``_KEPT`` epochs of each of the last ``_ORDERS`` orders."""
+
+    def __init__(self, compute: Callable[..., Indices]) -> None:
+        update_wrapper(self, compute)
+
+        @lru_cache(maxsize=_ORDERS)
+        def epochs(seed: int, *rest: object) -> Callable[[int], Indices]:
+            return lru_cache(maxsize=_KEPT)(lambda epoch: compute(seed, epoch, *rest))
+
+        self._epochs = epochs
+        self.cache_clear = epochs.cache_clear
+
+    def __call__(self, seed: int, epoch: int, *rest: object) -> Indices:
+        return self._epochs(seed, *rest)(epoch)
+
+
+@lru_cache(maxsize=_KEPT * _ORDERS)
 def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
     """How an epoch goes through shards: their numbers in turn, and the position in the epoch at which each ends.
 
@@ -136,7 +155,7 @@ def permute(seed: int, epoch: int, count: int, order: str) -> Indices:
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
 
 
-@lru_cache(maxsize=_KEPT)
+@_Kept
 def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
     """The order of an epoch, see ``permute``; cached and read-only."""
     positions = permute(seed, epoch, count, order)
@@ -144,7 +163,7 @@ def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> In
     return positions
 
 
-@lru_cache(maxsize=_KEPT)
+@_Kept
 def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices:
     """The order of an epoch that goes through shards one after the other: int64 ``[episodes]``, read-only.
 

@@ -74,7 +74,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     def __init__(
         self,
-        source: Source | str | os.PathLike[str] | Sequence[Source | str | os.PathLike[str] | EpisodeStream],
+        source: Source | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
         split: str | None = None,
         batch_size: int = 1,
         seed: int = 0,
@@ -108,8 +108,8 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
                 "each needs at least one episode."
             )
-        take = {"n_way": n_way, "k_shot": k_shot, "k_query": k_query}
-        place = {"verify": verify, "cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        take: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "k_query": k_query}
+        place: dict[str, Any] = {"verify": verify, "cache_dir": cache_dir, "cache_bytes": cache_bytes}
         self.source: Source
         self.order: Order
         if isinstance(source, list | tuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,14 +76,7 @@ def refuse_with_benchmark(name: str, target: str | None, options: dict[str, Any]
         raise click.UsageError(f"{names}: the benchmark {name} defines its episodes. Leave out these options.")
 
 
-def episode_data(
-    target: str,
-    root: str | None,
-    episodes: dict[str, Any],
-    *,
-    remix: bool | None = None,
-    fit: Sequence[int] | None = None,
-) -> EpisodeData:
+def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, remix: bool | None = None) -> EpisodeData:
     """The episodes that a command trains or evaluates on. Imports torch.
 
     Args:
@@ -92,7 +84,6 @@ def episode_data(
         root: the data root.
         episodes: the options that the user gave for episodes. Those of an archive can only be made narrower.
         remix: whether to train on remixed episodes; None: the user did not set it.
-        fit: the shape of images to bring them to, see ``archive_data``.
 
     Raises:
         RequestError: ``target`` is neither an archive nor a dataset.
@@ -104,34 +95,12 @@ def episode_data(
     if folder is None:
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
-        return live_data(target, root, episodes, fit=fit)
+        return live_data(target, root, episodes)
     narrow = {name: number for name, number in episodes.items() if name in LEAST}
     refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
     return archive_data(
-        folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root, fit=fit
+        folder, remix=remix is not False, narrow=narrow, cache_dir=archive_cache(folder, root), root=root
     )
-
-
-def training_data(
-    targets: Sequence[str],
-    weights: Sequence[float] | None,
-    root: str | None,
-    options: Sequence[dict[str, Any]],
-    *,
-    remix: bool | None = None,
-) -> EpisodeData | MixedData:
-    """The episodes of one target, or the mixture of several; ``options`` has those of ``episode_data`` for each.
-
-    Raises:
-        RequestError: a target is neither an archive nor a dataset, or the weights are invalid.
-        click.UsageError: options do not fit a target.
-    """
-    from trainer.mixture import MixedData
-
-    parts = [episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)]
-    if weights is None and len(parts) == 1:
-        return parts[0]
-    return MixedData(parts, weights)
 
 
 def evaluated_episodes(data: EpisodeData | MixedData, split: str, asked: int | None) -> int:

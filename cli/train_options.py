@@ -9,7 +9,7 @@ import click
 
 from cli.options import option_name, options_as
 from cli.output import say
-from cli.targets import archive_folder, training_data
+from cli.targets import archive_folder, episode_data
 from trainer.settings import OLD_NAMES, SETTINGS, Setting, TrainSettings, renamed
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def begin(
         RequestError: there is no such recipe, a target is neither an archive nor a dataset, or they cannot be mixed.
         click.UsageError: an option does not fit a target.
     """
+    from trainer.mixture import MixedData
+
     values = renamed(chosen)
     recipe, remix = values.pop("recipe", None), values.pop("remix", None)
     plan, options = None, [episodes] * len(targets)
@@ -91,7 +93,8 @@ def begin(
         live = {**plan.episodes, **episodes}
         options = [live if archive_folder(target) is None else episodes for target in targets]
         episodes = live if live in options else episodes
-    data = training_data(targets, weights, root, options, remix=remix)
+    parts = [episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)]
+    data = parts[0] if weights is None and len(parts) == 1 else MixedData(parts, weights)
     if plan is not None:
         for difference in plan.differences(data.describe()):
             tell(f"Different from the recipe {plan.name}: {difference}")

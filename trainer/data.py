@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from mamldata.parallel import default_workers
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.splits import SPLITS
-from mamldata.sources.fitted import fitted
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
 from mamldata.sources.source import EpisodeInfo, Source, SplitSource
@@ -41,7 +40,6 @@ class EpisodeData:
         open_source: gives the source of a split.
         remix: whether to train on remixed episodes.
         root: the data root, whose banks tell how images were prepared.
-        fit: the shape (H, W, C) to which to bring all images, see ``mamldata.sources.fitted``; None: as they are.
 
     Raises:
         DamagedError: from any method that opens a split: the data have changed since another split was opened.
@@ -54,9 +52,7 @@ class EpisodeData:
         *,
         remix: bool = False,
         root: str | os.PathLike[str] | None = None,
-        fit: Sequence[int] | None = None,
     ) -> None:
-        self._fit = fit
         self.place = place
         self._root = root
         self._image: dict[str, Any] | str = ""
@@ -165,8 +161,6 @@ class EpisodeData:
     def _source(self, split: str) -> SplitSource:
         if split not in self._sources:
             source = self._open(split)
-            if self._fit is not None:
-                source = fitted(source, self._fit)
             if self._sources:
                 self._require_same(source)
             self._sources[split] = source
@@ -204,7 +198,7 @@ class EpisodeData:
         """How the images were prepared, looked up once: see ``ImageRecipe``; or ``unknown``."""
         if not self._image:
             info = source.info
-            recipe = recipe_of(info.dataset, info.bank_sha256, (info.fitted_from or info.image_shape)[0], self._root)
+            recipe = recipe_of(info.dataset, info.bank_sha256, info.image_shape[0], self._root)
             self._image = recipe.to_json() if recipe else UNKNOWN
         return self._image
 
@@ -217,7 +211,6 @@ def archive_data(
     narrow: Mapping[str, int] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
-    fit: Sequence[int] | None = None,
 ) -> EpisodeData:
     """The episodes of an archive.
 
@@ -228,33 +221,25 @@ def archive_data(
         narrow: ``n_way``, ``k_shot`` and ``k_query``, if episodes with fewer than are stored are wanted.
         cache_dir: where to keep the shards of an archive at an address.
         root: the data root, where a bank of the same images tells how they were prepared.
-        fit: the shape of images, (H, W, C), that a network takes, see ``mamldata.sources.fitted``; None: as they are.
     """
 
     def open_source(split: str) -> SplitSource:
         whole = open_archive(folder, split, verify=verify and not is_remote(folder), cache_dir=cache_dir)
         return whole.narrowed(**narrow) if narrow else whole
 
-    return EpisodeData(shown_place(folder), open_source, remix=remix, root=root, fit=fit)
+    return EpisodeData(shown_place(folder), open_source, remix=remix, root=root)
 
 
-def live_data(
-    dataset: str,
-    root: str | os.PathLike[str] | None,
-    options: Mapping[str, Any],
-    *,
-    fit: Sequence[int] | None = None,
-) -> EpisodeData:
+def live_data(dataset: str, root: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EpisodeData:
     """Episodes drawn from a dataset as they are needed, so that training never sees one twice.
 
     Args:
         dataset: a built-in name, or a manifest's path.
         root: the data root.
         options: more arguments of ``mamldata.live``.
-        fit: see ``archive_data``.
     """
 
     def open_source(split: str) -> SplitSource:
         return live(dataset, split, root=root, workers=default_workers(), **options)
 
-    return EpisodeData(dataset, open_source, root=root, fit=fit)
+    return EpisodeData(dataset, open_source, root=root)

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from mamldata.errors import ImageShapeError, RequestError, StoppedError
 from mamldata.sampling.normalization import Normalization
-from mamldata.sources.fitted import shape_text
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.words import counted
 from trainer.intervals import half_width
@@ -111,8 +111,7 @@ class Evaluation:
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
         trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
-        fitted: how images were brought to the network's shape, such as ``from 84x84 RGB to 28x28 grey``; None if they
-            had it.
+        fitted_from: the shape (H, W, C) that images had before they were fitted to the network; None if they were not.
         answers: to each query image; not in ``to_json``.
         origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
@@ -135,7 +134,7 @@ class Evaluation:
     k_query: int
     accuracy_by_episode: tuple[float, ...] = field(repr=False)
     trained_on: str | None = None
-    fitted: str | None = None
+    fitted_from: tuple[int, ...] | None = None
     answers: Answers | None = field(default=None, repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
@@ -160,7 +159,7 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of plain values; ``trained_on`` and ``fitted`` only if they are not None."""
+        """As a dict of plain values; ``trained_on`` and ``fitted_from`` only if they are not None."""
         kept = [one.name for one in fields(self) if one.name not in {"accuracy_by_episode", "answers", "origin"}]
         values = {name: getattr(self, name) for name in kept}
         return {name: value for name, value in values.items() if value is not None}
@@ -172,7 +171,7 @@ class Evaluation:
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
             f"{counted(self.inner_steps, 'inner step')}, batch norm {self.bn}, "
             f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
-            f"{f', images fitted {self.fitted}' if self.fitted else ''}"
+            f"{f', images fitted from {'x'.join(map(str, self.fitted_from))}' if self.fitted_from else ''}"
         )
 
 
@@ -340,6 +339,7 @@ def evaluate(
     split: str = "test",
     episodes: int = 600,
     inner_steps: int | None = None,
+    fit: bool = False,
     device: str = "auto",
     world: World = ALONE,
 ) -> Evaluation:
@@ -354,6 +354,7 @@ def evaluate(
         split: of the data.
         episodes: their number, at least 2; 600 is customary.
         inner_steps: 0 measures the initialization itself; None takes the number used in validation.
+        fit: bring images of another shape to the network's, see ``fit_images``.
         device: see ``TrainSettings``.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
@@ -370,6 +371,10 @@ def evaluate(
     path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
+        shape, stored = checkpoint.data["image_shape"], None
+        if fit and list(about["image_shape"]) != list(shape):
+            stored = tuple(about["image_shape"])
+            about = {**about, "image_shape": shape, "fitted_from": stored}
         require_fit(path, checkpoint, about)
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
@@ -382,8 +387,10 @@ def evaluate(
         # So that each process gets an episode of every meta-batch; its size makes no difference here.
         size = max(settings.meta_batch_size, world.world_size)
         batches = data.eval(
-            split, episodes, size, where, normalize=normalize, rank=world.rank, world_size=world.world_size
+            split, episodes, size, where, normalize=False if stored else normalize, rank=world.rank, world_size=world.world_size
         )
+        if stored:
+            batches = _fitted(batches, shape, normalize)
         network, learned = checkpoint.restored(path, where)
         # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
         lacking = settings.precision == "tf32" and where.type != "cuda"
@@ -396,7 +403,7 @@ def evaluate(
         if isinstance(data, NamesClasses) and evaluation.answers and world.first:
             names = data.class_names(split, evaluation.answers.index)
     origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
-    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), fitted=_fitted(about), origin=origin)
+    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), fitted_from=stored, origin=origin)
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
@@ -427,11 +434,34 @@ def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 
 
-def _fitted(about: Mapping[str, Any]) -> str | None:
-    """From and to which shape images were fitted; None if they were not."""
-    if (before := about.get("fitted_from")) is None:
-        return None
-    return f"from {shape_text(before)} to {shape_text(about['image_shape'])}"
+def fit_images(images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images ``[B, N, C, H, W]`` in [0, 1] as a network takes them: first grey or RGB, and then resized.
+
+    Grey images get three equal channels; of colours, grey is 0.299 R + 0.587 G + 0.114 B. Resizing interpolates
+    linearly, over all pixels that a smaller image combines, as Pillow's bilinear filter does; it does not round.
+
+    Args:
+        images: with 1 or 3 channels.
+        shape: (H, W, C) of the network's.
+    """
+    height, width, channels = shape
+    flat = images.flatten(0, 1)
+    if channels == 1 and flat.shape[1] == 3:
+        flat = (flat * flat.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    flat = interpolate(flat.expand(-1, channels, -1, -1), (height, width), mode="bilinear", antialias=True)
+    return flat.unflatten(0, images.shape[:2])
+
+
+def _fitted(
+    batches: Iterable[EpisodeBatch], shape: Sequence[int], normalize: bool | Normalization
+) -> Iterator[EpisodeBatch]:
+    """Batches of images in [0, 1], with images that are fitted and then normalized."""
+    for batch in batches:
+        fitted = [fit_images(images, shape) for images in (batch.support_x, batch.query_x)]
+        if isinstance(normalize, Normalization):
+            mean, std = (batch.support_x.new_tensor(values)[:, None, None] for values in normalize)
+            fitted = [(images - mean) / std for images in fitted]
+        yield batch._replace(support_x=fitted[0], query_x=fitted[1])
 
 
 def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalization:

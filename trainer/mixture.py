@@ -19,7 +19,6 @@ from mamldata.sources.source import EpisodeInfo, Source
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
-from mamldata.streaming.transforms import Transform
 from trainer.data import EpisodeData
 
 _SHAPE = ("n_way", "k_shot", "k_query", "image_shape")  # the same in all sources
@@ -42,28 +41,10 @@ class MixedData:
         self.weights = require_weights(weights, len(parts))
         self._trained_on: Source | None = None
 
-    def train(
-        self,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        *,
-        normalize: bool = False,
-        transform: Transform | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> DeviceStream:
-        """Meta-batches on a device, without end: each source is remixed or shuffled as it would be alone."""
-        stream = EpisodeStream(
-            [part.stream(batch_size, seed) for part in self.parts],
-            batch_size=batch_size,
-            seed=seed,
-            weights=self.weights,
-            normalize=normalize,
-            transform=transform,
-            rank=rank,
-            world_size=world_size,
-        )
+    def train(self, batch_size: int, seed: int, device: torch.device, **options: Any) -> DeviceStream:
+        """See ``TrainData.train``: each source is remixed or shuffled as it would be alone, and they never end."""
+        streams = [part.stream(batch_size, seed) for part in self.parts]
+        stream = EpisodeStream(streams, batch_size=batch_size, seed=seed, weights=self.weights, **options)
         self._trained_on = stream.source
         return stream.to(device)
 
@@ -75,8 +56,7 @@ class MixedData:
         device: torch.device,
         *,
         normalize: bool | Normalization = False,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> Iterable[EpisodeBatch]:
         """The first episodes of each source, one source after the other: of ``episodes`` its share by weight.
 
@@ -85,11 +65,8 @@ class MixedData:
         """
         if normalize is True:
             normalize = self._info().normalization
-        passes = [
-            part.eval(split, count, batch_size, device, normalize=normalize, rank=rank, world_size=world_size)
-            for part, count in zip(self.parts, shares(self.weights, episodes), strict=True)
-            if count
-        ]
+        counts = zip(self.parts, shares(self.weights, episodes), strict=True)
+        passes = [part.eval(split, n, batch_size, device, normalize=normalize, **ranks) for part, n in counts if n]
         return chain.from_iterable(passes)
 
     def describe(self) -> dict[str, Any]:

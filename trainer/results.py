@@ -140,11 +140,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no other numbers
 
 
-def results_folder(checkpoint: Path) -> Path:
-    """Where the results of a checkpoint are kept."""
-    return checkpoint.parent / FOLDER
-
-
 def save_result(evaluation: Evaluation) -> Path:
     """Write the result of an evaluation by ``trainer.evaluate`` into the folder ``results`` beside its checkpoint.
 
@@ -156,7 +151,7 @@ def save_result(evaluation: Evaluation) -> Path:
     """
     assert evaluation.origin is not None, "evaluate_network does not know its checkpoint; evaluate does"
     result = result_of(evaluation)
-    path = results_folder(evaluation.origin.checkpoint) / result.name
+    path = evaluation.origin.checkpoint.parent / FOLDER / result.name
     make_folder(path.parent)
     head = {"format": _FORMAT, **asdict(result)}
     del head["episodes"]
@@ -167,10 +162,11 @@ def save_result(evaluation: Evaluation) -> Path:
     return path
 
 
-def save_targets(checkpoint: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a table of evaluations on several targets into ``results/targets`` beside the checkpoint.
+def save_targets(folder: Path, checkpoint: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a table of evaluations on several targets into ``targets`` below the folder of their results.
 
     Args:
+        folder: where ``save_result`` wrote.
         checkpoint: its file.
         rows: one for each target, as values for JSON: ``target``, and either ``error`` or the keys of
             ``Evaluation.to_json``, ``digest`` and ``file``, the name of its file in ``results``.
@@ -182,7 +178,7 @@ def save_targets(checkpoint: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         WriteError: the folder cannot be written to.
     """
     names = sha256_bytes(canonical_json([[row["target"] for row in rows]]))[:12]
-    path = results_folder(checkpoint) / "targets" / f"{checkpoint.stem}-{names}.json"
+    path = folder / "targets" / f"{checkpoint.stem}-{names}.json"
     make_folder(path.parent)
     finite = [{key: _finite(value) if key == "loss" else value for key, value in row.items()} for row in rows]
     head = {"format": _TARGETS, "checkpoint": checkpoint.name, "targets": finite}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,25 +68,11 @@ def command(
     if len(targets) < 2:
         found = _evaluated(checkpoint, targets[0] if targets else None, benchmark, **how)
         if world.first:
-            _tell(found, as_json)
+            _tell(*found, as_json=as_json)
         return
     if benchmark is not None:
         refuse_with_benchmark(benchmark, targets[0], {})
     _table(checkpoint, targets, how, as_json)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An evaluation, with the digest of its data, and their benchmark if that is known."""
-
-    result: Evaluation
-    digest: str
-    known: Benchmark | None
-
-    @property
-    def complete(self) -> bool:
-        """Whether these are all episodes of the benchmark."""
-        return self.known is not None and self.result.episodes == self.known.episodes
 
 
 @contextmanager
@@ -113,37 +98,34 @@ def _evaluated(
     episodes: dict[str, Any],
     root: str | None,
     world: World,
-) -> _Found:
-    """Evaluate on one target."""
+) -> tuple[Evaluation, str, Benchmark | None]:
+    """The evaluation on one target, the digest of its data, and their benchmark if that is known."""
     from trainer.evaluation import evaluate
-    from trainer.runs.checkpoint import find_checkpoint
     from trainer.system.signals import stop_at_signals
 
     if target is not None and benchmark is None and target in benchmarks() and not Path(target).exists():
         target, benchmark = None, target
-    shape = world.from_first(lambda: find_checkpoint(checkpoint)[1].data["image_shape"]) if fit else None
     with world.together():
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
-            target, split = _built(benchmark, checkpoint, root, shape)
+            target, split = _built(benchmark, checkpoint, root, fit=fit)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
-        data = episode_data(target, root, episodes, fit=shape)
+        data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-        result = evaluate(
-            checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
-        )
+        how = {"inner_steps": inner_steps, "fit": fit, "device": device, "world": world}
+        result = evaluate(checkpoint, data, split=split, episodes=number, **how)
     digest = data.describe()["digest"]
-    return _Found(result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest))
+    return result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest)
 
 
-def _tell(found: _Found, as_json: bool) -> None:
+def _tell(result: Evaluation, digest: str, known: Benchmark | None, *, as_json: bool) -> None:
     """Print the result of one target, and keep every answer."""
     from trainer.results import class_interval, result_of, save_result
 
-    result, known, digest = found.result, found.known, found.digest
+    complete = known is not None and result.episodes == known.episodes
     other_classes: float | None = None
     try:
         other_classes = class_interval(result_of(result))
@@ -151,14 +133,14 @@ def _tell(found: _Found, as_json: bool) -> None:
     except RequestError as error:
         about_classes = f"No interval for other classes: {error}"
     if as_json:
-        named = known.name if known and found.complete else None
+        named = known.name if known and complete else None
         print_json({**result.to_json(), "class_interval": other_classes, "benchmark": named, "digest": digest})
     else:
         show(str(result))
         if known:
             part = (
                 "benchmark"
-                if found.complete
+                if complete
                 else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
             )
             show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
@@ -183,15 +165,17 @@ def _table(checkpoint: Path, targets: Sequence[str], how: dict[str, Any], as_jso
 
     world = how["world"]
     path = world.from_first(lambda: find_checkpoint(checkpoint)[0])
+    file: Path | None = None
     rows: list[dict[str, Any]] = []
     for target in map(str, targets):
         row: dict[str, Any] = {"target": shown_place(target)}
         try:
-            found = _evaluated(checkpoint, target, None, **how)
+            result, digest, _ = _evaluated(checkpoint, target, None, **how)
             with world.together():
                 if world.first:
-                    say(f"{row['target']}: {found.result}")
-                    row |= {**found.result.to_json(), "digest": found.digest, "file": save_result(found.result).name}
+                    say(f"{row['target']}: {result}")
+                    file = save_result(result)
+                    row |= {**result.to_json(), "digest": digest, "file": file.name}
         except (StoppedError, LostPeerError):
             raise
         except (MamldataError, click.UsageError) as error:
@@ -199,13 +183,13 @@ def _table(checkpoint: Path, targets: Sequence[str], how: dict[str, Any], as_jso
         rows.append(row)
     failed = [f"  {row['target']}: {row['error']}" for row in rows if "error" in row]
     if world.first:
-        kept = save_targets(path, rows)
+        if file:
+            say(f"The table: {save_targets(file.parent, path, rows)}")
         if as_json:
             print_json({"targets": rows})
         else:
             for line in columns([("target", "split scheme", "split", "accuracy", "digest"), *map(_cells, rows)]):
                 show(line)
-        say(f"The table: {kept}")
     if failed:
         what = f"{counted(len(failed), 'target')} of {len(rows)} failed:\n" + "\n".join(failed)
         raise MamldataError(what) if world.first else PeerError(0, what)
@@ -215,18 +199,20 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if "error" in row:
         return row["target"], "", "", "failed", ""
     accuracy = f"{100 * row['accuracy']:.2f} % ± {100 * row['interval']:.2f}"
-    fitted = f", images fitted {row['fitted']}" if "fitted" in row else ""
+    fitted = f", images fitted from {'x'.join(map(str, row['fitted_from']))}" if "fitted_from" in row else ""
     return row["target"], row["split_scheme"], row["split"], accuracy, f"sha256:{row['digest'][:12]}…{fitted}"
 
 
-def _built(name: str, checkpoint: Path, root: str | None, fit: Sequence[int] | None) -> tuple[str, str]:
+def _built(name: str, checkpoint: Path, root: str | None, *, fit: bool) -> tuple[str, str]:
     """The place and the split of a benchmark's archive, built if it is missing; but first, whether the network fits."""
     from trainer.evaluation import require_fit
     from trainer.runs.checkpoint import find_checkpoint
 
     wanted = benchmark_named(name)
-    shape = fit or [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
-    require_fit(*find_checkpoint(checkpoint), {"n_way": wanted.n_way, "image_shape": shape})
+    path, trained = find_checkpoint(checkpoint)
+    shape = [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
+    shape = trained.data["image_shape"] if fit else shape
+    require_fit(path, trained, {"n_way": wanted.n_way, "image_shape": shape})
     place = wanted.folder(data_root(root))
     build_benchmark(name, place, root=root, progress=bars)
     return str(place), wanted.split

@@ -36,15 +36,13 @@ def mixed_normalization(parts: Sequence[Normalization], weights: Sequence[float]
         parts: with the same number of channels each.
         weights: from 0, not all 0.
     """
-    whole = math.fsum(weights)
+    shares = [weight / math.fsum(weights) for weight in weights]
     means, stds = [], []
-    for channel in range(len(parts[0].mean)):
-        mean = math.fsum(w * part.mean[channel] for w, part in zip(weights, parts, strict=True)) / whole
-        squares = (
-            w * (part.std[channel] ** 2 + part.mean[channel] ** 2) for w, part in zip(weights, parts, strict=True)
-        )
+    for pairs in zip(*(zip(part.mean, part.std, strict=True) for part in parts), strict=True):
+        mean = math.fsum(share * own for share, (own, _) in zip(shares, pairs, strict=True))
+        squares = math.fsum(share * (own**2 + std**2) for share, (own, std) in zip(shares, pairs, strict=True))
         means.append(round(mean, 6))
-        stds.append(round(math.sqrt(max(math.fsum(squares) / whole - mean**2, 0.0)), 6) or 1.0)
+        stds.append(round(math.sqrt(max(squares - mean**2, 0.0)), 6) or 1.0)
     return Normalization(tuple(means), tuple(stds))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,11 +61,6 @@ class MixedSource(AllHere):
         number, own = self.place(index)
         return self.parts[number].classes(own) + int(self._first_class[number])
 
-    def class_labels(self, index: int) -> list[str]:
-        """The names of an episode's classes, one for each way."""
-        number, own = self.place(np.array([index]))
-        return self.parts[number].class_labels(int(own[0]))
-
     def place(self, index: Indices) -> tuple[int, Indices]:
         """The number of the source of episodes, and their indices in it; 0 if there are no episodes."""
         own, numbers = np.divmod(index, len(self.parts))
@@ -90,11 +85,13 @@ def mixed_info(infos: Sequence[EpisodeInfo], weights: Sequence[float]) -> Episod
                     f"The sources of a mixture must agree: {key} is {its} in the first ({first.dataset}), and {mine} "
                     f"in number {number + 1} ({info.dataset}).{advice}"
                 )
+    names = {
+        key: " + ".join(dict.fromkeys(getattr(info, key) for info in infos))  # such as omniglot + glyphs
+        for key in ("dataset", "split_scheme", "rotations")
+    }
     return replace(
         first,
-        dataset=_joined(info.dataset for info in infos),
-        split_scheme=_joined(info.split_scheme for info in infos),
-        rotations=_joined(info.rotations for info in infos),
+        **names,
         bank_sha256=sha256_bytes(canonical_json([info.identity() for info in infos])),
         episode_seed=0,
         archive_sha256=None,
@@ -102,8 +99,3 @@ def mixed_info(infos: Sequence[EpisodeInfo], weights: Sequence[float]) -> Episod
         disjoint=False,
         sources=tuple(infos),
     )
-
-
-def _joined(names: Iterable[str]) -> str:
-    """The different ones of them, such as ``maml + ravi``."""
-    return " + ".join(dict.fromkeys(names))

@@ -36,7 +36,6 @@ class EpisodeInfo:
         query_alpha: None: each class has ``k_query`` query images; else see
             ``mamldata.sampling.sampler.EpisodeSpec``.
         disjoint: whether no two of them share an image, see ``mamldata.sampling.disjoint``.
-        fitted_from: the shape of the stored images, if they are read in another, see ``mamldata.sources.fitted``.
         sources: of a mixture, the same for each of its sources, see ``mamldata.sources.mixed``; empty otherwise.
     """
 
@@ -54,7 +53,6 @@ class EpisodeInfo:
     normalization: Normalization
     query_alpha: int | None = None
     disjoint: bool = False
-    fitted_from: tuple[int, int, int] | None = None
     sources: tuple[EpisodeInfo, ...] = ()
 
     def identity(self) -> dict[str, Any]:
@@ -65,10 +63,6 @@ class EpisodeInfo:
             del values["query_alpha"]
         if not self.disjoint:
             del values["disjoint"]
-        if self.fitted_from is None:
-            del values["fitted_from"]
-        else:
-            values["fitted_from"] = list(self.fitted_from)
         del values["sources"]
         if self.sources:
             values["sources"] = [source.identity() for source in self.sources]
@@ -228,6 +222,10 @@ class AllHere:
     def way_source(self) -> WaySource | None:
         """None: its episodes are not stored, or are remixed already."""
         return None
+
+    def class_labels(self: Any, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
 
 
 def archive_sampler(archive: Archive, split: str) -> EpisodeSampler:

@@ -127,7 +127,10 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
                 self.source = _narrowed(self.source, **take)
             if remix:
                 self.source = _remixed(self.source, seed, shuffle)
-            shuffle = _shuffled(self.source, shuffle, remix=remix)
+            if shuffle and self.source.episodes is None:
+                raise RequestError("Episodes that never end are random already. Leave out shuffle.")
+            if shuffle is None:
+                shuffle = self.source.info.split == "train" and self.source.episodes is not None and not remix
             shards = (self.source.fetched_shards or None) if shuffle else None
             self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.world_size = rank, world_size
@@ -371,19 +374,6 @@ def _repetition(stream: EpisodeStream) -> str:
         f"The workers of this DataLoader begin at {place}, as the previous ones did: they iterate over copies of the "
         f"stream, which do not know what has been read. Write {line} before {when}."
     )
-
-
-def _shuffled(source: Source, asked: bool | None, *, remix: bool) -> bool:
-    """Whether a stream permutes the episodes of a source.
-
-    Raises:
-        RequestError: they never end, but that was asked for.
-    """
-    if asked and source.episodes is None:
-        raise RequestError("Episodes that never end are random already. Leave out shuffle.")
-    if asked is None:
-        return source.info.split == "train" and source.episodes is not None and not remix
-    return asked
 
 
 def _normalisation(asked: bool | Normalization, info: EpisodeInfo) -> Normalization | None:

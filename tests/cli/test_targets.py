@@ -94,11 +94,11 @@ def test_fitted_images_are_said() -> None:
     """Colours of 84x84 become grey of 28x28; result, file and table say so; images that fit stay as they are."""
     alone = run("eval", "run", "photos", *SHAPE, "--episodes", 4, "--fit", "--device", "cpu")
     assert alone.exit_code == 0, alone.output
-    assert alone.stdout.strip().endswith("images fitted from 84x84 RGB to 28x28 grey")
+    assert alone.stdout.strip().endswith("images fitted from 84x84x3")
     both = run("eval", "run", "A", "photos", *SHAPE, "--episodes", 4, "--fit", "--device", "cpu", "--json")
     plain, fitted = json.loads(both.stdout)["targets"]
-    assert "fitted" not in plain
-    assert fitted["fitted"] == "from 84x84 RGB to 28x28 grey"
+    assert "fitted_from" not in plain
+    assert fitted["fitted_from"] == [84, 84, 3]
     assert read_result(Path("run/results") / fitted["file"]).target["fitted_from"] == [84, 84, 3]
     assert plain["file"] in {path.name for path in Path("run/results").iterdir()}
 

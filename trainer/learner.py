@@ -140,9 +140,9 @@ class Learner:
 
 def _optimizer(settings: TrainSettings, values: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
     if settings.meta_optimizer == "sgd":
-        return torch.optim.SGD(values, lr=settings.meta_lr)
+        return torch.optim.SGD(values, lr=settings.beta)
     # On CUDA all tensors in a few launches.
-    return torch.optim.Adam(values, lr=settings.meta_lr, fused=device.type == "cuda" or None)
+    return torch.optim.Adam(values, lr=settings.beta, fused=device.type == "cuda" or None)
 
 
 def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:

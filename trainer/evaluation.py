@@ -165,13 +165,14 @@ class Evaluation:
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
+        fitted = "x".join(map(str, self.fitted_from or ()))
         return (
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, "
             f"{counted(self.episodes, 'episode')}): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
             f"{counted(self.inner_steps, 'inner step')}, batch norm {self.bn}, "
             f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
-            f"{f', images fitted from {'x'.join(map(str, self.fitted_from))}' if self.fitted_from else ''}"
+            f"{f', images fitted from {fitted}' if fitted else ''}"
         )
 
 
@@ -387,7 +388,13 @@ def evaluate(
         # So that each process gets an episode of every meta-batch; its size makes no difference here.
         size = max(settings.meta_batch_size, world.world_size)
         batches = data.eval(
-            split, episodes, size, where, normalize=False if stored else normalize, rank=world.rank, world_size=world.world_size
+            split,
+            episodes,
+            size,
+            where,
+            normalize=False if stored else normalize,
+            rank=world.rank,
+            world_size=world.world_size,
         )
         if stored:
             batches = _fitted(batches, shape, normalize)
@@ -449,7 +456,7 @@ def fit_images(images: Tensor, shape: Sequence[int]) -> Tensor:
     if channels == 1 and flat.shape[1] == 3:
         flat = (flat * flat.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     flat = interpolate(flat.expand(-1, channels, -1, -1), (height, width), mode="bilinear", antialias=True)
-    return flat.unflatten(0, images.shape[:2])
+    return flat.reshape(*images.shape[:2], *flat.shape[1:])
 
 
 def _fitted(

@@ -115,7 +115,7 @@ def _evaluated(
         split = split or "test"
         number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-        how = {"inner_steps": inner_steps, "fit": fit, "device": device, "world": world}
+        how: dict[str, Any] = {"inner_steps": inner_steps, "fit": fit, "device": device, "world": world}
         result = evaluate(checkpoint, data, split=split, episodes=number, **how)
     digest = data.describe()["digest"]
     return result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def mixed_info(infos: Sequence[EpisodeInfo], weights: Sequence[float]) -> Episod
                     f"The sources of a mixture must agree: {key} is {its} in the first ({first.dataset}), and {mine} "
                     f"in number {number + 1} ({info.dataset}).{advice}"
                 )
-    names = {
+    names: dict[str, Any] = {
         key: " + ".join(dict.fromkeys(getattr(info, key) for info in infos))  # such as omniglot + glyphs
         for key in ("dataset", "split_scheme", "rotations")
     }

@@ -330,6 +330,7 @@ def test_fitted_images_are_evaluated_as_if_they_had_fitted(tmp_path: Path) -> No
     run = train(replace(SETTINGS, normalize=True), Synthetic(), tmp_path / "run")
     checkpoint = load_checkpoint(run.best)
     known = {"mean": [0.25], "std": [0.5]}
+    (tmp_path / "other").mkdir()
     save_checkpoint(tmp_path / "other", replace(checkpoint, data={**checkpoint.data, "normalisation": known}))
     plain = evaluate(run.best, Synthetic(), episodes=6, device="cpu")
     with pytest.raises(ImageShapeError, match=r"image_shape \[12, 12, 1\], but these episodes have \[12, 12, 3\]"):

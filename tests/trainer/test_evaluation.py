@@ -333,7 +333,7 @@ def test_fitted_images_are_evaluated_as_if_they_had_fitted(tmp_path: Path) -> No
     (tmp_path / "other").mkdir()
     save_checkpoint(tmp_path / "other", replace(checkpoint, data={**checkpoint.data, "normalisation": known}))
     plain = evaluate(run.best, Synthetic(), episodes=6, device="cpu")
-    with pytest.raises(ImageShapeError, match=r"image_shape \[12, 12, 1\], but these episodes have \[12, 12, 3\]"):
+    with pytest.raises(ImageShapeError, match=r"image_shape .12, 12, 1., but these episodes have .12, 12, 3.\. Choose"):
         evaluate(tmp_path / "other", Tripled(), episodes=6, device="cpu")
     fitted = evaluate(tmp_path / "other", Tripled(), episodes=6, fit=True, device="cpu")
     assert fitted.accuracy_by_episode == plain.accuracy_by_episode

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command(
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s\n"
-    "  mamldata eval run glyphs-5w1s eurosat dtd --fit",
+    "  mamldata eval run glyphs-5w1s eurosat dtd --fit-images",
 )
 @click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
 @click.argument("targets", metavar="[NAME|FOLDER|ARCHIVE|BENCHMARK]...", nargs=-1)
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
 @click.option("--disjoint", is_flag=True, help="Draw live episodes that share no image: as many as the images allow.")
-@click.option("--fit", is_flag=True, help="Resize images, and make them grey or RGB, as the network takes them.")
+@click.option("--fit-images", is_flag=True, help="Resize images, and make them grey or RGB, as the network takes them.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
 @episode_options()
@@ -81,7 +81,7 @@ def _naming_fit() -> Iterator[None]:
     try:
         yield
     except ImageShapeError as error:
-        raise ImageShapeError(f"{error} Or fit these images to the network with --fit.") from error
+        raise ImageShapeError(f"{error} Or fit these images to the network with --fit-images.") from error
 
 
 @_naming_fit()
@@ -92,7 +92,7 @@ def _evaluated(
     *,
     split: str | None,
     count: int | None,
-    fit: bool,
+    fit_images: bool,
     inner_steps: int | None,
     device: str,
     episodes: dict[str, Any],
@@ -108,14 +108,14 @@ def _evaluated(
     with world.together():
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
-            target, split = _built(benchmark, checkpoint, root, fit=fit)
+            target, split = _built(benchmark, checkpoint, root, fit=fit_images)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-        how: dict[str, Any] = {"inner_steps": inner_steps, "fit": fit, "device": device, "world": world}
+        how: dict[str, Any] = {"inner_steps": inner_steps, "fit": fit_images, "device": device, "world": world}
         result = evaluate(checkpoint, data, split=split, episodes=number, **how)
     digest = data.describe()["digest"]
     return result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest)

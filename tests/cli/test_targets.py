@@ -85,17 +85,17 @@ def test_a_target_that_fails_takes_none_with_it() -> None:
     assert "Error: 2 targets of 4 failed:" in done.stderr
     assert "nothing: 'nothing' is neither the folder of an archive nor a dataset" in done.stderr
     assert "photos: " in done.stderr.partition("Error: ")[2]
-    assert "--fit" in done.stderr
+    assert "--fit-images" in done.stderr
     rows = kept()["targets"]
     assert ["error" in row for row in rows] == [False, True, True, False]  # type: ignore[attr-defined]
 
 
 def test_fitted_images_are_said() -> None:
     """Colours of 84x84 become grey of 28x28; result, file and table say so; images that fit stay as they are."""
-    alone = run("eval", "run", "photos", *SHAPE, "--episodes", 4, "--fit", "--device", "cpu")
+    alone = run("eval", "run", "photos", *SHAPE, "--episodes", 4, "--fit-images", "--device", "cpu")
     assert alone.exit_code == 0, alone.output
     assert alone.stdout.strip().endswith("images fitted from 84x84x3")
-    both = run("eval", "run", "A", "photos", *SHAPE, "--episodes", 4, "--fit", "--device", "cpu", "--json")
+    both = run("eval", "run", "A", "photos", *SHAPE, "--episodes", 4, "--fit-images", "--device", "cpu", "--json")
     plain, fitted = json.loads(both.stdout)["targets"]
     assert "fitted_from" not in plain
     assert fitted["fitted_from"] == [84, 84, 3]
@@ -104,13 +104,13 @@ def test_fitted_images_are_said() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """Other images name --fit; other ways than the head's are refused even so; a benchmark is known by its name."""
+    """Other images name --fit-images; other ways are refused even so; a benchmark is known by its name."""
     images = run("eval", "run", "photos", *SHAPE, "--device", "cpu")
     assert images.exit_code == 2
     assert "image_shape [28, 28, 1], but these episodes have [84, 84, 3]" in images.stderr
-    assert "with --fit" in images.stderr
+    assert "with --fit-images" in images.stderr
     for words in (("glyphs", "--n-way", 4), ("photos", "--n-way", 4, "--k-query", 2), ("glyphs-5w1s",)):
-        ways = run("eval", "run", *words, "--fit", "--device", "cpu")
+        ways = run("eval", "run", *words, "--fit-images", "--device", "cpu")
         assert ways.exit_code == 2, ways.output
         assert "was trained with n_way 3, but these episodes have" in ways.stderr
     assert run("eval", "run", "A", "B", "--benchmark", "glyphs-5w1s").exit_code == 2

@@ -17,6 +17,7 @@ from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
+    from trainer.mixture import MixedData
 from cli.options import option_name
 
 
@@ -103,6 +104,6 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     )
 
 
-def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
+def evaluated_episodes(data: EpisodeData | MixedData, split: str, asked: int | None) -> int:
     """How many episodes to evaluate on: ``asked``, else all of an archive, else 600, as is usual in the field."""
     return asked or data.available(split) or 600

@@ -35,6 +35,9 @@ VERBS = {
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
+    "export": "Write a trained network as a safetensors file, with a card.",
+    "models": "List the models that come with the package.",
+    "predict": "Say to which of your classes your images belong.",
     "manifest": "Write a manifest for your own files.",
     "doctor": "Print what a bug report needs to say about this machine.",
 }

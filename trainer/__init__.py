@@ -1,7 +1,7 @@
 """The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
 ``train`` makes a run folder, ``evaluate`` measures its accuracy, ``save_result`` keeps every answer of an evaluation,
-``load_run`` gives the trained network:
+``load_run`` gives the trained network, ``export_model`` a file of it to give away:
 
     import trainer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
     from trainer.protocol import TrainData
+    from trainer.reports.export import export_model
     from trainer.results import (
         Result,
         class_interval,
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
         save_result,
         worst_episodes,
     )
+    from trainer.runs.adapted import AdaptedModel
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
     from trainer.settings import TrainSettings
     from trainer.system.distributed import joined
 
 __all__ = [
+    "AdaptedModel",
     "Evaluation",
     "Result",
     "RunResult",
@@ -48,6 +51,7 @@ __all__ = [
     "class_interval",
     "confusion",
     "evaluate",
+    "export_model",
     "joined",
     "live_data",
     "load_run",
@@ -60,6 +64,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaptedModel": "runs.adapted",
     "Evaluation": "evaluation",
     "Result": "results",
     "RunResult": "runs.folder",
@@ -70,6 +75,7 @@ _HOME = {
     "class_interval": "results",
     "confusion": "results",
     "evaluate": "evaluation",
+    "export_model": "reports.export",
     "joined": "system.distributed",
     "live_data": "data",
     "load_run": "runs.checkpoint",

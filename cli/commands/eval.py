@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
+from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, option_name, root_option
 from cli.output import bars, print_json, say, show
-from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
+from cli.targets import archive_folder, episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.errors import RequestError
 from mamldata.pipeline import build_benchmark
+from mamldata.sampling.sampler import LEAST
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
 
@@ -23,7 +24,7 @@ from trainer.settings import SETTINGS
 @click.command(
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s",
 )
-@click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT|MODEL", type=LocalPath(path_type=Path))
 @click.argument("target", metavar="[NAME|FOLDER|ARCHIVE]", required=False)
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
@@ -47,19 +48,24 @@ def command(
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
+    """Evaluate a checkpoint, the best one in a run folder, or a model: accuracy with its 95 % interval over episodes.
 
-    Every answer is kept in a file in the folder results beside the checkpoint.
+    Live episodes have the ways, shots and queries of the run's training, unless options say otherwise.
+
+    Every answer is kept in a file in the folder results beside the checkpoint; of a model that comes with the package,
+    in the current folder's.
 
     With --benchmark, the episodes are all of that benchmark's, from its archive under the root, which is built if it is
     missing.
     """
     from trainer.evaluation import evaluate
     from trainer.results import class_interval, result_of, save_result
+    from trainer.runs.checkpoint import find_checkpoint
     from trainer.system.distributed import joined
     from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
+    trained = world.from_first(lambda: find_checkpoint(checkpoint)[1].data)
     with world.together():
         episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
@@ -67,9 +73,15 @@ def command(
             target, split = _built(benchmark, checkpoint, root)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
+        live = archive_folder(target) is None
+        if live:
+            episodes = {name: trained[name] for name in LEAST if name in trained} | episodes
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
+        if live and world.first:
+            used = ", ".join(f"{option_name(name)} {data.describe()[name]}" for name in LEAST)
+            say(f"Drawing episodes with {used}; by default as in the run's training.")
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
         result = evaluate(
             checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world

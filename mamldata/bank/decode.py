@@ -11,7 +11,12 @@ _BAND_PIXELS = 1 << 22  # converted at once
 
 
 def decode_image(
-    data: bytes | Images, size: int, channels: int, resampling: str, invert: bool, upright: bool = False
+    data: bytes | Images | Image.Image,
+    size: int,
+    channels: int,
+    resampling: str,
+    invert: bool,
+    upright: bool = False,
 ) -> Images:
     """Decode an image to uint8 ``[size, size, channels]``: grey or RGB, resized, optionally inverted.
 
@@ -19,7 +24,7 @@ def decode_image(
     16-bit colours.
 
     Args:
-        data: encoded, or its pixels, uint8 ``[H, W, 3]``.
+        data: encoded; or its pixels, uint8 ``[H, W, 3]``; or an image of Pillow's, which is not changed.
         size, channels, resampling, invert, upright: see ``ImageRecipe``.
 
     Raises:

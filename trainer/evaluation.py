@@ -340,13 +340,13 @@ def evaluate(
     device: str = "auto",
     world: World = ALONE,
 ) -> Evaluation:
-    """Evaluate a checkpoint, or the best one of a run folder.
+    """Evaluate a checkpoint, the best one of a run folder, or a model.
 
     Images are transformed as in training: with ``normalize``, by the mean and deviation of the training data, also
     if the evaluation is on other data.
 
     Args:
-        place: file or folder.
+        place: file or folder, or the name of a model that comes with the package.
         data: the episodes.
         split: of the data.
         episodes: their number, at least 2; 600 is customary.
@@ -409,7 +409,7 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
     """
     for key in ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
-        if here != there:
+        if here != there and not (key == "image_shape" and list(here) == list(there or ())):  # a tuple, or JSON's list
             raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from mamldata.pipeline import build_benchmark
 from mamldata.sampling.sampler import LEAST
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from trainer.runs.checkpoint import Checkpoint
 
 
 @click.command(
@@ -65,16 +68,17 @@ def command(
     from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
-    trained = world.from_first(lambda: find_checkpoint(checkpoint)[1].data)
+    found = world.from_first(lambda: find_checkpoint(checkpoint))
     with world.together():
         episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
-            target, split = _built(benchmark, checkpoint, root)
+            target, split = _built(benchmark, *found, root)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
         live = archive_folder(target) is None
         if live:
+            trained = found[1].data
             episodes = {name: trained[name] for name in LEAST if name in trained} | episodes
         data = episode_data(target, root, episodes)
         split = split or "test"
@@ -119,14 +123,13 @@ def command(
     say(f"Every answer: {save_result(result)}")
 
 
-def _built(name: str, checkpoint: Path, root: str | None) -> tuple[str, str]:
+def _built(name: str, path: Path, checkpoint: Checkpoint, root: str | None) -> tuple[str, str]:
     """The place and the split of a benchmark's archive, built if it is missing; but first, whether the network fits."""
     from trainer.evaluation import require_fit
-    from trainer.runs.checkpoint import find_checkpoint
 
     wanted = benchmark_named(name)
     shape = [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
-    require_fit(*find_checkpoint(checkpoint), {"n_way": wanted.n_way, "image_shape": shape})
+    require_fit(path, checkpoint, {"n_way": wanted.n_way, "image_shape": shape})
     place = wanted.folder(data_root(root))
     build_benchmark(name, place, root=root, progress=bars)
     return str(place), wanted.split

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from cli.options import json_option
@@ -14,7 +16,7 @@ from trainer.runs.model import read_about, shipped_models
 @json_option
 def command(as_json: bool) -> None:
     """List the models that come with the package. Commands that take a run take such a name, too."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, path in shipped_models().items():
         about = read_about(path)
         data, settings = about["data"], about["settings"]

@@ -55,8 +55,8 @@ def command(
     IMAGES are files, or folders of them. They are prepared as the images that the network was trained on.
 
     Each image is normalized by the support images, so that its answer does not depend on the others. With --together,
-    a network with transductive or per-step batch norm normalizes all IMAGES together, as in evaluation: that is slightly
-    better if they show all classes about equally often, and useless for one image or images of one class.
+    a network with transductive or per-step batch norm normalizes all IMAGES together, as in evaluation: slightly better
+    if they show all classes about equally often, but no better than guessing for one image or images of one class.
     """
     from trainer.runs.checkpoint import load_run
 
@@ -91,7 +91,7 @@ def command(
 
 
 def _recipe(run: TrainedRun, like: str | None, root: str | None) -> ImageRecipe:
-    """How images are prepared: as recorded, or as a bank or a manifest with the run's digest tells, or as ``--like``."""
+    """How images are prepared: as recorded, or as told by a bank or a manifest with the run's digest, or by --like."""
     size, _, channels = run.data["image_shape"]
     if run.data.get("image", UNKNOWN) != UNKNOWN:
         known: ImageRecipe | None = run.image

@@ -20,7 +20,6 @@ from mamldata.io.atomic import read_whole
 from mamldata.io.containers import MOST_IMAGE_BYTES
 from mamldata.io.images import Images
 
-
 AnyImage = str | os.PathLike[str] | bytes | Images | Image.Image
 
 

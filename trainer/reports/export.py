@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from mamldata.bank.prepare import recipe_of
@@ -24,15 +22,11 @@ from trainer.runs.folder import CONFIG
 from trainer.runs.model import SUFFIX, model_bytes, read_about
 from trainer.settings import TrainSettings, saved_settings
 
-_MARKER = "<!-- Written by mamldata export, which replaces this file. Without this line it does not. -->"
-_HUB_LICENCES = {"apache-2.0", "cc-by-4.0", "cc0-1.0", "mit"}  # as https://huggingface.co/docs/hub spells them
+_TEMPLATE = Path(__file__).with_name("card.md")
+_MARKER = b"<!-- Written by mamldata export"  # in the template
+_HUB_LICENCES = {"apache-2.0", "cc-by-4.0", "cc0-1.0", "mit"}  # as Hugging Face spells them
 _OF_PLACE = {"source", "normalisation", "image"}  # of a target's description: not what tells its episodes
-_OWN = ("n_way", "k_shot", "k_query", "split_scheme", "rotations")  # options of live episodes
-_TOGETHER = (
-    "the accuracy is that of all query images of an episode, normalized together. `predict` normalizes each image "
-)
-_TOGETHER += "by the support images instead, so that it may be alone, unless told otherwise."
-_APART = "query images do not affect one another."
+_OF_LIVE = ("n_way", "k_shot", "k_query", "split_scheme", "rotations")
 
 
 def export_model(
@@ -72,7 +66,7 @@ def _refuse_others(out: Path, card: Path) -> None:
         raise RequestError(f"{out} must end in {SUFFIX}.")
     if out.exists():
         read_about(out)  # raises if it is not a model
-    if card.exists() and _MARKER.encode() not in read_whole(card, MOST_NOTE):
+    if card.exists() and _MARKER not in read_whole(card, MOST_NOTE):
         raise RequestError(f"{card} is not a card that an export wrote. Move it, or choose another name.")
 
 
@@ -124,13 +118,9 @@ def _command(settings: TrainSettings, data: dict[str, Any], start: dict[str, Any
     """A command line that trains the same; of an archive and of weights to start from, only the digest is known."""
     usual = {**TrainSettings(algorithm=settings.algorithm).resolved(), "algorithm": TrainSettings.algorithm}
     options = {name: value for name, value in settings.resolved().items() if value != usual[name]}
-    live = "archive_sha256" in data and data["archive_sha256"] is None
+    live = data.get("archive_sha256", "") is None
     if live:
-        options = {
-            **{name: data[name] for name in _OWN if name in data},
-            "image_size": data["image_shape"][0],
-            **options,
-        }
+        options |= {name: data[name] for name in _OF_LIVE} | {"image_size": data["image_shape"][0]}
     words = [
         word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value) if word is not True
     ]
@@ -140,71 +130,37 @@ def _command(settings: TrainSettings, data: dict[str, Any], start: dict[str, Any
 
 
 def _card(name: str, about: dict[str, Any], sha256: str) -> str:
-    data, settings, image = about["data"], about["settings"], about["data"]["image"]
-    ways = f"{data['n_way']}-way {data['k_shot']}-shot"
-    validated = "" if about["accuracy"] is None else f", validation accuracy {100 * about['accuracy']:.2f} %"
-    trained = (
-        f"On {data['dataset']}, split scheme {data['split_scheme']}, {ways}, digest `{data['digest']}`: "
-        f"{about['step']} outer steps{validated}."
-    )
-    if about["start"]:
-        trained += f" It started from the weights with SHA-256 `{about['start']['sha256']}`."
-    prepared = "not recorded" if image == UNKNOWN else ", ".join(f"{key} {value}" for key, value in image.items())
-    text = resources.files("trainer.reports").joinpath("card.md").read_text(encoding="utf-8")
-    return Template(text).substitute(
-        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in _front(name, about).items()),
-        marker=_MARKER,
-        name=name,
-        what=f"{settings['algorithm']} with the network {settings['network']}, trained for {ways} episodes of {data['dataset']}.",
-        accuracy="\n".join(_accuracy_rows(about)),
-        batch_norm=_APART if settings["bn"] in {"support", "frozen"} else _TOGETHER,
-        ways=data["n_way"],
-        image=prepared,
-        trained=trained,
-        command=about["command"],
-        versions="With " + ", ".join(f"{key} {value}" for key, value in sorted(about["versions"].items())) + ".",
-        licence=about["licence"],
-        sha256=sha256,
-    )
-
-
-def _accuracy_rows(about: dict[str, Any]) -> Iterator[str]:
-    if not about["results"]:
-        yield "No evaluation on test episodes is recorded."
-        return
-    yield "| test episodes | accuracy, 95 % interval | for other classes | digest |"
-    yield "|---|---|---|---|"
-    for one in about["results"]:
-        episodes = (
-            f"{one['episodes']} of {one['dataset']}, {one['n_way']}-way {one['k_shot']}-shot, {one['k_query']} queries"
-        )
-        wider = "" if one["class_interval"] is None else f"± {100 * one['class_interval']:.2f}"
-        yield f"| {episodes} | {100 * one['accuracy']:.2f} ± {100 * one['interval']:.2f} % | {wider} | `{one['target']['digest']}` |"
-
-
-def _front(name: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The front matter of a model card on Hugging Face; each value is JSON, which is YAML, too."""
-    data, licence = about["data"], about["licence"]
+    licence, prepared, start = about["licence"], about["data"]["image"], about["start"]
     hub = licence.lower() in _HUB_LICENCES
-    results = [
-        {
-            "task": {"type": "image-classification", "name": f"{one['n_way']}-way {one['k_shot']}-shot classification"},
-            "dataset": {
-                "name": one["dataset"],
-                "type": one["dataset"],
-                "split": "test",
-                "revision": one["target"]["digest"],
-            },
-            "metrics": [{"type": "accuracy", "value": one["accuracy"], "name": f"accuracy ± {one['interval']:.4f}"}],
-        }
-        for one in about["results"]
-    ]
+    facts = {
+        "name": name,
+        "sha256": sha256,
+        "validated": "unknown" if about["accuracy"] is None else f"{100 * about['accuracy']:.2f} %",
+        "image": ", ".join(f"{k} {v}" for k, v in prepared.items()) if prepared != UNKNOWN else "this is not recorded",
+        "begun": f"those with SHA-256 `{start['sha256']}`" if start else "those that the seed gives",
+        "written_by": ", ".join(f"{key} {value}" for key, value in sorted(about["versions"].items())),
+        "rows": "\n".join(map(_row, about["results"])) or "| none is recorded | | | |",
+        # JSON is YAML, too.
+        "hub_licence": licence.lower() if hub else f"other\nlicense_name: {json.dumps(licence)}",
+        "hub_dataset": json.dumps(about["data"]["dataset"]),
+        "hub_index": json.dumps([{"name": name, "results": [*map(_hub_result, about["results"])]}]),
+    }
+    return _TEMPLATE.read_text(encoding="utf-8").format_map({**about, **facts})
+
+
+def _row(result: dict[str, Any]) -> str:
+    episodes = "{episodes} of {dataset}, {n_way}-way {k_shot}-shot, {k_query} queries each".format_map(result)
+    accuracy = f"{100 * result['accuracy']:.2f} ± {100 * result['interval']:.2f} %"
+    wider = "" if result["class_interval"] is None else f"± {100 * result['class_interval']:.2f} %"
+    return f"| {episodes} | {accuracy} | {wider} | `{result['target']['digest']}` |"
+
+
+def _hub_result(result: dict[str, Any]) -> dict[str, Any]:
+    """See ``model-index`` in https://huggingface.co/docs/hub/model-cards."""
+    task = "{n_way}-way {k_shot}-shot classification".format_map(result)
+    data = {"name": result["dataset"], "type": result["dataset"], "revision": result["target"]["digest"]}
     return {
-        "license": licence.lower() if hub else "other",
-        **({} if hub else {"license_name": licence}),
-        "library_name": "mamldata",
-        "tags": ["few-shot-learning", "meta-learning", "image-classification", about["settings"]["algorithm"]],
-        "datasets": [data["dataset"]],
-        "metrics": ["accuracy"],
-        **({"model-index": [{"name": name, "results": results}]} if results else {}),
+        "task": {"type": "image-classification", "name": task},
+        "dataset": {**data, "split": result["split"]},
+        "metrics": [{"type": "accuracy", "value": result["accuracy"]}],
     }

@@ -66,7 +66,7 @@ class AdaptedModel:
         query_logits = self.method.query_logits
         if not together and self.method.inner.bn != "frozen":
             query_logits = query_logits_by_support
-        parts = [x] if together else x.split(_AT_ONCE)
+        parts = [x] if together else torch.split(x, _AT_ONCE)
         with torch.no_grad(), arithmetic(self.run.network, x.device):
             episodes = [self.support._replace(query_x=part) for part in parts]
             return torch.cat([query_logits(self.run.network, self.fast, one, self.method) for one in episodes])
@@ -76,7 +76,7 @@ def adapted_model(run: TrainedRun, images: ManyImages, labels: Iterable[Hashable
     """See ``TrainedRun.adapt``."""
     given: list[Any] = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
     try:
-        classes = tuple(sorted(set(given)))  # type: ignore[type-var]
+        classes = tuple(sorted(set(given)))
     except TypeError as error:
         raise RequestError(f"The labels cannot be sorted ({error}). Give texts or numbers.") from error
     inner, ways = run.settings.inner_loop_at_test(), run.data["n_way"]

@@ -1,8 +1,8 @@
-"""Model files: a trained network in safetensors, with all that its use needs; and the models that come with the package.
+"""Model files, trained networks in safetensors with all that their use needs; and those that come with the package.
 
-The metadata of safetensors has one key, because several would be written in no fixed order: ``mamldata``, canonical JSON
-with ``format``, what ``Checkpoint`` needs besides tensors, what the card says, and ``sha256``, the digest of the rest of
-that JSON and then of the tensors' bytes. Reading imports and unpickles nothing.
+Their metadata have one key, because safetensors writes several in no fixed order: ``mamldata``, canonical JSON with
+``format``, what ``Checkpoint`` needs besides tensors, the facts of the card, and ``sha256``, the digest of the rest: of
+canonical JSON of that and of the tensors' entries in the header, and then of their bytes. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def model_bytes(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> byte
     plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     about = {"format": FORMAT, **about}
     bare = save(plain)
-    sha256 = _digest(about, bare[8 + int.from_bytes(bare[:8], "little") :])
+    end = 8 + int.from_bytes(bare[:8], "little")
+    sha256 = _digest(about, parse_json(bare[8:end]), bare[end:])
     content: bytes = save(plain, {_KEY: canonical_json({**about, "sha256": sha256}).decode()})
     return content
 
@@ -75,7 +76,7 @@ def read_about(path: Path) -> dict[str, Any]:
         DamagedError: it is cut.
     """
     with open_regular(path) as stream:
-        return _about(path, _header(path, stream))
+        return _parsed(path, _header(path, stream))[0]
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,13 +91,13 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     with open_regular(path) as stream:
         header = _header(path, stream)
-        about = _about(path, header)
+        about, entries = _parsed(path, header)
         size = os.fstat(stream.fileno()).st_size
         if size > _MOST_BYTES:
             raise RequestError(f"{path} has {size:,} bytes, more than the limit of {_MOST_BYTES:,} for a model.")
         body = stream.read(size)
     try:
-        right = about.pop("sha256") == _digest(about, body)
+        right = about.pop("sha256") == _digest(about, entries, body)
         tensors: dict[str, Tensor] = load(len(header).to_bytes(8, "little") + header + body) if right else {}
     except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise DamagedError(f"{path} is damaged ({error}). Get or export it again.") from error
@@ -105,8 +106,8 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
-def _digest(about: Mapping[str, Any], body: bytes) -> str:
-    return sha256_bytes(canonical_json(about) + body)
+def _digest(about: Mapping[str, Any], entries: Mapping[str, Any], body: bytes) -> str:
+    return sha256_bytes(canonical_json([about, entries]) + body)
 
 
 def _header(path: Path, stream: IO[bytes]) -> bytes:
@@ -120,11 +121,13 @@ def _header(path: Path, stream: IO[bytes]) -> bytes:
     return header
 
 
-def _about(path: Path, header: bytes) -> dict[str, Any]:
+def _parsed(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a header says of the model, and the entries of the tensors."""
     try:
-        about = parse_json(parse_json(header)["__metadata__"][_KEY].encode())
+        entries = parse_json(header)
+        about = parse_json(entries.pop("__metadata__")[_KEY].encode())
         if about["format"] == FORMAT:
-            return dict(about)
+            return dict(about), entries
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise RequestError(f"{path} is not a model of this trainer ({FORMAT}).")

@@ -51,8 +51,8 @@ def train(
         data: the episodes.
         run_dir: created if missing.
         resume: continue the run in ``run_dir``, or start it if there is none.
-        start: a run folder, a checkpoint or a model, whose weights to start from in place of random ones: those of the network
-            with its head, and learned rates and norms. The optimizer starts new.
+        start: a run folder, a checkpoint or a model, whose weights to start from in place of random ones: those of the
+            network with its head, and learned rates and norms. The optimizer starts new.
         notify: receives progress lines and, on a CPU, the number of threads.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             the others need no access to ``run_dir``.

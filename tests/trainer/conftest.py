@@ -20,7 +20,7 @@ def _one_thread(one_thread: None) -> None:
 
 @pytest.fixture(scope="session")
 def glyphs_run(glyphs_root: Path, make_once: MakeOnce) -> Path:
-    """A short run of maml++ on 3-way 2-shot glyphs, evaluated on its test split. Shared: do not write to it, copy it."""
+    """A short run of maml++ on 3-way 2-shot glyphs, evaluated on its test split. Shared: copy it."""
     from trainer.data import live_data
     from trainer.evaluation import evaluate
     from trainer.loop import train
@@ -30,7 +30,14 @@ def glyphs_run(glyphs_root: Path, make_once: MakeOnce) -> Path:
     def make(folder: Path) -> None:
         data = live_data("glyphs", glyphs_root, {"n_way": 3, "k_shot": 2, "k_query": 2})
         settings = TrainSettings(
-            algorithm="maml++", steps=2, inner_steps=3, eval_every=2, eval_episodes=2, meta_batch_size=2, filters=4, device="cpu"
+            algorithm="maml++",
+            steps=2,
+            inner_steps=3,
+            eval_every=2,
+            eval_episodes=2,
+            meta_batch_size=2,
+            filters=4,
+            device="cpu",
         )
         result = train(settings, data, folder)
         save_result(evaluate(result.best, data, episodes=4, device="cpu"))

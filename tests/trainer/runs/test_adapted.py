@@ -207,7 +207,7 @@ def test_what_cannot_be_adapted_to_is_refused(run: TrainedRun, images: Any, labe
 
 
 def test_nothing_is_guessed(run: TrainedRun, tmp_path: Path) -> None:
-    """A run that records neither how images were prepared nor their statistics takes neither files nor, then, pixels."""
+    """Without a record of how images were prepared no file is taken; without statistics to normalize by, nothing."""
     file = tmp_path / "x.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
     old = run._replace(data={**run.data, "image": "unknown"})

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, option_name, root_option
+from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
 from cli.output import bars, print_json, say, show
-from cli.targets import archive_folder, episode_data, evaluated_episodes, refuse_with_benchmark
+from cli.targets import as_trained, episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.errors import RequestError
 from mamldata.pipeline import build_benchmark
-from mamldata.sampling.sampler import LEAST
 from mamldata.sampling.splits import SPLITS
 from trainer.settings import SETTINGS
-
-if TYPE_CHECKING:
-    from trainer.runs.checkpoint import Checkpoint
 
 
 @click.command(
@@ -68,24 +64,18 @@ def command(
     from trainer.system.signals import stop_at_signals
 
     world = click.get_current_context().with_resource(joined())
-    found = world.from_first(lambda: find_checkpoint(checkpoint))
+    trained = world.from_first(lambda: find_checkpoint(checkpoint)[1].data)
     with world.together():
         episodes |= given(disjoint=disjoint or None)
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
-            target, split = _built(benchmark, *found, root)
+            target, split = _built(benchmark, checkpoint, root)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
-        live = archive_folder(target) is None
-        if live:
-            trained = found[1].data
-            episodes = {name: trained[name] for name in LEAST if name in trained} | episodes
+        episodes = as_trained(target, episodes, trained, say if world.first else lambda _: None)
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
-        if live and world.first:
-            used = ", ".join(f"{option_name(name)} {data.describe()[name]}" for name in LEAST)
-            say(f"Drawing episodes with {used}; by default as in the run's training.")
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
         result = evaluate(
             checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
@@ -123,13 +113,14 @@ def command(
     say(f"Every answer: {save_result(result)}")
 
 
-def _built(name: str, path: Path, checkpoint: Checkpoint, root: str | None) -> tuple[str, str]:
+def _built(name: str, checkpoint: Path, root: str | None) -> tuple[str, str]:
     """The place and the split of a benchmark's archive, built if it is missing; but first, whether the network fits."""
     from trainer.evaluation import require_fit
+    from trainer.runs.checkpoint import find_checkpoint
 
     wanted = benchmark_named(name)
     shape = [wanted.image_size, wanted.image_size, load_manifest(wanted.dataset).image.channels]
-    require_fit(path, checkpoint, {"n_way": wanted.n_way, "image_shape": shape})
+    require_fit(*find_checkpoint(checkpoint), {"n_way": wanted.n_way, "image_shape": shape})
     place = wanted.folder(data_root(root))
     build_benchmark(name, place, root=root, progress=bars)
     return str(place), wanted.split

@@ -183,9 +183,7 @@ def test_live_episodes_are_the_runs_unless_options_say_otherwise(trained: Path, 
     usual = done("eval", trained, "glyphs", "--episodes", 2, "--json", root=glyphs_root)
     told = json.loads(usual.stdout)
     assert [told[key] for key in ("n_way", "k_shot", "k_query")] == [3, 2, 4]
-    assert (
-        "Drawing episodes with --n-way 3, --k-shot 2, --k-query 4; by default as in the run's training." in usual.stderr
-    )
+    assert "Live episodes with --n-way 3, --k-shot 2, --k-query 4; without these options they are as" in usual.stderr
     other = done("eval", trained, "glyphs", "--episodes", 2, "--k-shot", 1, "--json", root=glyphs_root)
     assert [json.loads(other.stdout)[key] for key in ("n_way", "k_shot", "k_query")] == [3, 1, 4]
     assert "--k-shot 1, --k-query 4" in other.stderr

@@ -368,7 +368,7 @@ class TrainedRun(NamedTuple):
             RequestError: an image cannot be read or is of another form, the run does not record how images were
                 prepared, or there are too many or too few classes or shots.
         """
-        return adapted_model(self, images, labels)
+        return adapted_model(*self, lambda: self.image, images, labels)
 
 
 def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:

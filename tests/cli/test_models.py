@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,24 @@ def test_live_episodes_are_the_runs_unless_options_say_otherwise(trained: Path, 
     assert [json.loads(other.stdout)[key] for key in ("n_way", "k_shot", "k_query")] == [3, 1, 4]
     assert "--k-shot 1, --k-query 4" in other.stderr
     refused(run("eval", trained, "glyphs", "--n-way", 5, root=glyphs_root), 2, "n_way 3, but these episodes have 5")
+
+
+@pytest.mark.slow
+def test_the_page_runs(trained: Path, glyphs_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command and each program of docs/models.md, on glyphs in place of Omniglot."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8").replace("omniglot", "glyphs")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    for name in ("my-classes/ant/1", "my-classes/bee/1", "unsorted/1", "unsorted/2"):
+        path = Path(f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (9, 9), dtype=np.uint8)).save(path)
+    commands = re.findall(r"^    mamldata (.*)$", page, re.MULTILINE)
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert (len(commands), len(programs)) == (7, 1)
+    quick = {"eval": ("--episodes", 4), "train": (*OPTIONS, *QUICK)}
+    for command in commands:
+        verb, *words = shlex.split(command)
+        done(verb, *words, *quick.get(verb, ()), root=glyphs_root)
+    for program in programs:
+        exec(program, {})

@@ -43,6 +43,7 @@ def test_a_model_is_loaded_as_its_run_is(glyphs_run: Path, model: Path) -> None:
     assert same_tensors(of_run.network.state_dict(), of_model.network.state_dict())
     assert of_run.settings == of_model.settings
     assert of_model.image == of_run.image
+    assert "source" not in of_model.data  # which may be a path
     assert {**of_model.data, "source": "glyphs"} == of_run.data
 
 

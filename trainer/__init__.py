@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         worst_episodes,
     )
     from trainer.runs.adapted import AdaptedModel
+    from trainer.runs.callbacks import Callback
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
     from trainer.settings import TrainSettings
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedModel",
+    "Callback",
     "Evaluation",
     "Result",
     "RunResult",
@@ -65,6 +67,7 @@ __all__ = [
 
 _HOME = {
     "AdaptedModel": "runs.adapted",
+    "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
     "Result": "results",
     "RunResult": "runs.folder",

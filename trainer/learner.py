@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Learner:
         self.settings = settings
         self.start = start
         self.device = device
-        self._data = data
+        self._data, self._n_way = data, about["n_way"]
         self.network = _fresh_network(settings, about).to(device)
         if start:
             start_network(self.network, settings, start)
@@ -116,10 +117,10 @@ class Learner:
                 classes = self._data.classes(batch.index)
                 outcome = joint(self.network, self.parameters, batch, classes, world)
             else:
-                method = method_of(self.network, settings.inner_loop(step), settings.engine)
-                outcome = self._engine(
-                    self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
-                )
+                inner = replace(settings.inner_loop(step), n_way=self._n_way)
+                method = method_of(self.network, inner, settings.engine)
+                objective = replace(settings.objective(step), every_step=every_step)
+                outcome = self._engine(self.network, self.parameters, batch, method, objective)
         # All at once: each exchange has its cost.
         *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
         return Outcome(self.parameters.like(slopes), loss, score)
@@ -140,9 +141,9 @@ class Learner:
 
 def _optimizer(settings: TrainSettings, values: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
     if settings.meta_optimizer == "sgd":
-        return torch.optim.SGD(values, lr=settings.meta_lr)
+        return torch.optim.SGD(values, lr=settings.beta)
     # On CUDA all tensors in a few launches.
-    return torch.optim.Adam(values, lr=settings.meta_lr, fused=device.type == "cuda" or None)
+    return torch.optim.Adam(values, lr=settings.beta, fused=device.type == "cuda" or None)
 
 
 def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from trainer.networks.precision import Precision
 
 # The parts of an algorithm that settings replace; None means the algorithm's own.
-COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer"})
+COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer", "classifier"})
+# An algorithm without an inner loop takes none of these.
+OF_INNER_STEPS = ("inner_steps", "inner_lr", "eval_inner_steps", "support_batches")
 INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
+META_LR = 4e-3
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
@@ -115,7 +118,9 @@ def setting(default: Any, meaning: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of a run. The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps.
+    """The settings of a run.
+
+    The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps and a higher ``meta_lr``.
 
     See ``Algorithm`` and ``InnerLoop`` for ``order``, ``loss``, ``rates``, ``adapts``, ``inner_loss`` and ``bn``.
 
@@ -205,7 +210,9 @@ class TrainSettings:
         positive=True,
         at_most=1e30,
     )
-    meta_lr: float = setting(1e-3, "Initial outer learning rate (beta).", positive=True, at_most=10**6)
+    meta_lr: float | None = setting(
+        None, "Initial outer learning rate (beta).", shown=str(META_LR), positive=True, at_most=10**6
+    )
     meta_optimizer: str = setting("adam", "Optimizer of the outer loop.", choices=("adam", "sgd"))
     meta_schedule: str = setting(
         "cosine",
@@ -251,7 +258,12 @@ class TrainSettings:
             yield "filters is not for the network resnet18, whose widths are fixed."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
             yield "meta_clip_norm and meta_clip_value cannot both be set: use one of them."
-        if self.support_batches > max(self.inner_steps, 1):
+        if self.point.classifier == "prototypes":
+            given = [name for name in OF_INNER_STEPS if getattr(self, name) != getattr(TrainSettings, name)]
+            yield from (f"{name} has no effect with {self.algorithm}, which has no inner loop." for name in given)
+            if self.engine == "higher":
+                yield f"engine cannot be higher with {self.algorithm}: it has no inner loop. Use the engine loop."
+        elif self.support_batches > max(self.inner_steps, 1):
             yield (
                 f"support_batches must be at most inner_steps ({self.inner_steps}), not {self.support_batches}: "
                 "the rest would never be used."
@@ -298,12 +310,19 @@ class TrainSettings:
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with the algorithm's own for those not given: equal for equal runs."""
-        return {**asdict(self), "inner_lr": self.alpha, **{name: getattr(self.point, name) for name in COORDINATES}}
+        own = {name: getattr(self.point, name) for name in COORDINATES}
+        inner_lr = None if self.point.classifier == "prototypes" else self.alpha
+        return {**asdict(self), "inner_lr": inner_lr, "meta_lr": self.beta, **own}
 
     @property
     def alpha(self) -> float:
         """The inner learning rate: as given, or the default of the batch norm."""
         return self.inner_lr or (INNER_LR_FROZEN if self.point.bn == "frozen" else INNER_LR)
+
+    @property
+    def beta(self) -> float:
+        """The initial outer learning rate: as given, or the default."""
+        return self.meta_lr or META_LR
 
     @property
     def outer_steps(self) -> int:
@@ -316,9 +335,9 @@ class TrainSettings:
         Loshchilov and Hutter 2017, "SGDR", equation 5, with one period of ``steps``.
         """
         if self.meta_schedule == "constant":
-            return self.meta_lr
-        lowest = self.meta_lr / 100
-        return lowest + (self.meta_lr - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
+            return self.beta
+        lowest = self.beta / 100
+        return lowest + (self.beta - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def inner_loop(self, step: int = 0) -> InnerLoop:
         """How the network adapts in an outer step, counted from 0."""
@@ -333,6 +352,8 @@ class TrainSettings:
 
     def _inner_loop(self, steps: int, order: Order) -> InnerLoop:
         point = replace(self.point, order=order)
+        if point.classifier == "prototypes":
+            return InnerLoop(0, 0.0, point.order, point.bn, classifier=point.classifier)
         coordinates = {name: getattr(point, name) for name in COORDINATES if name in _OF_INNER_LOOP}
         checkpoint = self.checkpoint_inner and order == "second"
         return InnerLoop(steps, self.alpha, support_batches=self.support_batches, checkpoint=checkpoint, **coordinates)

@@ -13,6 +13,7 @@ import torch
 from mamldata.errors import RequestError
 from trainer.maml.algorithms import (
     ADAPTS,
+    ALGORITHMS,
     BN_MODES,
     INNER_LOSSES,
     LOSSES,
@@ -52,7 +53,7 @@ def test_the_cosine_schedule_falls_to_a_hundredth() -> None:
     assert rates[50] == pytest.approx((0.2 + 0.002) / 2)
     assert rates[100] == pytest.approx(0.002)
     assert rates == sorted(rates, reverse=True)
-    assert {TrainSettings(meta_schedule="constant").meta_lr_at(step) for step in (0, 7, 3999)} == {1e-3}
+    assert {TrainSettings(meta_schedule="constant").meta_lr_at(step) for step in (0, 7, 3999)} == {4e-3}
 
 
 def test_filters_are_for_networks_that_have_the_choice() -> None:
@@ -91,7 +92,7 @@ def test_beyond_the_largest_value(name: str) -> None:
 
 def test_every_coordinate_reaches_the_inner_loop() -> None:
     """All parts of an algorithm are settings, and those that an inner loop has are passed to it."""
-    assert set(COORDINATES) == {part.name for part in fields(Algorithm)} - {"name", "outer"}
+    assert set(COORDINATES) == {part.name for part in fields(Algorithm)} - {"name", "outer", "classifier"}
     assert set(COORDINATES) <= SETTINGS.keys()
     for name in {part.name for part in fields(InnerLoop)} & set(COORDINATES):
         for choice in SETTINGS[name].choices:
@@ -129,7 +130,7 @@ def test_every_fault_is_reported_at_once() -> None:
         )
     assert str(caught.value).splitlines() == [
         "Invalid training settings:",
-        "  algorithm must be one of maml, fomaml, maml++, anil, meta-sgd, reptile, pretrain, random, not 'mampl'.",
+        f"  algorithm must be one of {', '.join(ALGORITHMS)}, not 'mampl'.",
         "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
         "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
         "  steps must be at least 1, not 0.",

@@ -213,8 +213,8 @@ def _rows(result: Comparison) -> Iterator[list[str]]:
             f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
             "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
             f"{100 * evaluation.deviation:.1f}",
-            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
-            f"{entry.settings.inner_steps}, {evaluation.inner_steps} in evaluation"
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
+            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
             if entry.costs
             else str(evaluation.inner_steps),
             evaluation.bn,

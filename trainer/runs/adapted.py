@@ -88,11 +88,12 @@ def adapted_model(
     except TypeError as error:
         raise RequestError(f"The labels cannot be sorted ({error}). Give texts or numbers.") from error
     inner, ways = settings.inner_loop_at_test(), data["n_way"]
-    if not 2 <= len(classes) <= ways:
+    if len(classes) < 2 or (inner.classifier == "head" and len(classes) > ways):
         raise RequestError(
             f"The support set has {counted(len(classes), 'class', 'classes')}, but this network tells 2 to {ways} "
             f"apart: its head has {ways} outputs. Give other classes, or train with another n_way."
         )
+    inner = replace(inner, n_way=len(classes))
     for label in classes:
         inner.require_shots(given.count(label))
 

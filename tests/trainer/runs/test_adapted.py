@@ -64,6 +64,8 @@ def run(glyphs_run: Path) -> TrainedRun:
         {"algorithm": "maml++", "inner_steps": 3},
         {"algorithm": "meta-sgd"},
         {"algorithm": "anil"},
+        {"algorithm": "protonet"},
+        {"algorithm": "protonet", "bn": "support"},
         {"algorithm": "maml", "support_batches": 2, "inner_steps": 2, "inner_loss": "class-sum"},
     ],
     ids=str,
@@ -93,6 +95,14 @@ def test_it_answers_as_the_evaluation_does(
             torch.testing.assert_close(adapted(query), logits)
         else:
             assert not torch.allclose(adapted(query), logits, atol=1e-3)
+
+
+def test_prototypes_tell_any_number_of_classes_apart(run: TrainedRun, stored: list[Any]) -> None:
+    """More than in training, too, since they have no head."""
+    free = run._replace(settings=trainer.TrainSettings(algorithm="protonet", filters=4))
+    support, query = np.concatenate([stored[0][0], stored[1][0]]), stored[0][2]
+    labels = np.concatenate([stored[0][1], stored[1][1] + 3])
+    assert free.adapt(support, labels)(query).shape == (6, 6)
 
 
 def test_many_images_are_answered_in_parts(run: TrainedRun, stored: list[Any]) -> None:

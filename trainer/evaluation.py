@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.errors import RequestError, StoppedError
+from mamldata.progress import Progress, silent
 from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.words import counted
@@ -244,6 +245,17 @@ def evaluate_network(
     return _summary(Answers.joined(answers), inner, data, split, precision_of(network))
 
 
+def counting(
+    batches: Iterable[EpisodeBatch], split: str, episodes: int, progress: Progress, world: World
+) -> Iterator[EpisodeBatch]:
+    """The same batches, of all processes' ``episodes``; on the first process, progress counts its part of them."""
+    progress = progress if world.first else silent
+    with progress(f"evaluate on {split}", math.ceil(episodes / world.world_size), "episodes") as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch.index))
+
+
 def _summary(answers: Answers, inner: InnerLoop, data: dict[str, Any], split: str, precision: str) -> Evaluation:
     count, images = answers.given.shape
     shares = answers.right[:, -1] / images
@@ -342,6 +354,7 @@ def evaluate(
     episodes: int = 600,
     inner_steps: int | None = None,
     device: str = "auto",
+    progress: Progress = silent,
     world: World = ALONE,
 ) -> Evaluation:
     """Evaluate a checkpoint, the best one of a run folder, or a model.
@@ -356,6 +369,7 @@ def evaluate(
         episodes: their number, at least 2; 600 is customary.
         inner_steps: 0 measures the initialization itself; None takes the number used in validation.
         device: see ``TrainSettings``.
+        progress: counts episodes; with several processes, those of the first one.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
     Raises:
@@ -392,6 +406,7 @@ def evaluate(
         lacking = settings.precision == "tf32" and where.type != "cuda"
         set_precision(network, pick_precision(None if lacking else settings.precision, where))
     with limited_threads(), stop_at_signals(keyboard=world.world_size == 1) as stop:
+        batches = counting(batches, split, episodes, progress, world)
         evaluation = evaluate_network(network, batches, inner, about, split, learned, world, stop)
         around = environment(where, world)
     with world.together():

@@ -1,7 +1,7 @@
 """The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
 ``train`` makes a run folder, ``evaluate`` measures its accuracy, ``save_result`` keeps every answer of an evaluation,
-``load_run`` gives the trained network:
+``load_run`` gives the trained network, ``export_model`` a file of it to give away:
 
     import trainer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.loop import train
     from trainer.mixture import MixedData
     from trainer.protocol import TrainData
+    from trainer.reports.export import export_model
     from trainer.results import (
         Result,
         class_interval,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         save_result,
         worst_episodes,
     )
+    from trainer.runs.adapted import AdaptedModel
     from trainer.runs.callbacks import Callback
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from trainer.system.distributed import joined
 
 __all__ = [
+    "AdaptedModel",
     "Callback",
     "Evaluation",
     "MixedData",
@@ -52,6 +55,7 @@ __all__ = [
     "class_interval",
     "confusion",
     "evaluate",
+    "export_model",
     "joined",
     "live_data",
     "load_run",
@@ -64,6 +68,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaptedModel": "runs.adapted",
     "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
     "MixedData": "mixture",
@@ -76,6 +81,7 @@ _HOME = {
     "class_interval": "results",
     "confusion": "results",
     "evaluate": "evaluation",
+    "export_model": "reports.export",
     "joined": "system.distributed",
     "live_data": "data",
     "load_run": "runs.checkpoint",

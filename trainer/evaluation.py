@@ -361,13 +361,13 @@ def evaluate(
     progress: Progress = silent,
     world: World = ALONE,
 ) -> Evaluation:
-    """Evaluate a checkpoint, or the best one of a run folder.
+    """Evaluate a checkpoint, the best one of a run folder, or a model.
 
     Images are transformed as in training: with ``normalize``, by the mean and deviation of the training data, also
     if the evaluation is on other data.
 
     Args:
-        place: file or folder.
+        place: file or folder, or the name of a model that comes with the package.
         data: the episodes.
         split: of the data.
         episodes: their number, at least 2; 600 is customary.
@@ -449,6 +449,8 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
     prototypes = saved_settings(checkpoint.settings, path).point.classifier == "prototypes"
     for key in ("image_shape",) if prototypes else ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
+        if key == "image_shape":  # a tuple, or JSON's list
+            here, there = tuple(here), tuple(there or ())
         if here != there:
             error = ImageShapeError if key == "image_shape" else RequestError
             raise error(

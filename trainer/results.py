@@ -22,6 +22,7 @@ from mamldata.io.atomic import make_folder, read_whole, write_atomic
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from trainer.evaluation import Evaluation
 from trainer.intervals import class_half_width, half_width
+from trainer.runs import model
 
 FOLDER = "results"
 _FORMAT = "mamldata-result/1"
@@ -143,6 +144,8 @@ def _finite(value: float) -> float | None:
 def save_result(evaluation: Evaluation) -> Path:
     """Write the result of an evaluation by ``trainer.evaluate`` into the folder ``results`` beside its checkpoint.
 
+    Of a model that comes with the package, into ``results`` in the current folder.
+
     Returns:
         The file; an earlier one of the same checkpoint, target and settings is replaced.
 
@@ -151,7 +154,8 @@ def save_result(evaluation: Evaluation) -> Path:
     """
     assert evaluation.origin is not None, "evaluate_network does not know its checkpoint; evaluate does"
     result = result_of(evaluation)
-    path = evaluation.origin.checkpoint.parent / FOLDER / result.name
+    beside = evaluation.origin.checkpoint.parent
+    path = (Path() if beside == model.SHIPPED else beside) / FOLDER / result.name
     make_folder(path.parent)
     head = {"format": _FORMAT, **asdict(result)}
     del head["episodes"]

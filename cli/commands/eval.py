@@ -11,7 +11,7 @@ import click
 
 from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option, target_argument
 from cli.output import bars, columns, print_json, say, show
-from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
+from cli.targets import as_trained, episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import Benchmark, benchmark_of, benchmarks
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.datasets.load import load_manifest
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s\n"
     "  mamldata eval run glyphs-5w1s eurosat dtd --fit-images",
 )
-@click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT|MODEL", type=LocalPath(path_type=Path))
 @target_argument("targets", metavar="[NAME|FOLDER|ARCHIVE|BENCHMARK]...", nargs=-1)
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
@@ -53,10 +53,13 @@ def command(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Evaluate a checkpoint, or the best one in a run folder: accuracy with its 95 % interval over episodes.
+    """Evaluate a checkpoint, the best one in a run folder, or a model: accuracy with its 95 % interval over episodes.
 
-    Every answer is kept in a file in the folder results beside the checkpoint. Several targets give one table, which is
-    kept in results/targets; if some of them fail, the others are still evaluated.
+    Live episodes have the ways, shots and queries of the run's training, unless options say otherwise.
+
+    Every answer is kept in a file in the folder results beside the checkpoint; of a model that comes with the package,
+    in the current folder's. Several targets give one table, which is kept in results/targets; if some of them fail, the
+    others are still evaluated.
 
     With --benchmark, the episodes are all of that benchmark's, from its archive under the root, which is built if it is
     missing.
@@ -101,16 +104,19 @@ def _evaluated(
 ) -> tuple[Evaluation, str, Benchmark | None]:
     """The evaluation on one target, the digest of its data, and their benchmark if that is known."""
     from trainer.evaluation import evaluate
+    from trainer.runs.checkpoint import find_checkpoint
     from trainer.system.signals import stop_at_signals
 
     if target is not None and benchmark is None and target in benchmarks() and not Path(target).exists():
         target, benchmark = None, target
+    trained = world.from_first(lambda: find_checkpoint(checkpoint)[1].data)
     with world.together():
         if benchmark is not None:
             refuse_with_benchmark(benchmark, target, {**given(split=split, episodes=count), **episodes})
             target, split = _built(benchmark, checkpoint, root, fit=fit_images)
         elif target is None:
             raise click.UsageError("Missing the episodes: give NAME, FOLDER or ARCHIVE, or --benchmark.")
+        episodes = as_trained(target, episodes, trained, say if world.first else lambda _: None)
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)

@@ -39,9 +39,9 @@ def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option(
     "--from",
     "start",
-    type=LocalPath(exists=True, path_type=Path),
-    metavar="RUN|CHECKPOINT",
-    help="Start from the weights of another run, in place of random ones.",
+    type=LocalPath(path_type=Path),
+    metavar="RUN|CHECKPOINT|MODEL",
+    help="Start from the weights of another run or of a model, in place of random ones.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or start it if there is none.")
 @episode_options(seed=False)

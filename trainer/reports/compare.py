@@ -172,8 +172,8 @@ def table(result: Comparison) -> str:
         f"{settings.steps} outer steps of {settings.meta_batch_size} episodes; {of.episodes} {of.split} episodes, "
         "the same for all, with 95 % intervals; single models."
     )
-    head, *rows = _rows(result)
-    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, rows), "", verdict(result)])
+    head, *lines = rows(result.to_json())
+    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, lines), "", verdict(result)])
 
 
 def verdict(result: Comparison) -> str:
@@ -190,12 +190,13 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _rows(result: Comparison) -> Iterator[list[str]]:
-    reference = next(entry for entry in result.entries if entry.name == result.reference)
+def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The heading of the table and a line for each algorithm, cell by cell, from ``Comparison.to_json``."""
+    reference = next(entry for entry in compared["entries"] if entry["name"] == compared["reference"])
     yield [
         "algorithm",
         "accuracy",
-        f"ahead of {result.reference}",
+        f"ahead of {reference['name']}",
         "σ over episodes",
         "before → after",
         "inner steps",
@@ -205,27 +206,26 @@ def _rows(result: Comparison) -> Iterator[list[str]]:
         "peak MiB",
         "ratio",
     ]
-    for entry in result.entries:
-        evaluation = entry.evaluation
-        by_step = evaluation.accuracy_by_step
+    for entry in compared["entries"]:
+        evaluation, costs = entry["evaluation"], entry["costs"]
+        by_step = evaluation["accuracy_by_step"]
         cells = [
-            entry.name,
-            f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
-            "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
-            f"{100 * evaluation.deviation:.1f}",
+            entry["name"],
+            f"{100 * evaluation['accuracy']:.2f} ± {100 * evaluation['interval']:.2f} %",
+            "" if entry is reference else f"{100 * entry['ahead']:+.2f} ± {100 * entry['ahead_interval']:.2f}",
+            f"{100 * evaluation['deviation']:.1f}",
             f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
-            f"{entry.settings.inner_steps}, {evaluation.inner_steps} in evaluation"
-            if entry.costs
-            else str(evaluation.inner_steps),
-            evaluation.bn,
+            f"{entry['settings']['inner_steps']}, {evaluation['inner_steps']} in evaluation"
+            if costs
+            else str(evaluation["inner_steps"]),
+            evaluation["bn"],
         ]
-        yield cells + list(_cost_cells(entry.costs, reference.costs))
+        yield cells + list(_cost_cells(costs or {}, reference["costs"] or {}))
 
 
-def _cost_cells(costs: Costs | None, reference: Costs | None) -> Iterator[str]:
+def _cost_cells(costs: Mapping[str, float], reference: Mapping[str, float]) -> Iterator[str]:
     for key, digits in (("milliseconds", 0), ("peak_mib", 1)):
-        value = getattr(costs, key, None)
-        base = getattr(reference, key, None)
+        value, base = costs.get(key), reference.get(key)
         yield "" if value is None else f"{value:.{digits}f}"
         yield f"{value / base:.2f}" if value is not None and base else ""
 

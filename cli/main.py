@@ -35,6 +35,7 @@ VERBS = {
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
+    "report": "Write a page on an archive, a run or a comparison.",
     "manifest": "Write a manifest for your own files.",
     "doctor": "Print what a bug report needs to say about this machine.",
 }

@@ -130,13 +130,3 @@ def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int]
         dynamic_ncols=True,
     ) as bar:
         yield bar.update
-
-
-def size_text(size: int) -> str:
-    """A size in bytes as people read it."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError

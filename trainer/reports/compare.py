@@ -166,14 +166,21 @@ def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
 
 def table(result: Comparison) -> str:
     """The result in Markdown: a description, then a line for each algorithm."""
-    settings, of = result.entries[0].settings, result.entries[0].evaluation
-    heading = (
-        f"{of.dataset}, split scheme {of.split_scheme}, {of.n_way}-way {of.k_shot}-shot {of.k_query}-query; "
-        f"{settings.steps} outer steps of {settings.meta_batch_size} episodes; {of.episodes} {of.split} episodes, "
-        "the same for all, with 95 % intervals; single models."
+    compared = result.to_json()
+    head, *lines = rows(compared)
+    return "\n".join(
+        [heading(compared), "", _row(head), _row(["---"] * len(head)), *map(_row, lines), "", verdict(result)]
     )
-    head, *lines = rows(result.to_json())
-    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, lines), "", verdict(result)])
+
+
+def heading(compared: Mapping[str, Any]) -> str:
+    """The description above the table, from ``Comparison.to_json``."""
+    settings, of = compared["entries"][0]["settings"], compared["entries"][0]["evaluation"]
+    return (
+        f"{of['dataset']}, split scheme {of['split_scheme']}, {of['n_way']}-way {of['k_shot']}-shot "
+        f"{of['k_query']}-query; {settings['steps']} outer steps of {settings['meta_batch_size']} episodes; "
+        f"{of['episodes']} {of['split']} episodes, the same for all, with 95 % intervals; single models."
+    )
 
 
 def verdict(result: Comparison) -> str:

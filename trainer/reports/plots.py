@@ -96,11 +96,12 @@ def plot_comparison(result: Comparison, out: Path) -> list[Path]:
     entries = result.to_json()["entries"]
     rows = {entry.name: metrics.read(entry.run.run_dir) for entry in result.entries}
     paths = []
-    for name, draw in {
+    single: dict[str, Callable[[Axes], None]] = {
         "learning.png": lambda axes: draw_learning(axes, entries, rows),
         "accuracy.png": lambda axes: draw_accuracy(axes, entries),
         "inner-steps.png": lambda axes: draw_inner_steps(axes, entries),
-    }.items():
+    }
+    for name, draw in single.items():
         figure, (axes,) = _figure(1, 1)
         draw(axes)
         paths.append(_save(figure, out / name))
@@ -203,7 +204,7 @@ def svg(draw: Callable[[Axes], object], name: str) -> str:
     require_matplotlib()
     import matplotlib
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11}
     content = io.StringIO()
     with matplotlib.rc_context(style):
         figure, (axes,) = _figure(1, 1, size=(5.2, 3.4))
@@ -282,9 +283,10 @@ def _label(axes: Axes, x: str, y: str, *, legend: bool = False) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     if legend and axes.figure:
-        small = axes.figure.get_figwidth() < 6
-        place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3} if small else {"loc": "outside right upper"}
-        axes.figure.legend(frameon=False, **place)
+        figure: Any = axes.figure
+        below = figure.get_figwidth() < 6
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3} if below else {"loc": "outside right upper"}
+        figure.legend(frameon=False, **place)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -55,17 +55,25 @@ def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; empty if it has not begun."""
+    """The lines of a run's metrics; empty if it has not begun. Incomplete and damaged ones are left out."""
     path = run_dir / NAME
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
 
 
 def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
+    row = _row(line)
+    return row is not None and int(row["step"]) <= last.get(str(row.get("event")), step)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line says; None if it is incomplete or damaged."""
     try:
-        row = parse_json(line.encode())
-        return int(row["step"]) <= last.get(row.get("event"), step)
+        row: dict[str, Any] = parse_json(line.encode())
+        int(row["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
-        return False
+        return None
+    return row
 
 
 class Window:

@@ -211,7 +211,7 @@ def svg(draw: Callable[[Axes], object], name: str) -> str:
         draw(axes)
         figure.savefig(content, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
     text = content.getvalue()
-    text = re.sub(r' id="[a-z]+[0-9.]*_[0-9]+"', "", text[text.index("<svg") :])  # equal in all drawings of a page
+    text = re.sub(r' id="[a-z0-9.]+_[0-9]+"', "", text[text.index("<svg") :])  # equal in all drawings of a page
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2).replace("#000000", "currentColor")
     for place, colour in enumerate(_COLOURS[:-1]):
         text = text.replace(colour.lower(), f"var(--colour{place})")

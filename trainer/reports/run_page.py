@@ -20,6 +20,7 @@ from mamldata.sampling.sampler import LEAST
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
 from mamldata.sources.source import SplitSource
+from mamldata.words import quoted
 from trainer.reports.page import MOST_PICTURES, Problems, drawing
 from trainer.reports.pictures import episode_rows
 from trainer.reports.plots import draw_accuracies, draw_by_step, draw_losses
@@ -228,12 +229,15 @@ def _source(result: Result, data: Path | str | None, root: str | None, cache_dir
     source: SplitSource
     if stored and data is None and is_remote(place):
         raise RequestError(f"The episodes are at {place}, and nothing is fetched unasked. Name it to show them.")
-    if stored:
-        whole = open_archive(place, split, cache_dir=cache_dir)
-        source = whole.narrowed(**{key: value for key, value in shape.items() if value != getattr(whole.info, key)})
-    else:
-        disjoint, workers = target.get("disjoint", False), default_workers()
-        source = live(str(place), split, root=root, workers=workers, disjoint=disjoint, **shape, **own)
+    try:
+        if stored:
+            whole = open_archive(place, split, cache_dir=cache_dir)
+            source = whole.narrowed(**{key: value for key, value in shape.items() if value != getattr(whole.info, key)})
+        else:
+            disjoint, workers = bool(target.get("disjoint")), default_workers()
+            source = live(str(place), split, root=root, workers=workers, disjoint=disjoint, **shape, **own)
+    except (OSError, ValueError, TypeError) as error:  # of a place that is no name of a file
+        raise RequestError(f"The episodes of the result cannot be opened at {quoted(place)}: {error}.") from error
     if different := [key for key in ("archive_sha256", "bank_sha256") if getattr(source.info, key) != target.get(key)]:
         raise RequestError(f"{place} has other episodes than those of the result: {different[0]} differs.")
     return source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from mamldata.sources.source import archive_sampler
 from mamldata.sources.stored import StoredSource
 from mamldata.words import mamldata_command, shortened
 from trainer.reports.page import MOST_PICTURES, Problems, drawing
-from trainer.reports.pictures import Images, data_uri, episode_rows, support_images, thumbnails
+from trainer.reports.pictures import data_uri, episode_rows, support_images
 from trainer.reports.plots import draw_occurrences
 
 Counts = npt.NDArray[np.int64]
 
 _MOST_PLACES = 1 << 22  # of images in the episodes of a split that are counted
-_MOST_CLASSES = 4000  # shown of a split
+_MOST_CLASSES, _MOST_BYTES = 4000, 1 << 28  # shown of a split, and their images before they are shrunk
 _MOST_NAME = 48  # characters of a class in the gallery
 _EPISODES = 12  # shown of a split
 _COLUMNS = 40  # images in a row of a sheet
@@ -101,11 +101,12 @@ def _split_page(
     if sampler is None or not drawn:
         return page
     draws = sampler.draw(np.arange(drawn))
-    page |= _statistics(split, draws, archive.k_shot, name)
+    shown = max(1, min(_base(split), _MOST_CLASSES, _MOST_BYTES // math.prod(archive.image_shape)))
+    page |= _statistics(split, draws, archive.k_shot, name, shown)
     source = problems.without(open_archive, place, name, cache_dir=cache_dir)
     if source is None:
         return page
-    page["sheet"] = problems.without(_sheet, source, split, draws, most // 2) or ""
+    page["sheet"] = problems.without(_sheet, source, split, draws, shown, most // 2) or ""
     for index in range(min(split.episodes, _EPISODES)):
         rows = problems.without(episode_rows, source, index, most // (2 * _EPISODES))
         if rows is None:
@@ -119,7 +120,7 @@ def _base(split: ArchiveSplit) -> int:
     return int((split.classes.quarter_turns == 0).sum())
 
 
-def _statistics(split: ArchiveSplit, draws: Draws, k_shot: int, name: str) -> dict[str, Any]:
+def _statistics(split: ArchiveSplit, draws: Draws, k_shot: int, name: str, shown: int) -> dict[str, Any]:
     """How many images and episodes the classes have, and how often images occur, in the drawn episodes."""
     table = split.classes
     _, counts = np.unique(_rows(split, draws, k_shot), return_counts=True)
@@ -128,7 +129,7 @@ def _statistics(split: ArchiveSplit, draws: Draws, k_shot: int, name: str) -> di
     never = max(0, int(images.sum()) - len(counts))
     histogram = [never, *np.bincount(counts)[1:].tolist()]
     names = [name for name, turns in zip(table.names, table.quarter_turns.tolist(), strict=True) if not turns]
-    listed = zip(names[:_MOST_CLASSES], images.tolist(), per_class.tolist(), strict=False)
+    listed = zip(names[:shown], images.tolist(), per_class.tolist(), strict=False)
     return {
         "counted": len(draws.classes),
         "images": int(images.sum()),
@@ -159,30 +160,23 @@ def _spread(values: Counts) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}, median {middle:,.0f}"
 
 
-def _sheet(source: StoredSource | ThinSource, split: ArchiveSplit, draws: Draws, most: int) -> Markup:
-    """An image of each class side by side, as it is before it is turned.
+def _sheet(source: StoredSource | ThinSource, split: ArchiveSplit, draws: Draws, count: int, most: int) -> Markup:
+    """An image of each of the first ``count`` classes side by side, as it is before it is turned.
 
     A full archive holds images of its episodes only: a class is black if it is in no drawn episode.
     """
     table, shape = split.classes, source.info.image_shape
-    count, turned = min(_base(split), _MOST_CLASSES), len(table) // _base(split)
+    turned = len(table) // _base(split)
+    sheet = np.zeros((count, *shape), dtype=np.uint8)
     if isinstance(source, ThinSource):
-        return data_uri(
-            thumbnails(_class_images(source, range(0, count * turned, turned)), count, shape), _COLUMNS, most
-        )
+        for number, image in enumerate(sheet):
+            source.read_class(number * turned, image)
+        return data_uri(sheet, _COLUMNS, most)
     flat = draws.classes.reshape(-1)
     turns = table.quarter_turns[flat] if shape[0] == shape[1] else np.zeros_like(flat)
     order = np.argsort(turns, kind="stable")  # places where a class is not turned come first
     classes, first = np.unique(flat[order] // turned, return_index=True)
     shown, ways = classes[classes < count], order[first][classes < count]
-    turned_back = map(np.rot90, support_images(source, ways), (-turns[ways]).tolist())
-    sheet = np.zeros((count, *(found := thumbnails(turned_back, len(ways), shape)).shape[1:]), dtype=np.uint8)
-    sheet[shown] = found
+    for number, way, image in zip(shown.tolist(), ways.tolist(), support_images(source, ways), strict=True):
+        sheet[number] = np.rot90(image, -int(turns[way]))
     return data_uri(sheet, _COLUMNS, most)
-
-
-def _class_images(source: ThinSource, classes: Iterable[int]) -> Iterator[Images]:
-    image = np.empty(source.info.image_shape, dtype=np.uint8)
-    for number in classes:
-        source.read_class(number, image)
-        yield image

@@ -102,24 +102,6 @@ def episode_rows(
     return rows
 
 
-def thumbnails(images: Iterable[Images], count: int, shape: Sequence[int]) -> Images:
-    """Images of at most 84 pixels a side, of which a page shows many.
-
-    Args:
-        images: uint8 ``[H, W, C]`` each.
-        count: how many.
-        shape: ``(H, W, C)``.
-
-    Returns:
-        uint8 ``[count, height, width, C]``.
-    """
-    step = math.ceil(max(shape[:2]) / _SIDE)
-    found = np.zeros((count, -(-shape[0] // step), -(-shape[1] // step), shape[2]), dtype=np.uint8)
-    for place, image in enumerate(images):
-        found[place] = image[::step, ::step]
-    return found
-
-
 def support_images(source: SplitSource, ways: npt.NDArray[np.int64]) -> Iterator[Images]:
     """The first support image of each of some ways, uint8 ``[H, W, C]``.
 

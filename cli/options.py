@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mamldata.datasets.manifest import FITS
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.sampling.sampler import ROTATIONS
 
@@ -42,6 +43,17 @@ _EPISODE_OPTIONS = {
     ),
     "image_size": click.option(
         "--image-size", type=click.IntRange(1, 4096), help="Side of the images in pixels.  [default: the dataset's own]"
+    ),
+    "min_images": click.option(
+        "--min-images",
+        type=click.IntRange(0),
+        help="Of a folder of images: leave out classes with fewer.  [default: 0]",
+    ),
+    "skip_damaged": click.option(
+        "--skip-damaged", is_flag=True, default=None, help="Of a folder of images: leave out those that cannot be read."
+    ),
+    "fit": click.option(
+        "--fit", type=click.Choice(tuple(FITS)), help="How a folder's images become square.  [default: stretch]"
     ),
     "query_alpha": click.option(
         "--query-alpha", type=click.IntRange(1), help="Unequal queries: Dirichlet's parameter.  [default: all equal]"
@@ -89,7 +101,9 @@ def given(**options: Any) -> dict[str, Any]:
 
 def as_words(options: Mapping[str, Any]) -> list[object]:
     """Options and values, given by parameter name, as words of a command line."""
-    return [word for name, value in options.items() for word in (option_name(name), value)]
+    return [
+        word for name, value in options.items() for word in (option_name(name), *(() if value is True else (value,)))
+    ]
 
 
 def option_name(name: str) -> str:

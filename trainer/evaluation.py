@@ -109,7 +109,7 @@ class Evaluation:
         dataset, split_scheme, split, n_way, k_shot, k_query: describe the episodes.
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
-        trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
+        trained_on: the training data, if its dataset, split scheme, ways or shots differ; otherwise None.
         answers: to each query image; not in ``to_json``.
         origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
@@ -142,8 +142,11 @@ class Evaluation:
 
     @property
     def doubt(self) -> str | None:
-        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning."""
-        if self.answers is None:
+        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning.
+
+        None without inner steps, which alone can diverge.
+        """
+        if self.answers is None or not self.inner_steps:
             return None
         logits, losses = self.answers.largest, self.answers.losses[:, -1]
         wild = ~((logits <= LARGEST_LOGIT) & (losses <= LARGEST_LOSS * math.log(self.n_way)))
@@ -206,6 +209,7 @@ def evaluate_network(
             one.
         StoppedError: a process was asked to stop.
     """
+    inner = replace(inner, n_way=data["n_way"])
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
     device = next(network.parameters()).device
     stop = stop or Stop()
@@ -371,6 +375,8 @@ def evaluate(
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
+        if inner_steps and inner.classifier == "prototypes":
+            raise RequestError(f"inner_steps must be 0, not {inner_steps}: {settings.algorithm} has no inner loop.")
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
         inner.require_shots(about["k_shot"])
@@ -397,7 +403,7 @@ def evaluate(
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Check that a checkpoint's network takes episodes.
+    """Check that a checkpoint's network takes episodes; one that classifies by prototypes takes any number of ways.
 
     Args:
         path: of the checkpoint, for the message.
@@ -407,7 +413,8 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
     Raises:
         RequestError: it was trained with another number of ways or shape of images.
     """
-    for key in ("n_way", "image_shape"):
+    prototypes = saved_settings(checkpoint.settings, path).point.classifier == "prototypes"
+    for key in ("image_shape",) if prototypes else ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
         if here != there:
             raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
@@ -415,7 +422,7 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
 
 def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """A network's training data, if it is evaluated on something else, such as another split scheme."""
-    if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
+    if all(there[key] == here[key] for key in ("dataset", "split_scheme", "n_way", "k_shot")):
         return None
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
 from trainer.recorder import Recorder, progress
+from trainer.runs.callbacks import Callback, Callbacks
 from trainer.runs.checkpoint import Checkpoint, Start, read_start
 from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
-from trainer.runs.tensorboard import require_tensorboard
+from trainer.runs.tensorboard import Board, require_tensorboard
 from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import Wait
@@ -38,6 +39,7 @@ def train(
     resume: bool = False,
     start: Path | str | None = None,
     notify: Notify = silence,
+    callbacks: Sequence[Callback] = (),
     world: World = ALONE,
 ) -> RunResult:
     """Meta-train a network and write the run into ``run_dir``.
@@ -54,6 +56,7 @@ def train(
         start: a run folder or a checkpoint, whose weights to start from in place of random ones: those of the network
             with its head, and learned rates and norms. The optimizer starts new.
         notify: receives progress lines and, on a CPU, the number of threads.
+        callbacks: receive the metrics, too, unless the run is done already; see ``Callback``.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             the others need no access to ``run_dir``.
 
@@ -102,8 +105,9 @@ def train(
             if last:
                 learner.load(last.weights, last.optimizer, run_dir / last.name)
                 stream.load_state_dict(last.stream)
-            recorder = Recorder(run_dir, learner, about, writes=world.first, notify=notify, last=last)
-            held.enter_context(recorder)
+            told = Callbacks([*callbacks, *([Board()] if settings.tensorboard else [])] if world.first else [])
+            recorder = Recorder(run_dir, learner, about, writes=world.first, callbacks=told, notify=notify, last=last)
+            held.enter_context(told)
         world.spread_(learner.learned)
         if learner.device.type == "cpu":
             notify(f"Computing with {threads}.")
@@ -111,7 +115,9 @@ def train(
         last = run.steps(last, stop)
         for line in rate_lines(learner.parameters, settings.point.rates):
             notify(line)
-        return run_result(run_dir, last, world)
+        result = run_result(run_dir, last, world)
+        told.tell("end", result)
+        return result
 
 
 def _fit_to_train(

@@ -184,7 +184,7 @@ def read_result(path: Path | str) -> Result:
             **content,
         )
         _require_consistent(result)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise DamagedError(f"{path} is damaged ({error!r}). Evaluate the checkpoint again.") from error
     return result
 

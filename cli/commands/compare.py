@@ -19,7 +19,7 @@ from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
 from mamldata.words import install_command
 from trainer.maml.algorithms import ALGORITHMS
-from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
+from trainer.settings import OF_INNER_STEPS, OLD_NAMES, SETTINGS, TrainSettings
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
 # These change what an algorithm is, or fit only some: they are set for one algorithm at a time, by --set.
@@ -88,8 +88,10 @@ def command(
     data, values, episodes = begin(target, root, episodes, chosen)
     plans = {}
     for name in names:
+        inner = ALGORITHMS[name].classifier == "head"
+        shared = {key: value for key, value in values.items() if inner or key not in OF_INNER_STEPS}
         try:
-            plans[name] = TrainSettings(**{**values, "algorithm": name, **changes[name]})
+            plans[name] = TrainSettings(**{**shared, "algorithm": name, **changes[name]})
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()

@@ -97,8 +97,9 @@ def command(
                 else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
             )
             show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
-        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
         say(about_classes)
+    if result.inner_steps and not as_json:
+        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
         say(f"Accuracy before adaptation and after each inner step: {steps} %")
         losses = result.answers.losses.mean(0).tolist() if result.answers else ()
         say(f"Loss before adaptation and after each inner step: {' → '.join(f'{loss:.3f}' for loss in losses)} nats")

@@ -6,10 +6,12 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from mamldata.archive.plan import BuildRequest, plan_archive
 from mamldata.bank.format import map_images
 from mamldata.bank.make import make_bank
+from mamldata.datasets.image_folder import FolderOptions
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.sampling.disjoint import DisjointSampler
@@ -39,6 +41,7 @@ def live(
     disjoint: bool = False,
     root: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    **folder: Unpack[FolderOptions],
 ) -> LiveSource:
     """Episodes without an archive, drawn from a dataset's bank on demand.
 
@@ -57,6 +60,7 @@ def live(
             ``mamldata.sampling.disjoint.DisjointSampler``. They are others than those of an archive.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         workers: processes that decode images if the bank must be made.
+        folder: how a folder of images is read; see ``FolderOptions``.
 
     Raises:
         RequestError: the name is unknown, or the episodes cannot be made.
@@ -68,7 +72,7 @@ def live(
     )
     if episodes is not None:
         require_some(episodes)
-    manifest = load_manifest(dataset)
+    manifest = load_manifest(dataset, **folder)
     manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)
     plan = plan_archive(manifest, bank, request)

@@ -217,6 +217,7 @@ def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
         evaluation, costs = entry["evaluation"], entry["costs"]
         by_step = evaluation["accuracy_by_step"]
         cells = [
+<<<<<<< HEAD
             entry["name"],
             f"{100 * evaluation['accuracy']:.2f} ± {100 * evaluation['interval']:.2f} %",
             "" if entry is reference else f"{100 * entry['ahead']:+.2f} ± {100 * entry['ahead_interval']:.2f}",
@@ -226,6 +227,17 @@ def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
             if costs
             else str(evaluation["inner_steps"]),
             evaluation["bn"],
+=======
+            entry.name,
+            f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
+            "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
+            f"{100 * evaluation.deviation:.1f}",
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
+            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
+            if entry.costs
+            else str(evaluation.inner_steps),
+            evaluation.bn,
+>>>>>>> main
         ]
         yield cells + list(_cost_cells(costs or {}, reference["costs"] or {}))
 

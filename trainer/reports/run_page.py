@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from trainer.runs import metrics
 from trainer.runs.folder import CONFIG
 from trainer.runs.recipe import Recipe, load_recipe, recipe_names
 from trainer.settings import TrainSettings, saved_settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MOST_RESULTS = 50  # files that are read
 _MOST_POINTS = 1000  # of a curve
@@ -88,7 +91,7 @@ def run_page(
         "results": [(result, _others(result)) for result in results],
         "more_results": max(0, len(files) - _MOST_RESULTS),
         "main": main,
-        "environment": _flat(main.environment if main else {"versions": config.get("versions", {})}),
+        "environment": _flat(main.environment if main else config.get("versions")),
     }
     return page | (_answers(main, problems, data, root, cache_dir) if main else {})
 
@@ -109,7 +112,7 @@ def _config(path: Path) -> tuple[TrainSettings, dict[str, Any], dict[str, Any]]:
 
 def _thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows of both events that have all numbers, evenly thinned to what a curve can show."""
-    needed = {"train": ("loss", "accuracy", "ms_per_step"), "val": ("loss", "accuracy", "interval")}
+    needed = {"train": ("step", "loss", "accuracy", "ms_per_step"), "val": ("step", "loss", "accuracy", "interval")}
     kept: list[Mapping[str, Any]] = []
     for event, keys in needed.items():
         own = [row for row in rows if row.get("event") == event and all(_is_number(row.get(key)) for key in keys)]
@@ -172,21 +175,28 @@ def _others(result: Result) -> float | None:
         return None
 
 
-def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The entries of nested dicts, one after the other."""
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        found += _flat(value) if isinstance(value, dict) else [(key, value)]
-    return found
+def _flat(values: object) -> list[tuple[str, Any]]:
+    """The entries of a dict, with those of the dicts in it."""
+    return [
+        pair
+        for key, value in (values.items() if isinstance(values, dict) else ())
+        for pair in (value.items() if isinstance(value, dict) else [(key, value)])
+    ]
 
 
 def _answers(
     result: Result, problems: Problems, data: Path | str | None, root: str | None, cache_dir: Path | None
 ) -> dict[str, Any]:
     """What a result says of each inner step, of episodes and of classes."""
-    images = len(result.episodes) * result.images
-    accuracies = [100 * right / images for right in result.right_by_step]
-    losses = [math.nan if loss is None else loss for loss in result.loss_by_step]
+
+    def accuracies(axes: Axes) -> None:
+        images = len(result.episodes) * result.images
+        draw_by_step(axes, [100 * right / images for right in result.right_by_step], "accuracy, %")
+
+    def losses(axes: Axes) -> None:
+        values = [math.nan if loss is None else loss for loss in result.loss_by_step]
+        draw_by_step(axes, values, "query loss, nats")
+
     ordered = worst_episodes(result, len(result.episodes))
     wanted = [*ordered[:_HARDEST], *ordered[_HARDEST:][-_EASIEST:][::-1]]
     source = problems.without(_source, result, data, root, cache_dir)
@@ -203,8 +213,8 @@ def _answers(
         title = f"episode {episode.index:,}: {episode.right} of {result.images} right"
         shown.append({"title": title, "rows": rows, "more": source.info.n_way - len(rows)})
     return {
-        "step_accuracy": drawing("step-accuracy", lambda axes: draw_by_step(axes, accuracies, "accuracy, %")),
-        "step_loss": drawing("step-loss", lambda axes: draw_by_step(axes, losses, "query loss, nats")),
+        "step_accuracy": drawing("step-accuracy", accuracies),
+        "step_loss": drawing("step-loss", losses),
         "hardest": shown[:_HARDEST],
         "easiest": shown[_HARDEST:],
         "confusion": _confusion(result),

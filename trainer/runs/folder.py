@@ -152,6 +152,8 @@ def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
     if not config.exists():
         return settings
     there, _ = _saved(config)
+    if there.algorithm != settings.algorithm:  # another run, as open_run will say
+        return settings
     return replace(settings, inner_lr=settings.inner_lr or there.inner_lr, meta_lr=settings.meta_lr or there.meta_lr)
 
 

@@ -61,9 +61,21 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in map(_row, lines) if row is not None]
 
 
+def marks(run_dir: Path) -> set[tuple[str, int]]:
+    """Event and step of each line of a run's metrics that is whole; empty if it has not begun."""
+    return {_mark(row) for row in read(run_dir)}
+
+
 def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
     row = _row(line)
-    return row is not None and int(row["step"]) <= last.get(str(row.get("event")), step)
+    if row is None:
+        return False
+    event, its_step = _mark(row)
+    return its_step <= last.get(event, step)
+
+
+def _mark(row: Mapping[str, Any]) -> tuple[str, int]:
+    return str(row.get("event")), int(row["step"])
 
 
 def _row(line: str) -> dict[str, Any] | None:

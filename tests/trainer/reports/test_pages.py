@@ -296,17 +296,40 @@ def test_an_unfinished_run(places: Path, tmp_path: Path) -> None:
         run_page(folder, NOW)
 
 
-def test_a_damaged_result_is_named(places: Path, tmp_path: Path) -> None:
-    """A result with an index that is no number is left out, and named."""
+@pytest.mark.parametrize("damage", [{"index": "0"}, {"loss": "x"}, None])
+def test_a_damaged_result_is_named(places: Path, tmp_path: Path, damage: dict[str, Any] | None) -> None:
+    """A result with an index or a loss that is no number, or without episodes, is left out and named."""
     folder = tmp_path / "run"
     shutil.copytree(places / "run", folder)
     (file,) = (folder / "results").iterdir()
     content = json.loads(file.read_text())
-    content["episodes"][0]["index"] = "0"
+    content["episodes"] = [] if damage is None else [content["episodes"][0] | damage, *content["episodes"][1:]]
     file.write_text(json.dumps(content))
     page = run_page(folder, NOW)
     assert page["results"] == []
     assert [str(file) in problem for problem in page["problems"]] == [True]
+
+
+def test_numbers_that_are_none(places: Path, tmp_path: Path) -> None:
+    """Numbers of a result or of a log that are texts leave out a picture or a line; the page is written."""
+    folder = tmp_path / "run"
+    shutil.copytree(places / "run", folder)
+    (file,) = (folder / "results").iterdir()
+    content = json.loads(file.read_text())
+    content |= {
+        "right_by_step": ["a"],
+        "environment": {**content["environment"], "versions": "none"},
+        "checkpoint": {"file": {}},
+    }
+    content["evaluation"] |= {"interval": "wide", "bn": [1]}
+    file.write_text(json.dumps(content))
+    with (folder / metrics.NAME).open("a") as stream:
+        stream.write('{"event": "val", "step": "9", "loss": 1, "accuracy": 1, "interval": 0}\n[7]\n')
+    page = run_page(folder, NOW)
+    assert page["step_accuracy"] == ""
+    assert page["best"]["step"] in {2, 4}
+    elements = written("run", page | {"eval_command": ""}, tmp_path / "page.html")
+    assert "The numbers for this picture are missing." in elements.text
 
 
 def compared(folder: Path, names: tuple[str, ...] = ("maml", "fomaml", "random")) -> Path:

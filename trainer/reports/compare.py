@@ -19,7 +19,7 @@ from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
 from trainer.results import paired_difference, result_of, save_result
 from trainer.runs.folder import COMPARISON, RunResult, refuse_others
-from trainer.settings import TrainSettings
+from trainer.settings import TrainSettings, saved_settings
 from trainer.system.signals import BrokenOffError, stop_at_signals
 from trainer.system.threads import limited_threads
 
@@ -215,29 +215,17 @@ def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
     ]
     for entry in compared["entries"]:
         evaluation, costs = entry["evaluation"], entry["costs"]
-        by_step = evaluation["accuracy_by_step"]
+        by_step, settings = evaluation["accuracy_by_step"], saved_settings(entry["settings"], Path(COMPARISON))
         cells = [
-<<<<<<< HEAD
             entry["name"],
             f"{100 * evaluation['accuracy']:.2f} ± {100 * evaluation['interval']:.2f} %",
             "" if entry is reference else f"{100 * entry['ahead']:+.2f} ± {100 * entry['ahead_interval']:.2f}",
             f"{100 * evaluation['deviation']:.1f}",
-            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
-            f"{entry['settings']['inner_steps']}, {evaluation['inner_steps']} in evaluation"
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
+            f"{settings.inner_loop().steps}, {evaluation['inner_steps']} in evaluation"
             if costs
             else str(evaluation["inner_steps"]),
             evaluation["bn"],
-=======
-            entry.name,
-            f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
-            "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
-            f"{100 * evaluation.deviation:.1f}",
-            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
-            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
-            if entry.costs
-            else str(evaluation.inner_steps),
-            evaluation.bn,
->>>>>>> main
         ]
         yield cells + list(_cost_cells(costs or {}, reference["costs"] or {}))
 

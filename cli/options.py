@@ -7,8 +7,11 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from mamldata.archive.benchmarks import benchmarks
 from mamldata.datasets.manifest import FITS
+from mamldata.datasets.toml import builtin_names
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.sampling.sampler import ROTATIONS
 
@@ -23,6 +26,16 @@ class LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def target_argument(name: str = "target", **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An argument that is a dataset or a path; shells complete both."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in builtin_names() if name.startswith(begun)]
+        return [CompletionItem(begun, type="file"), *names]  # in this order: bash drops what stands before it
+
+    return click.argument(name, shell_complete=complete, **more)
+
+
 root_option = click.option(
     "--root",
     type=LocalPath(file_okay=False),
@@ -31,7 +44,12 @@ root_option = click.option(
     help="The folder of all datasets.  [default: the user's cache folder]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-benchmark_option = click.option("--benchmark", metavar="NAME", help="A benchmark; mamldata benchmarks lists them.")
+benchmark_option = click.option(
+    "--benchmark",
+    metavar="NAME",
+    help="A benchmark; mamldata benchmarks lists them.",
+    shell_complete=lambda _context, _parameter, begun: [name for name in benchmarks() if name.startswith(begun)],
+)
 # The settings of episodes; None: the user did not set it.
 _EPISODE_OPTIONS = {
     "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.output import bars
 from mamldata.archive.index import PLAN, image_shard_file, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
@@ -16,6 +17,7 @@ from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
+    from trainer.mixture import MixedData
 from cli.options import option_name
 
 
@@ -94,7 +96,7 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     if folder is None:
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
-        return live_data(target, root, episodes)
+        return live_data(target, root, {**episodes, "progress": bars})
     narrow = {name: number for name, number in episodes.items() if name in LEAST}
     refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
     return archive_data(
@@ -102,6 +104,6 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     )
 
 
-def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
+def evaluated_episodes(data: EpisodeData | MixedData, split: str, asked: int | None) -> int:
     """How many episodes to evaluate on: ``asked``, else all of an archive, else 600, as is usual in the field."""
     return asked or data.available(split) or 600

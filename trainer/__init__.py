@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.data import archive_data, live_data
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
+    from trainer.mixture import MixedData
     from trainer.protocol import TrainData
     from trainer.results import (
         Result,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Callback",
     "Evaluation",
+    "MixedData",
     "Result",
     "RunResult",
     "TrainData",
@@ -64,6 +66,7 @@ __all__ = [
 _HOME = {
     "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
+    "MixedData": "mixture",
     "Result": "results",
     "RunResult": "runs.folder",
     "TrainData": "protocol",

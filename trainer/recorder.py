@@ -17,7 +17,7 @@ from trainer.runs.folder import begin_run
 from trainer.system.gpu import peak_memory
 
 
-def progress(step: int, steps: int) -> str:
+def reached(step: int, steps: int) -> str:
     """How far a step is; a resumed run may be asked for fewer steps than it has."""
     return f"{step} of {steps}" if step <= steps else f"{step} ({steps} are asked for)"
 
@@ -67,7 +67,7 @@ class Recorder:
             begin_run(run_dir, self._settings, data, last, learner.start and learner.start.record)
             callbacks.tell("start", self._settings.resolved(), data, run_dir)
         if last:
-            self._report(f"Resuming after step {progress(step, self._settings.outer_steps)}.")
+            self._report(f"Resuming after step {reached(step, self._settings.outer_steps)}.")
 
     def log(self) -> None:
         """Log the window.

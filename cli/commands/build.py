@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
-from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option
+from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option, target_argument
 from cli.output import bars, next_command, print_json, say, show, use_command
 from cli.targets import refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
@@ -48,7 +48,7 @@ _COUNTS = {
     epilog="\b\nExamples:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600\n"
     "  mamldata build --benchmark glyphs-5w1s",
 )
-@click.argument("name", metavar="[NAME|FILE.toml|FOLDER]", required=False)
+@target_argument("name", metavar="[NAME|FILE.toml|FOLDER]", required=False)
 @click.option("--out", metavar="FOLDER|ADDRESS", help="The new archive: a folder, or s3://… .")
 @benchmark_option
 @episode_options()

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say, show
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.output import bars, next_command, print_json, say, show
 from cli.targets import evaluated_episodes
 from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
@@ -41,7 +41,7 @@ _OF_ONE = (
     epilog="\b\nExamples:\n  mamldata compare glyphs-5w1s --algorithms maml,fomaml,random --steps 40 --out compared\n"
     "  mamldata compare glyphs-5w1s --algorithms maml,reptile --set reptile.inner_lr=0.1 --steps 40 --out other",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument(metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The folder for all runs.")
 @click.option("--algorithms", default=_DEFAULT, show_default=True, help="Algorithms to compare, separated by commas.")
 @click.option(
@@ -85,7 +85,7 @@ def command(
                 param_hint="--algorithms",
             )
     changes = _changes(own, names)
-    data, values, episodes = begin(target, root, episodes, chosen)
+    data, values, episodes = begin([target], root, episodes, chosen)
     plans = {}
     for name in names:
         inner = ALGORITHMS[name].classifier == "head"
@@ -97,7 +97,7 @@ def command(
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=True, at_once=True):
-        result = compare(plans, data, out, split=split, episodes=number, notify=say)
+        result = compare(plans, data, out, split=split, episodes=number, notify=say, progress=bars)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")

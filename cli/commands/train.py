@@ -9,10 +9,20 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say, show
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.output import bars, next_command, print_json, say, show
 from cli.train_options import begin, setting_options
 from mamldata.words import install_command
+
+
+def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    """Numbers between commas; ``MixedData`` checks them."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not numbers with commas between, such as 0.7,0.3.", ctx, param
+        ) from None
 
 
 @click.command(
@@ -20,7 +30,10 @@ from mamldata.words import install_command
     "  mamldata train glyphs-5w1s --algorithm fomaml --out run2\n"
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument("targets", metavar="NAME|FOLDER|ARCHIVE...", nargs=-1, required=True)
+@click.option(
+    "--weights", callback=_weights, metavar="W,W…", help="Of several targets: how often each.  [default: equal]"
+)
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
 @click.option(
@@ -35,7 +48,8 @@ from mamldata.words import install_command
 @root_option
 @json_option
 def command(
-    target: str,
+    targets: tuple[str, ...],
+    weights: list[float] | None,
     out: Path,
     start: Path | None,
     resume: bool,
@@ -50,6 +64,9 @@ def command(
     matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step, or amid a validation, with a
     checkpoint and exit code 75; a second Ctrl-C ends it at once.
 
+    Of several targets each meta-batch comes from one, as often as --weights says; validation takes episodes of all in
+    the same proportions.
+
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
     from mamldata.errors import RunExistsError, StoppedError
@@ -61,12 +78,13 @@ def command(
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
-        data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
+        data, values, episodes = begin(targets, root, episodes, chosen, say if world.first else lambda _: None, weights)
         settings = TrainSettings(**values)
     begun = time.monotonic()
     try:
         with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-            result = train(settings, data, out, resume=resume, start=start, notify=say, world=world)
+            how: dict[str, Any] = {"notify": say, "progress": bars, "world": world}
+            result = train(settings, data, out, resume=resume, start=start, **how)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
     except RunExistsError as error:
@@ -82,4 +100,4 @@ def command(
         return
     show(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
     say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
-    next_command(["eval", result.best, target, *as_words(episodes)])
+    next_command(["eval", result.best, *targets, *as_words(episodes)])

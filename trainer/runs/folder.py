@@ -229,6 +229,15 @@ def _saved(config: Path) -> tuple[TrainSettings, dict[str, Any]]:
         raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
 
 
+def trained_with(run_dir: Path) -> str | None:
+    """The version of mamldata that a run was trained with; None if the folder does not say it."""
+    try:
+        version = parse_json(read_whole(run_dir / CONFIG, MOST_NOTE))["versions"]["mamldata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, str) else None
+
+
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:
     there, its_data = _saved(config)
     pairs = [(there.resolved(), settings.resolved(), CHANGEABLE), (its_data, data, _INCIDENTAL)]

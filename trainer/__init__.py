@@ -9,7 +9,7 @@
     trainer.train(trainer.TrainSettings(steps=1000), data, "runs/first", notify=print)
     print(trainer.evaluate("runs/first", data, split="test", episodes=600))
 
-``data`` is anything with the methods of ``TrainData``.
+``data`` is anything with the methods of ``TrainData``, such as ``OwnData``; docs/guide.md shows more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.data import archive_data, live_data
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
+    from trainer.own_data import OwnData
     from trainer.protocol import TrainData
     from trainer.results import (
         Result,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "OwnData",
     "Result",
     "RunResult",
     "TrainData",
@@ -61,6 +63,7 @@ __all__ = [
 
 _HOME = {
     "Evaluation": "evaluation",
+    "OwnData": "own_data",
     "Result": "results",
     "RunResult": "runs.folder",
     "TrainData": "protocol",

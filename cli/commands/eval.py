@@ -9,6 +9,7 @@ import click
 
 from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
 from cli.output import bars, print_json, say, show
+from cli.own_network import own_network, own_network_option, seed_of_run
 from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.benchmarks import benchmark_of
@@ -31,6 +32,7 @@ from trainer.settings import SETTINGS
 @click.option("--disjoint", is_flag=True, help="Draw live episodes that share no image: as many as the images allow.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
+@own_network_option
 @episode_options()
 @root_option
 @json_option
@@ -43,6 +45,7 @@ def command(
     disjoint: bool,
     inner_steps: int | None,
     device: str,
+    network: str | None,
     episodes: dict[str, Any],
     root: str | None,
     as_json: bool,
@@ -70,9 +73,19 @@ def command(
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
+    seed = world.from_first(lambda: seed_of_run(checkpoint, network))
+    with world.together():
+        own = own_network(network, data.describe(), seed)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
         result = evaluate(
-            checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
+            checkpoint,
+            data,
+            split=split,
+            episodes=number,
+            inner_steps=inner_steps,
+            device=device,
+            network=own,
+            world=world,
         )
     if not world.first:
         return

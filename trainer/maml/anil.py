@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.maml.adapt import Method
-from trainer.maml.parameters import Episode, MetaParameters
+from trainer.maml.parameters import Episode, MetaParameters, Parameters
 from trainer.networks.norms import Norm, batch_statistics, leading_statistics
 from trainer.networks.precision import call, precision_of
 
@@ -41,16 +41,19 @@ def _features(
     network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
 ) -> tuple[Tensor, Tensor]:
     """The features of support and query images, ``[images, features]`` each."""
-    body = _Body(network)
-    own = {f"network.{name}": value for name, value in parameters.weights.items()}
     if method.inner.bn == "support":
         support = len(episode.support_x)
         together = torch.cat([episode.support_x, episode.query_x])
-        both = call(body, own, together, leading_statistics(support))
+        both = features_of(network, parameters.weights, together, leading_statistics(support))
         return both[:support], both[support:]
     # The body has only a first-order gradient.
-    support_x = call(body, own, episode.support_x, batch_statistics)
-    return support_x, call(body, own, episode.query_x, batch_statistics)
+    support_x = features_of(network, parameters.weights, episode.support_x, batch_statistics)
+    return support_x, features_of(network, parameters.weights, episode.query_x, batch_statistics)
+
+
+def features_of(network: nn.Module, weights: Parameters, images: Tensor, norm: Norm) -> Tensor:
+    """The inputs of a network's head, ``[images, features]``."""
+    return call(_Body(network), {f"network.{name}": value for name, value in weights.items()}, images, norm)
 
 
 class _Body(nn.Module):

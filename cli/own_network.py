@@ -5,15 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mamldata.errors import RequestError
 from trainer.settings import is_own
-
-if TYPE_CHECKING:
-    from torch import nn
 
 own_network_option = click.option(
     "--network",
@@ -22,11 +18,8 @@ own_network_option = click.option(
 )
 
 
-def own_network(name: str | None, about: dict[str, Any], seed: int) -> nn.Module | None:
-    """Call the function with ``channels``, ``image_size`` and ``n_way``; None if the name is not of this form.
-
-    The module is one of the current folder or an installed one. torch's generator has the seed during the call, so
-    that equal seeds give equal weights.
+def own_network(name: str | None, about: dict[str, Any], seed: int) -> Any:
+    """The network that the function makes, whose module is in the current folder or installed; None for another name.
 
     Args:
         name: as the user gave it on this command line; never one from a file.
@@ -39,7 +32,7 @@ def own_network(name: str | None, about: dict[str, Any], seed: int) -> nn.Module
     """
     if name is None or not is_own(name):
         return None
-    import torch
+    from trainer.runs.network import called
 
     place, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
@@ -48,16 +41,7 @@ def own_network(name: str | None, about: dict[str, Any], seed: int) -> nn.Module
         make = getattr(importlib.import_module(place), function)
     except (ImportError, AttributeError) as error:
         raise click.BadParameter(f"{name} cannot be imported: {error}.", param_hint="--network") from error
-    height, _, channels = about["image_shape"]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            made = make(channels=channels, image_size=height, n_way=about["n_way"])
-        except Exception as error:
-            raise RequestError(f"{name} fails: {error!r}") from error
-    if not isinstance(made, torch.nn.Module):
-        raise RequestError(f"{name} must return a torch.nn.Module, not {type(made).__name__}.")
-    return made
+    return called(make, about, seed)
 
 
 def seed_of_run(place: Path, name: str | None) -> int:

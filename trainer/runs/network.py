@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from mamldata.errors import RequestError
@@ -19,6 +20,29 @@ def named(settings: TrainSettings, own: nn.Module | None) -> TrainSettings:
     if own is None or is_own(settings.network):
         return settings
     return replace(settings, network=f"{type(own).__module__}:{type(own).__qualname__}")
+
+
+def called(function: Callable[..., Any], about: Mapping[str, Any], seed: int) -> nn.Module:
+    """The user's own network, from their function; equal seeds give equal weights.
+
+    Args:
+        function: takes ``channels``, ``image_size`` and ``n_way``.
+        about: describes the episodes: at least their ``n_way`` and ``image_shape``.
+        seed: of torch's generator during the call.
+
+    Raises:
+        RequestError: the function fails or gives no network.
+    """
+    size, _, channels = about["image_shape"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            made = function(channels=channels, image_size=size, n_way=about["n_way"])
+        except Exception as error:
+            raise RequestError(f"The function for the network fails: {error!r}") from error
+    if not isinstance(made, nn.Module):
+        raise RequestError(f"The function for the network must return a torch.nn.Module, not {type(made).__name__}.")
+    return made
 
 
 def make_network(settings: TrainSettings, about: Mapping[str, Any], own: nn.Module | None) -> nn.Module:

@@ -192,8 +192,19 @@ class Buffered(nn.Module):
         self.norm, self.fc = nn.BatchNorm1d(16), nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        # On channels-last images of several channels, this view needs a copy.
         return self.fc(self.norm(torch.tanh(x.view(len(x), -1) @ self.features.T)))
+
+
+class Viewing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
+def test_it_may_view_images() -> None:
+    """Those of a stream are channels-last in memory, where ``view`` is an error."""
+    images = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    network = OwnNetwork(nn.Sequential(Viewing(), nn.Linear(48, 5)))
+    assert torch.equal(network(images), network(images.contiguous()))
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.func import grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 Weights = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 INNER_LR, INNER_STEPS = 0.1, 3
 
 
@@ -30,7 +31,7 @@ def query_loss(weights: Weights, support_x: Tensor, support_y: Tensor, query_x: 
     return loss(weights, query_x, query_y)
 
 
-def meta_gradient(weights: Weights, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Weights]:
+def meta_gradient(weights: Weights, batch: Batch) -> tuple[Tensor, Weights]:
     """The mean query loss after adaptation, and its gradient by the initial weights.
 
     Args:
@@ -45,7 +46,7 @@ def meta_gradient(weights: Weights, batch: tuple[Tensor, Tensor, Tensor, Tensor]
     return value, gradient
 
 
-def problem(tasks: int = 8, n_way: int = 3, features: int = 6) -> tuple[Weights, tuple[Tensor, ...]]:
+def problem(tasks: int = 8, n_way: int = 3, features: int = 6) -> tuple[Weights, Batch]:
     """Initial weights, and made-up tasks: each class is a point with noise around it."""
     weights = {"first": torch.randn(16, features) / 3, "bias": torch.zeros(16), "head": torch.randn(n_way, 16) / 4}
     labels = torch.arange(n_way).repeat_interleave(5).repeat(tasks, 1)

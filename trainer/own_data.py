@@ -92,8 +92,8 @@ class OwnData:
             if (form := _form_of(episode)) != self._form:
                 raise RequestError(f"The {split} episode {place} has {form}, but the first one has {self._form}.")
         # With the first episode, so that an empty part has its shapes.
-        parts = (torch.stack(part)[:-1] for part in zip(*episodes, self._first, strict=True))
-        return EpisodeBatch(*parts, torch.from_numpy(index))
+        columns = (torch.stack(part)[:-1] for part in zip(*episodes, self._first, strict=True))
+        return EpisodeBatch(*Episode(*columns), torch.from_numpy(index))
 
     def class_count(self) -> NoReturn:
         """Not known.

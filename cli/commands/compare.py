@@ -109,8 +109,8 @@ def command(
     for line in table(result).splitlines():
         show(line)
     say(f"Done in {(time.monotonic() - start) / 60:.1f} min. The numbers are in {out / RESULT}.")
-    own = given(network=chosen["network"] if network else None)
-    next_command(["eval", result.entries[0].run.best, target, *as_words(own | episodes)])
+    named = given(network=chosen["network"] if network else None)
+    next_command(["eval", result.entries[0].run.best, target, *as_words(named | episodes)])
 
 
 def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:

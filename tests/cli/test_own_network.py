@@ -29,7 +29,7 @@ def nothing(**_):
 def failing(**_):
     raise ValueError("no such size")
 """
-SMALL = "--steps 2 --eval-every 2 --eval-episodes 2 --meta-batch-size 2 --device cpu".split()
+SMALL = ["--steps", "2", "--eval-every", "2", "--eval-episodes", "2", "--meta-batch-size", "2", "--device", "cpu"]
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ class _OwnNorm(ToldNorm):
         nn.Module.__init__(self)
         self.norm = batch_statistics
         self.weight, self.bias = layer.weight, layer.bias
-        if layer.weight is None:
+        if not layer.affine:
             del self.weight, self.bias
             self.register_buffer("weight", torch.ones(layer.num_features), persistent=False)
             self.register_buffer("bias", torch.zeros(layer.num_features), persistent=False)

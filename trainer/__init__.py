@@ -33,12 +33,14 @@ if TYPE_CHECKING:
         save_result,
         worst_episodes,
     )
+    from trainer.runs.callbacks import Callback
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
     from trainer.settings import TrainSettings
     from trainer.system.distributed import joined
 
 __all__ = [
+    "Callback",
     "Evaluation",
     "OwnData",
     "Result",
@@ -62,6 +64,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
     "OwnData": "own_data",
     "Result": "results",

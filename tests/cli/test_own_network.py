@@ -46,6 +46,7 @@ def run(root: Path, *words: str) -> Result:
     return CliRunner().invoke(main, list(words), env={"MAMLDATA_ROOT": str(root), "COLUMNS": "500"})
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_named_again_to_evaluate(here: Path, glyphs_root: Path) -> None:
     """By a function of a module in the current folder; without its name nothing is imported, and the hint has it."""
     done = run(glyphs_root, "train", "glyphs", "--network", "owned_nets:tiny", *SMALL, "--out", "run")

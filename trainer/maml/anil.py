@@ -42,13 +42,16 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     """The features of support and query images, ``[images, features]`` each."""
     if method.inner.bn == "support":
-        support = len(episode.support_x)
-        together = torch.cat([episode.support_x, episode.query_x])
-        both = features_of(network, parameters.weights, together, leading_statistics(support))
-        return both[:support], both[support:]
+        return features_together(network, parameters.weights, episode, leading_statistics(len(episode.support_x)))
     # The body has only a first-order gradient.
     support_x = features_of(network, parameters.weights, episode.support_x, batch_statistics)
     return support_x, features_of(network, parameters.weights, episode.query_x, batch_statistics)
+
+
+def features_together(network: nn.Module, weights: Parameters, episode: Episode, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The features of support and query images, ``[images, features]`` each, which pass the body as one batch."""
+    both = features_of(network, weights, torch.cat([episode.support_x, episode.query_x]), norm)
+    return both[: len(episode.support_x)], both[len(episode.support_x) :]
 
 
 def features_of(network: nn.Module, weights: Parameters, images: Tensor, norm: Norm) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
-from mamldata.progress import Notify, silence
+from mamldata.progress import Notify, Progress, silence, silent
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train
 from trainer.protocol import TrainData
@@ -89,6 +89,7 @@ def compare(
     episodes: int = 600,
     network: nn.Module | None = None,
     notify: Notify = silence,
+    progress: Progress = silent,
 ) -> Comparison:
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
@@ -103,6 +104,7 @@ def compare(
         split, episodes: to evaluate on.
         network: one of your own for all; see ``train``.
         notify: receives the progress, a line at a time.
+        progress: counts the episodes of each validation and evaluation.
 
     Raises:
         RequestError: the settings cannot be compared, or do not fit the data; or ``out`` holds other runs.
@@ -130,9 +132,10 @@ def compare(
             notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
             for now, settings in plans.items():
                 say = _prefixed(notify, now)
-                runs[now] = train(settings, data, out / now, resume=True, network=network, notify=say)
+                own: dict[str, Any] = {"network": network, "progress": progress}
+                runs[now] = train(settings, data, out / now, resume=True, notify=say, **own)
                 evaluations[now] = evaluate(
-                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, network=network
+                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, **own
                 )
                 save_result(evaluations[now])
                 say(str(evaluations[now]))
@@ -218,8 +221,8 @@ def _rows(result: Comparison) -> Iterator[list[str]]:
             f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
             "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
             f"{100 * evaluation.deviation:.1f}",
-            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
-            f"{entry.settings.inner_steps}, {evaluation.inner_steps} in evaluation"
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
+            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
             if entry.costs
             else str(evaluation.inner_steps),
             evaluation.bn,

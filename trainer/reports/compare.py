@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
@@ -19,6 +20,7 @@ from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
 from trainer.results import paired_difference, result_of, save_result
 from trainer.runs.folder import COMPARISON, RunResult, refuse_others
+from trainer.runs.network import named
 from trainer.settings import TrainSettings, saved_settings
 from trainer.system.signals import BrokenOffError, stop_at_signals
 from trainer.system.threads import limited_threads
@@ -85,6 +87,7 @@ def compare(
     *,
     split: str = "test",
     episodes: int = 600,
+    network: nn.Module | None = None,
     notify: Notify = silence,
     progress: Progress = silent,
 ) -> Comparison:
@@ -99,6 +102,7 @@ def compare(
         data: the episodes.
         out: created if missing.
         split, episodes: to evaluate on.
+        network: one of your own for all; see ``train``.
         notify: receives the progress, a line at a time.
         progress: counts the episodes of each validation and evaluation.
 
@@ -110,6 +114,7 @@ def compare(
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
+    plans = {name: named(settings, network) for name, settings in plans.items()}
     _require_comparable(plans)
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
@@ -122,14 +127,15 @@ def compare(
         try:
             notify(f"Measuring the outer steps of {', '.join(plans)}.")
             with limited_threads():
-                costs = measure_costs(plans, data, before_step=stop.break_off)
+                costs = measure_costs(plans, data, network=network, before_step=stop.break_off)
             minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
             notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
             for now, settings in plans.items():
                 say = _prefixed(notify, now)
-                runs[now] = train(settings, data, out / now, resume=True, notify=say, progress=progress)
+                own: dict[str, Any] = {"network": network, "progress": progress}
+                runs[now] = train(settings, data, out / now, resume=True, notify=say, **own)
                 evaluations[now] = evaluate(
-                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, progress=progress
+                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, **own
                 )
                 save_result(evaluations[now])
                 say(str(evaluations[now]))

@@ -25,12 +25,12 @@ def load_manifest(name_or_path: str, **folder: Unpack[FolderOptions]) -> Manifes
         RequestError: there is no dataset of that name, or no such file; or ``folder`` is given with another dataset.
         ManifestError: the file has faults; all of them are listed.
     """
-    names = builtin_names()
-    if folder and (name_or_path.endswith(".toml") or name_or_path in names):
+    is_file = name_or_path.endswith(".toml")
+    if folder and (is_file or name_or_path in builtin_names()):
         raise RequestError(
             f"{', '.join(folder)}: only for a folder of images; the manifest of {name_or_path} says how."
         )
-    if name_or_path.endswith(".toml"):
+    if is_file:
         path = Path(name_or_path)
         if not path.is_file():
             raise RequestError(f"There is no manifest file {shown_place(name_or_path)}.")
@@ -39,6 +39,7 @@ def load_manifest(name_or_path: str, **folder: Unpack[FolderOptions]) -> Manifes
         except OSError as error:
             raise ManifestError(str(path), [f"it cannot be read ({error.strerror})"]) from error
         return parse_manifest(data, str(path), path.parent, name_or_path)
+    names = builtin_names()
     if name_or_path not in names:
         if Path(name_or_path).is_dir():
             return folder_manifest(Path(name_or_path), **folder)

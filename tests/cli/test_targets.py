@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused() -> None:
     """Other images name --fit-images; other ways are refused even so; a benchmark is known by its name."""
     images = run("eval", "run", "photos", *SHAPE, "--device", "cpu")
     assert images.exit_code == 2
-    assert "image_shape [28, 28, 1], but these episodes have [84, 84, 3]" in images.stderr
+    assert "image_shape (28, 28, 1), but these episodes have (84, 84, 3)" in images.stderr
     assert "with --fit-images" in images.stderr
     for words in (("glyphs", "--n-way", 4), ("photos", "--n-way", 4, "--k-query", 2), ("glyphs-5w1s",)):
         ways = run("eval", "run", *words, "--fit-images", "--device", "cpu")

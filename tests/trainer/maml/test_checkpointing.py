@@ -25,7 +25,9 @@ from trainer.runs.checkpoint import load_checkpoint
 from trainer.settings import TrainSettings
 
 BASE = InnerLoop(steps=4, lr=0.1, order="second", bn="transductive")
-SETTINGS = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
+SETTINGS = TrainSettings(
+    steps=2, inner_lr=0.1, meta_lr=1e-3, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu"
+)
 
 
 @pytest.mark.parametrize("weights", [(), (0.1, 0.2, 0.3, 0.4)], ids=["final", "multi-step"])

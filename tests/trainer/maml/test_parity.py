@@ -167,7 +167,7 @@ def test_a_run_takes_its_engine(tmp_path, engine, monkeypatch: pytest.MonkeyPatc
     from trainer.runs.checkpoint import load_checkpoint
 
     settings = TrainSettings(steps=2, inner_lr=0.1, meta_batch_size=2, eval_every=2, eval_episodes=2, device="cpu")
-    settings = replace(settings, meta_optimizer="sgd")
+    settings = replace(settings, meta_optimizer="sgd", meta_lr=1e-3)
     expected = load_checkpoint(train(settings, Synthetic(), tmp_path / "loop").last).weights
     calls = []
 

@@ -189,7 +189,7 @@ def test_former_names_are_read(tmp_path: Path):
         (
             "inner_lr = 0.1",
             'network = ["conv4"]',
-            "network must be one of conv4, conv3-pool, conv4-pool, resnet18, not ['conv4'].",
+            "network must be one of conv4, conv3-pool, conv4-pool, resnet18, MODULE:FUNCTION, not ['conv4'].",
         ),
         ("[episodes]", "[episode]", "episodes: is missing"),
         ("[episodes]", "[episodes", "not valid TOML"),

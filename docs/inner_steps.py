@@ -1,7 +1,4 @@
-"""Draw accuracy by inner step from the files of evaluations, one line each, for the first screen of the README.
-
-    python docs/inner_steps.py "after MAML=run/results/test-….json" "random weights=random/results/test-….json"
-"""
+"""Draw the README's picture, accuracy by inner step: python docs/inner_steps.py "NAME OF THE LINE=RESULT.json" ..."""
 
 from __future__ import annotations
 
@@ -24,8 +21,9 @@ def draw(lines: dict[str, Path]) -> Figure:
         evaluation = read_result(file).evaluation
         values = [100 * value for value in evaluation["accuracy_by_step"]]
         axes.plot(values, marker="o", color=colour)
-        axes.annotate(f"{name}: {values[-1]:.1f} %", (len(values) - 1, values[-1]), (0, 8), ha="right", color=colour,
-                      textcoords="offset points")  # fmt: skip
+        end = (len(values) - 1, values[-1])
+        label = f"{name}: {values[-1]:.1f} %"
+        axes.annotate(label, end, (0, 8), textcoords="offset points", ha="right", color=colour)
     axes.set_xticks(range(len(values)))
     axes.axhline(100 / evaluation["n_way"], color="#808080", linestyle=":")
     axes.set_xlabel("gradient steps on one image of each class")

@@ -27,6 +27,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from cli.main import main
 
 PROJECT = Path(__file__).parents[2]
+SERVER = pytest.StashKey[ThreadingHTTPServer]()
 SHELL = {"", "bash", "console", "sh"}  # languages of fences; an indented block has none
 DATA = {"bibtex", "json", "text", "toml"}
 
@@ -45,7 +46,7 @@ ARCHIVES = ["omniglot-5w1s", "glyphs-5w1s", "mini-imagenet-5w1s", "ARCHIVE"]
 FEWER = {
     "build": "--train 32 --val 8 --test 8",
     "compare": "--algorithms maml,random --steps 2 --meta-batch-size 2 --eval-every 2 --eval-episodes 2 --episodes 2",
-    "eval": "--episodes 4",
+    "eval": "--episodes 4 --inner-steps 1",
     "train": "--steps 2 --meta-batch-size 2 --eval-every 2 --eval-episodes 2",
 }
 
@@ -60,14 +61,18 @@ class OnGlyphs(Document):
 
 
 def shell_blocks(document: Document) -> Iterator[Region]:
-    """Blocks of shell commands, fenced or indented. A fence in a language that nothing here runs or knows is a fault."""
-    starts = [0, *(match.end() for match in re.finditer("\n", document.text))]
+    """Blocks of shell commands, fenced or indented.
+
+    Raises:
+        ValueError: a fence is in a language that nothing here knows, so that nothing would run it.
+    """
+    starts = [0, *(match.end() for match in re.finditer("\n", document.text)), document.end]
     for token in MarkdownIt().parse(document.text):
         if token.type not in {"fence", "code_block"} or token.map is None:
             continue
         first, end = token.map
         if token.info in SHELL:
-            yield Region(starts[first], starts[end] - 1 if end < len(starts) else document.end, token.content, run_shell)
+            yield Region(starts[first], starts[end], token.content, run_shell)
         elif token.info not in DATA | {"python"} and not token.info.startswith("{"):
             raise ValueError(f"{document.path}:{first + 1}: say what kind of block this is; {token.info!r} is unknown")
 
@@ -84,8 +89,8 @@ def run_shell(example: Example) -> None:
 
 def run_words(words: list[str]) -> None:
     """Run one command of ours, with options that keep it small."""
-    if "--benchmark" not in words and words[0] in FEWER:
-        words = [*words, *FEWER[words[0]].split()]
+    if "--benchmark" not in words:
+        words = [*words, *FEWER.get(words[0], "").split()]
     if "--out" in words and not {"--resume", "--shards"} & set(words):
         _make_room(Path(words[words.index("--out") + 1]))
     said = io.StringIO()
@@ -112,18 +117,25 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-SERVER = ThreadingHTTPServer(("127.0.0.1", 0), _Quiet)
-SMALLER["https://example.org"] = f"http://127.0.0.1:{SERVER.server_port}"
+def pytest_configure(config: pytest.Config) -> None:
+    """Take a port before pages are read, since their addresses become its own."""
+    config.stash[SERVER] = ThreadingHTTPServer(("127.0.0.1", 0), _Quiet)
+    SMALLER["https://example.org"] = f"http://127.0.0.1:{config.stash[SERVER].server_port}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Free the port."""
+    config.stash[SERVER].server_close()
 
 
 @pytest.fixture(scope="session")
-def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def at_hand(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What pages presume: an archive under the names that they use, and a run with a result; and the server."""
     place = tmp_path_factory.mktemp("at-hand")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
         patch.setenv("MAMLDATA_ROOT", str(tmp_path_factory.mktemp("root")))
         patch.setenv("MAMLDATA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        threading.Thread(target=SERVER.serve_forever, daemon=True).start()
+        threading.Thread(target=pytestconfig.stash[SERVER].serve_forever, daemon=True).start()
         run_words(["fetch", "glyphs"])
         run_words(["build", "glyphs", "--out", ARCHIVES[0]])
         for name in ARCHIVES[1:]:
@@ -131,19 +143,15 @@ def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("train-00000.tar").symlink_to(Path(ARCHIVES[0], "train-00000.tar"))
         run_words(["train", ARCHIVES[0], "--out", "run"])
         run_words(["eval", "run", ARCHIVES[0]])
-        Path("run/results/test-….json").symlink_to(*(file.name for file in Path("run/results").iterdir()))  # as pages say
+        (result,) = Path("run/results").iterdir()
+        result.with_name("test-….json").symlink_to(result.name)  # as pages shorten it
         Image.new("L", (105, 105), 255).save("mine.png")
         for number in range(32 * 16):
             folder = Path(f"my-photos/{number % 32}")
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(folder / f"{number}.png")
         yield place
-        SERVER.shutdown()
-
-
-def pytest_unconfigure() -> None:
-    """Free the server's port."""
-    SERVER.server_close()
+        pytestconfig.stash[SERVER].shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,8 @@ class Learner:
                 outcome = joint(self.network, self.parameters, batch, classes, world)
             else:
                 method = method_of(self.network, settings.inner_loop(step), settings.engine)
-                outcome = self._engine(
-                    self.network, self.parameters, batch, method, settings.objective(step), every_step=every_step
-                )
+                objective = replace(settings.objective(step), every_step=every_step)
+                outcome = self._engine(self.network, self.parameters, batch, method, objective)
         # All at once: each exchange has its cost.
         *slopes, loss, score = world.average([*outcome.gradient.tensors(), outcome.loss, outcome.score], share)
         return Outcome(self.parameters.like(slopes), loss, score)
@@ -140,9 +140,9 @@ class Learner:
 
 def _optimizer(settings: TrainSettings, values: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
     if settings.meta_optimizer == "sgd":
-        return torch.optim.SGD(values, lr=settings.meta_lr)
+        return torch.optim.SGD(values, lr=settings.beta)
     # On CUDA all tensors in a few launches.
-    return torch.optim.Adam(values, lr=settings.meta_lr, fused=device.type == "cuda" or None)
+    return torch.optim.Adam(values, lr=settings.beta, fused=device.type == "cuda" or None)
 
 
 def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:

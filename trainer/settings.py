@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # The parts of an algorithm that settings replace; None means the algorithm's own.
 COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer"})
 INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
+META_LR = 4e-3
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
@@ -115,7 +116,9 @@ def setting(default: Any, meaning: str, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of a run. The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps.
+    """The settings of a run.
+
+    The defaults are those of Finn et al. 2017 for Omniglot 5-way (A.1), with fewer steps and a higher ``meta_lr``.
 
     See ``Algorithm`` and ``InnerLoop`` for ``order``, ``loss``, ``rates``, ``adapts``, ``inner_loss`` and ``bn``.
 
@@ -205,7 +208,9 @@ class TrainSettings:
         positive=True,
         at_most=1e30,
     )
-    meta_lr: float = setting(1e-3, "Initial outer learning rate (beta).", positive=True, at_most=10**6)
+    meta_lr: float | None = setting(
+        None, "Initial outer learning rate (beta).", shown=str(META_LR), positive=True, at_most=10**6
+    )
     meta_optimizer: str = setting("adam", "Optimizer of the outer loop.", choices=("adam", "sgd"))
     meta_schedule: str = setting(
         "cosine",
@@ -298,12 +303,18 @@ class TrainSettings:
 
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with the algorithm's own for those not given: equal for equal runs."""
-        return {**asdict(self), "inner_lr": self.alpha, **{name: getattr(self.point, name) for name in COORDINATES}}
+        own = {name: getattr(self.point, name) for name in COORDINATES}
+        return {**asdict(self), "inner_lr": self.alpha, "meta_lr": self.beta, **own}
 
     @property
     def alpha(self) -> float:
         """The inner learning rate: as given, or the default of the batch norm."""
         return self.inner_lr or (INNER_LR_FROZEN if self.point.bn == "frozen" else INNER_LR)
+
+    @property
+    def beta(self) -> float:
+        """The initial outer learning rate: as given, or the default."""
+        return self.meta_lr or META_LR
 
     @property
     def outer_steps(self) -> int:
@@ -316,9 +327,9 @@ class TrainSettings:
         Loshchilov and Hutter 2017, "SGDR", equation 5, with one period of ``steps``.
         """
         if self.meta_schedule == "constant":
-            return self.meta_lr
-        lowest = self.meta_lr / 100
-        return lowest + (self.meta_lr - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
+            return self.beta
+        lowest = self.beta / 100
+        return lowest + (self.beta - lowest) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def inner_loop(self, step: int = 0) -> InnerLoop:
         """How the network adapts in an outer step, counted from 0."""

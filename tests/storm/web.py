@@ -24,7 +24,7 @@ from tests.storm.harness import Broken, Campaign, Outcome, refused
 from tests.storm.servers import Answer, Stormy, good, head
 
 NETWORK = Network(
-    connect_timeout=1, read_timeout=0.2, rounds=3, backoff=0, longest_pause=0.02, stall_seconds=0.3, min_speed=1000
+    connect_timeout=1, read_timeout=0.5, rounds=3, backoff=0, longest_pause=0.02, stall_seconds=0.6, min_speed=1000
 )
 
 
@@ -143,7 +143,7 @@ def _drip(data: bytes, start: int, chance: random.Random) -> Answer:
 
 def _silence(data: bytes, start: int, chance: random.Random) -> Answer:
     whole = good(data, start)
-    return [*whole[: chance.randrange(2)], 0.25]
+    return [*whole[: chance.randrange(2)], 0.55]
 
 
 def _no_http(data: bytes, start: int, chance: random.Random) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -94,7 +95,7 @@ def run(
     every_step: bool = False,
 ) -> engines.Outcome:
     method = method_of(network, inner, engine)
-    return engines.ENGINES[engine](network, parameters, tasks, method, objective, every_step=every_step)
+    return engines.ENGINES[engine](network, parameters, tasks, method, replace(objective, every_step=every_step))
 
 
 loop = partial(run, "loop")

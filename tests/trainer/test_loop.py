@@ -139,14 +139,17 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_run_goes_on_with_the_rate_that_it_began_with(tmp_path: Path) -> None:
-    """Frozen batch norm had another default rate once: such a run resumes by its own command, with its own rate."""
-    once = replace(SETTINGS, bn="frozen", inner_lr=0.4, filters=4, eval_inner_steps=1)
+def test_a_run_goes_on_with_the_rates_that_it_began_with(tmp_path: Path) -> None:
+    """Defaults were others once: such a run resumes by its own command, with its own rates."""
+    once = replace(SETTINGS, bn="frozen", inner_lr=0.4, meta_lr=1e-3, filters=4, eval_inner_steps=1)
     train(replace(once, steps=3), Synthetic(size=8), tmp_path)
-    result = train(replace(once, inner_lr=None), Synthetic(size=8), tmp_path, resume=True)
-    assert (result.step, load_checkpoint(result.last).settings["inner_lr"]) == (6, 0.4)
+    result = train(replace(once, inner_lr=None, meta_lr=None), Synthetic(size=8), tmp_path, resume=True)
+    saved = load_checkpoint(result.last).settings
+    assert (result.step, saved["inner_lr"], saved["meta_lr"]) == (6, 0.4, 1e-3)
     with pytest.raises(RequestError, match=r"  inner_lr: 0\.4 there, 0\.05 here"):
         train(replace(once, inner_lr=0.05), Synthetic(size=8), tmp_path, resume=True)
+    with pytest.raises(RequestError, match=r"  meta_lr: 0\.001 there, 0\.004 here"):
+        train(replace(once, meta_lr=4e-3), Synthetic(size=8), tmp_path, resume=True)
 
 
 def test_divergence_of_the_inner_loop_is_told(tmp_path: Path) -> None:

@@ -64,8 +64,6 @@ class FirstThatWorks:
         batch: EpisodeBatch,
         method: Method,
         objective: Objective = FINAL,
-        *,
-        every_step: bool = False,
     ) -> Outcome:
         """See ``loop``; ``method`` only says how to adapt, because its parts depend on the engine.
 
@@ -76,7 +74,7 @@ class FirstThatWorks:
             name, engine = self._left[0]
             own = method_of(network, method.inner, name)
             try:
-                return engine(network, parameters, batch, own, objective, every_step=every_step)
+                return engine(network, parameters, batch, own, objective)
             except (torch.cuda.OutOfMemoryError, PreparationError) as error:
                 if len(self._left) == 1:
                     raise

@@ -28,9 +28,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         gradient: of the loss with respect to each parameter.
-        loss: mean over the episodes of the query loss after adaptation, a scalar; a cross-entropy is in nats.
-        score: mean query accuracy in [0, 1], or squared error if the answers are numbers, after adaptation ``[1]``,
-            or with ``every_step`` before and after each inner step ``[inner.steps + 1]``.
+        loss, score: the means over the episodes of those of ``Measured``.
     """
 
     gradient: MetaParameters
@@ -39,13 +37,7 @@ class Outcome(NamedTuple):
 
 
 def loop(
-    network: nn.Module,
-    parameters: MetaParameters,
-    batch: EpisodeBatch,
-    method: Method,
-    objective: Objective = FINAL,
-    *,
-    every_step: bool = False,
+    network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, method: Method, objective: Objective = FINAL
 ) -> Outcome:
     """One task after the other; on a CPU, one per torch thread at a time, with the graph of each in memory.
 
@@ -57,14 +49,13 @@ def loop(
         parameters: those of ``meta_parameters``, all requiring gradients; they are not changed.
         batch: B episodes.
         method: how to adapt, as ``method_of`` chooses it for the network and this engine.
-        objective: the loss to differentiate.
-        every_step: report the score before and after each inner step, at the cost of a forward pass each.
+        objective: the loss to differentiate, and the scores to report.
     """
 
     def one(own: nn.Module, episode: Episode) -> tuple[Gradient, Measured]:
         own, at, episode = method.shortcut(own, parameters, episode, method)
         path = adapt(own, at, episode, method)
-        goal, measured = meta_loss(own, path, episode, method, objective, every_step=every_step)
+        goal, measured = meta_loss(own, path, episode, method, objective)
         return _gradient(goal, parameters), measured
 
     tasks = list(episodes(batch))
@@ -91,13 +82,7 @@ def _mean(results: Iterable[tuple[Gradient, Measured]], parameters: MetaParamete
 
 
 def vmap(
-    network: nn.Module,
-    parameters: MetaParameters,
-    batch: EpisodeBatch,
-    method: Method,
-    objective: Objective = FINAL,
-    *,
-    every_step: bool = False,
+    network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, method: Method, objective: Objective = FINAL
 ) -> Outcome:
     """All tasks at once, by ``torch.func.vmap``; memory holds the graphs of all of them.
 
@@ -108,7 +93,7 @@ def vmap(
         def one(*parts: Tensor) -> tuple[Tensor, Measured]:
             episode = Episode(*parts)
             path = adapt(network, at, episode, method)
-            return meta_loss(network, path, episode, method, objective, every_step=every_step)
+            return meta_loss(network, path, episode, method, objective)
 
         goals, measured = torch.func.vmap(one)(*batch[:4])
         return goals.mean(), measured
@@ -120,13 +105,7 @@ def vmap(
 
 
 def higher(
-    network: nn.Module,
-    parameters: MetaParameters,
-    batch: EpisodeBatch,
-    method: Method,
-    objective: Objective = FINAL,
-    *,
-    every_step: bool = False,
+    network: nn.Module, parameters: MetaParameters, batch: EpisodeBatch, method: Method, objective: Objective = FINAL
 ) -> Outcome:
     """The reference: the inner loop of the package ``higher``, with its own networks and optimizer.
 
@@ -135,7 +114,7 @@ def higher(
 
     def one(episode: Episode) -> tuple[Gradient, Measured]:
         path = _higher_path(network, parameters, episode, method)
-        goal, measured = meta_loss(network, path, episode, method, objective, every_step=every_step)
+        goal, measured = meta_loss(network, path, episode, method, objective)
         return _gradient(goal, parameters), measured
 
     return _mean(map(one, episodes(batch)), parameters, len(batch.index))
@@ -183,8 +162,6 @@ class Engine(Protocol):
         batch: EpisodeBatch,
         method: Method,
         objective: Objective = FINAL,
-        *,
-        every_step: bool = False,
     ) -> Outcome:
         """See ``loop``."""
         ...

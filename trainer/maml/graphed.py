@@ -49,8 +49,6 @@ class Prepared:
         batch: EpisodeBatch,
         method: Method,
         objective: Objective = FINAL,
-        *,
-        every_step: bool = False,
     ) -> Outcome:
         """See ``loop``; ``method`` only says how to adapt, its parts are those of ``vmap``.
 
@@ -60,12 +58,12 @@ class Prepared:
         count, index, method = len(parameters.tensors()), batch.index, method_of(network, method.inner, "vmap")
         inputs = [*(value.detach() for value in parameters.tensors()), *batch[:4]]
         forms = tuple((value.shape, value.dtype, value.device) for value in inputs)
-        key = (network, precision_of(network), method.inner, objective, every_step, forms)
+        key = (network, precision_of(network), method.inner, objective, forms)
 
         def step(values: Sequence[Tensor]) -> list[Tensor]:
             support_x, support_y, query_x, query_y = values[count:]
             at, parts = parameters.like(values[:count]), EpisodeBatch(support_x, support_y, query_x, query_y, index)
-            outcome = vmap(network, at, parts, method, objective, every_step=every_step)
+            outcome = vmap(network, at, parts, method, objective)
             return [*outcome.gradient.tensors(), outcome.loss, outcome.score]
 
         if key not in self._steps:

@@ -23,10 +23,12 @@ class Objective:
     Attributes:
         outer: ``query`` or ``reptile``; see ``Algorithm``.
         weights: of the query losses after each inner step, ``steps`` numbers; empty for the last step's loss alone.
+        every_step: measure the score before and after each inner step, at the cost of a forward pass each.
     """
 
     outer: Outer = "query"
     weights: tuple[float, ...] = ()
+    every_step: bool = False
 
 
 class Measured(NamedTuple):
@@ -35,7 +37,7 @@ class Measured(NamedTuple):
     Attributes:
         loss: query loss after adaptation; a cross-entropy is in nats.
         score: query accuracy in [0, 1], or squared error if the answers are numbers, after adaptation ``[1]``, or
-            before and after each inner step ``[inner.steps + 1]``.
+            with ``every_step`` before and after each inner step ``[inner.steps + 1]``.
     """
 
     loss: Tensor
@@ -56,13 +58,7 @@ def step_weights(steps: int, epoch: int, epochs: int) -> tuple[float, ...]:
 
 
 def meta_loss(
-    network: nn.Module,
-    path: list[FastWeights],
-    episode: Episode,
-    method: Method,
-    objective: Objective,
-    *,
-    every_step: bool,
+    network: nn.Module, path: list[FastWeights], episode: Episode, method: Method, objective: Objective
 ) -> tuple[Tensor, Measured]:
     """The loss of a network that has adapted to an episode; pure, and differentiable with respect to ``path``.
 
@@ -72,7 +68,6 @@ def meta_loss(
         episode: that it adapted to.
         method: how it adapted.
         objective: what the outer loop follows.
-        every_step: measure the score before and after each inner step, not only after the last one.
 
     Returns:
         The scalar whose gradient the outer loop follows; and the measurements to report, without a graph.
@@ -92,7 +87,7 @@ def meta_loss(
         for step in sorted(losses.keys() - {steps}):
             goal = goal + weights[step - 1] * losses[step]
     with torch.no_grad():
-        asked = range(steps + 1) if every_step else [steps]
+        asked = range(steps + 1) if objective.every_step else [steps]
         shown = [logits[i] if i in logits else method.query_logits(network, path[i], episode, method) for i in asked]
         scores = torch.stack([score_of(one, episode.query_y, task_loss) for one in shown])
     return goal, Measured(losses[steps].detach(), scores)

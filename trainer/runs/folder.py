@@ -20,7 +20,7 @@ from mamldata.io.digest import parse_json
 from mamldata.version import __version__
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
-from trainer.settings import CHANGEABLE, INNER_LR, TrainSettings, saved_settings
+from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
 from trainer.system.distributed import World
 
 CONFIG = "config.json"
@@ -143,17 +143,16 @@ def open_run(
 
 
 def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
-    """Settings to resume with: those given, but with the inner rate of a run that began when its default was another.
+    """Settings to resume with: those given, but with the rates of a run that began when their defaults were others.
 
     Raises:
         DamagedError: ``config.json`` is damaged.
     """
     config = run_dir / CONFIG
-    if settings.inner_lr is None and settings.point.bn == "frozen" and config.exists():
-        there, _ = _saved(config)
-        if there.point.bn == "frozen" and there.inner_lr == INNER_LR:
-            return replace(settings, inner_lr=INNER_LR)
-    return settings
+    if not config.exists():
+        return settings
+    there, _ = _saved(config)
+    return replace(settings, inner_lr=settings.inner_lr or there.inner_lr, meta_lr=settings.meta_lr or there.meta_lr)
 
 
 def begin_run(

@@ -80,7 +80,7 @@ def graphed(
     every_step: bool = False,
 ) -> Outcome:
     method = method_of(network, inner, "graphed")
-    return engine(network, at, batch(seed=seed), method, objective, every_step=every_step)
+    return engine(network, at, batch(seed=seed), method, replace(objective, every_step=every_step))
 
 
 def same(one: Outcome, other: Outcome) -> bool:
@@ -400,7 +400,7 @@ class TestGpu:
             tasks = EpisodeBatch(*(part.cuda() for part in batch(seed=seed)))
             torch.cuda.set_sync_debug_mode("error" if seed else "default")
             try:
-                outcome = engine(network, at, tasks, method, every_step=True)
+                outcome = engine(network, at, tasks, method, Objective(every_step=True))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             expected = run("vmap", network, at, tasks, inner, every_step=True)

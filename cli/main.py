@@ -9,14 +9,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cli.output import drop_output, say
+from cli.output import Manner, drop_output, say
 from mamldata.errors import LostPeerError, MamldataError, PeerError, StoppedError, did_you_mean, system_problem
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.version import __version__
@@ -35,6 +36,8 @@ VERBS = {
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
+    "cite": "Print BibTeX for an archive, a benchmark or a run.",
+    "card": "Write a dataset card and Croissant metadata beside an archive.",
     "manifest": "Write a manifest for your own files.",
     "doctor": "Print what a bug report needs to say about this machine.",
 }
@@ -123,7 +126,7 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a verb; show errors that a user can fix without a traceback."""
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except MamldataError as error:
             _tell_torchrun(error)
             if not _shows(error):
@@ -153,6 +156,14 @@ class Verbs(click.Group):
             raise click.ClickException(
                 "Interrupted. Run the same command again (train: with --resume) to continue."
             ) from None
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MamldataError, OSError, MemoryError):
+            if Manner.verbose:
+                say(_hide_keys(traceback.format_exc(), ctx.meta["words"]).rstrip())
+            raise
 
 
 def _hide_keys(message: str, words: Iterable[str]) -> str:
@@ -193,5 +204,18 @@ def _tell_torchrun(error: Exception) -> None:
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mamldata")
-def main() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Print results and errors only: no messages, no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Also say how long each part took, and where an error arose.")
+@click.pass_context
+def main(ctx: click.Context, quiet: bool, verbose: bool) -> None:
     """Few-shot datasets as verified, bit-reproducible episode archives, and a lean MAML trainer."""
+    if quiet and verbose:
+        raise click.UsageError("Give either --quiet or --verbose, not both.")
+    ctx.with_resource(_manner(quiet, verbose))
+
+
+@contextlib.contextmanager
+def _manner(quiet: bool, verbose: bool) -> Iterator[None]:
+    Manner.quiet, Manner.verbose = quiet, verbose
+    yield
+    Manner.quiet = Manner.verbose = False

@@ -7,7 +7,11 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from mamldata.archive.benchmarks import benchmarks
+from mamldata.datasets.manifest import FITS
+from mamldata.datasets.toml import builtin_names
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.sampling.sampler import ROTATIONS
 
@@ -22,6 +26,16 @@ class LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+def target_argument(name: str = "target", **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An argument that is a dataset or a path; shells complete both."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in builtin_names() if name.startswith(begun)]
+        return [CompletionItem(begun, type="file"), *names]  # in this order: bash drops what stands before it
+
+    return click.argument(name, shell_complete=complete, **more)
+
+
 root_option = click.option(
     "--root",
     type=LocalPath(file_okay=False),
@@ -30,7 +44,12 @@ root_option = click.option(
     help="The folder of all datasets.  [default: the user's cache folder]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-benchmark_option = click.option("--benchmark", metavar="NAME", help="A benchmark; mamldata benchmarks lists them.")
+benchmark_option = click.option(
+    "--benchmark",
+    metavar="NAME",
+    help="A benchmark; mamldata benchmarks lists them.",
+    shell_complete=lambda _context, _parameter, begun: [name for name in benchmarks() if name.startswith(begun)],
+)
 # The settings of episodes; None: the user did not set it.
 _EPISODE_OPTIONS = {
     "n_way": click.option("--n-way", type=click.IntRange(2), help="Classes in an episode.  [default: 5]"),
@@ -42,6 +61,17 @@ _EPISODE_OPTIONS = {
     ),
     "image_size": click.option(
         "--image-size", type=click.IntRange(1, 4096), help="Side of the images in pixels.  [default: the dataset's own]"
+    ),
+    "min_images": click.option(
+        "--min-images",
+        type=click.IntRange(0),
+        help="Of a folder of images: leave out classes with fewer.  [default: 0]",
+    ),
+    "skip_damaged": click.option(
+        "--skip-damaged", is_flag=True, default=None, help="Of a folder of images: leave out those that cannot be read."
+    ),
+    "fit": click.option(
+        "--fit", type=click.Choice(tuple(FITS)), help="How a folder's images become square.  [default: stretch]"
     ),
     "query_alpha": click.option(
         "--query-alpha", type=click.IntRange(1), help="Unequal queries: Dirichlet's parameter.  [default: all equal]"
@@ -89,7 +119,9 @@ def given(**options: Any) -> dict[str, Any]:
 
 def as_words(options: Mapping[str, Any]) -> list[object]:
     """Options and values, given by parameter name, as words of a command line."""
-    return [word for name, value in options.items() for word in (option_name(name), value)]
+    return [
+        word for name, value in options.items() for word in (option_name(name), *(() if value is True else (value,)))
+    ]
 
 
 def option_name(name: str) -> str:

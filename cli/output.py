@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count
@@ -23,14 +24,25 @@ from mamldata.io.urls import is_remote, shown_place
 from mamldata.words import printable
 
 
+class Manner:
+    """How much is said on stderr, as ``-q`` and ``-v`` of the command line set it."""
+
+    quiet = False
+    verbose = False
+
+
+_PAUSE = 30  # seconds between two lines of progress where stderr is no terminal
+
+
 def show(line: str) -> None:
     """Print a line of a result on stdout. It may have names from files, whose control characters are escaped."""
     _write(printable(line))
 
 
 def say(message: str) -> None:
-    """Print a message for people on stderr, escaped as by ``show``, but for the ends of lines."""
-    _write(printable(message, keep="\n"), err=True)
+    """Print a message for people on stderr, escaped as by ``show``, but for the ends of lines; with ``-q``, nothing."""
+    if not Manner.quiet:
+        _write(printable(message, keep="\n"), err=True)
 
 
 def _write(text: str, *, err: bool = False) -> None:
@@ -117,19 +129,35 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr with rate and time left; no output if stderr is not a terminal."""
-    scale = unit == "B"
+    """A progress bar on stderr with rate and time left; a line every half minute if stderr is not a terminal."""
+    scale, begun, done = unit == "B", time.monotonic(), 0
+    told = begun
+
+    def amount(number: int) -> str:
+        return size_text(number) if scale else f"{number:,} {unit}"
+
     with tqdm(
         total=total,
         desc=printable(label),
         unit=unit if scale else f" {unit}",
         unit_scale=scale,
         unit_divisor=1024,
-        disable=None,
+        disable=Manner.quiet or None,  # None: unless stderr is a terminal
         leave=False,
         dynamic_ncols=True,
     ) as bar:
-        yield bar.update
+
+        def advance(number: int) -> None:
+            nonlocal done, told
+            done += number
+            bar.update(number)
+            if bar.disable and time.monotonic() - told >= _PAUSE:
+                told = time.monotonic()
+                say(f"{label}: {amount(done)}{f' of {amount(total)}' if total else ''}")
+
+        yield advance
+    if Manner.verbose:
+        say(f"{label}: {amount(done)} in {time.monotonic() - begun:.1f} s")
 
 
 def size_text(size: int) -> str:

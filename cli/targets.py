@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.output import bars
 from mamldata.archive.index import PLAN, image_shard_file, is_archive
 from mamldata.datasets.paths import data_root
 from mamldata.datasets.toml import builtin_names
@@ -94,7 +95,7 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     if folder is None:
         if remix is not None:
             raise click.UsageError("--remix and --no-remix are for archives: live episodes never repeat.")
-        return live_data(target, root, episodes)
+        return live_data(target, root, {**episodes, "progress": bars})
     narrow = {name: number for name, number in episodes.items() if name in LEAST}
     refuse_with_archive(folder, {name: value for name, value in episodes.items() if name not in narrow})
     return archive_data(

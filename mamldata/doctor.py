@@ -13,17 +13,27 @@ from mamldata.parallel import default_workers
 from mamldata.siblings import foreign_siblings
 from mamldata.version import __version__
 
-_PACKAGES = ("torch", "numpy", "pillow", "webdataset", "requests", "fsspec", "filelock", "click", "tqdm")
+_PACKAGES = ("torch", "numpy", "pillow", "requests", "fsspec", "filelock", "platformdirs", "click", "tqdm")
+OPTIONAL = {  # package: what it is for
+    "distributed": "build --dask",
+    "higher": "train --engine higher",
+    "matplotlib": "curves and pictures of runs",
+    "s3fs": "archives at s3://",
+    "tensorboard": "train --tensorboard",
+    "torchvision": "ResNets, and images of a bank for torchvision's transforms",
+    "webdataset": "reading archives in webdataset's pipelines",
+}
 
 
 def examine(root: Path) -> dict[str, Any]:
-    """Versions, devices, and the data root with its free space in bytes. Imports torch."""
+    """Versions, also of optional packages, devices, and the data root with its free space in bytes. Imports torch."""
     there = next(place for place in (root, *root.parents) if place.exists())
     return {
         "mamldata": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "optional": {f"{name} ({use})": _version(name) for name, use in OPTIONAL.items()},
         "processors": default_workers(),
         "devices": _devices(),
         "name_conflicts": list(foreign_siblings()),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mamldata.archive import build as building
 from mamldata.archive import index, remote
@@ -15,6 +15,7 @@ from mamldata.archive.index import Archive
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest, require_classes
 from mamldata.archive.store import store_at
 from mamldata.bank.make import make_bank
+from mamldata.datasets.image_folder import FolderOptions
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
 from mamldata.errors import RequestError
@@ -84,6 +85,7 @@ def build(
     workers: int | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
+    **folder: Unpack[FolderOptions],
 ) -> Archive:
     """Build an archive of episodes: the same arguments give the same bytes on every machine.
 
@@ -104,6 +106,8 @@ def build(
         workers: number of processes; one for each processor if None.
         executor: writes the shards instead of processes on this machine; see ``mamldata.archive.build.build``.
         progress: counts images and episodes.
+        folder: how a folder of images is read: ``min_images``, ``skip_damaged`` and ``fit``; see
+            ``mamldata.datasets.image_folder.FolderOptions``.
 
     Raises:
         RequestError: the name is unknown, the episodes cannot be made, or the place holds something else.
@@ -123,7 +127,7 @@ def build(
         thin=thin,
         query_alpha=query_alpha,
     )
-    manifest = load_manifest(os.fspath(dataset))
+    manifest = load_manifest(os.fspath(dataset), **folder)
     processes = workers or default_workers()
     bank = make_bank(manifest, data_root(root), image_size, workers=processes, progress=progress)
     place = str(out) if is_remote(out) else Path(out)
@@ -190,6 +194,7 @@ def images(
     transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[Any], Any] | None = None,
     workers: int = 1,
+    **folder: Unpack[FolderOptions],
 ) -> BankImages:
     """The images of a split as a ``VisionDataset`` of torchvision: pairs of a PIL image and the index of its class.
 
@@ -203,6 +208,7 @@ def images(
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         transform, target_transform: of the PIL image, ``L`` or ``RGB``, and of the index.
         workers: processes that decode images if the bank must be made.
+        folder: how a folder of images is read, see ``build``.
 
     Raises:
         RequestError: the name, the split or the scheme is unknown; the split has no classes; or torchvision is missing.
@@ -215,7 +221,7 @@ def images(
         raise RequestError(f"mamldata.images needs torchvision: {install_command('vision')}") from error
     if split not in SPLITS:
         raise RequestError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
-    manifest = load_manifest(os.fspath(dataset))
+    manifest = load_manifest(os.fspath(dataset), **folder)
     scheme = manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
     bank = make_bank(manifest, data_root(root), image_size, workers=workers)
     division = divide(scheme, bank.class_names, manifest.name, bank.class_splits)

@@ -12,7 +12,15 @@ PROJECT = Path(__file__).parents[1]
 # Each room may import those after it in the list, and the modules at the top of mamldata that TOP names.
 ROOMS = ["streaming", "sources", "archive", "bank", "fetching", "datasets", "readers", "sampling", "io"]
 TOP = {"errors", "progress", "parallel", "version", "siblings", "words", "pictures"}
-ABOVE = {"pipeline", "preview", "doctor", "__main__", "__init__"}  # of mamldata: what stands above all rooms
+ABOVE = {
+    "pipeline",
+    "preview",
+    "card",
+    "citation",
+    "doctor",
+    "__main__",
+    "__init__",
+}  # of mamldata: what stands above all rooms
 EXCEPTION = "mamldata/__main__.py"  # starts cli, and says so
 
 

@@ -33,6 +33,8 @@ def test_the_wheel_holds_manifests_and_types(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"manifests/{path.name}" for path in (PROJECT / "manifests").glob("*.toml")} <= names
     assert {f"manifests/omniglot/{path.name}" for path in (PROJECT / "manifests/omniglot").iterdir()} <= names
+    assert {f"mamldata/templates/{path.name}" for path in (PROJECT / "mamldata/templates").iterdir()} <= names
+    assert "manifests/citations.bib" in names
     assert {"mamldata/py.typed", "trainer/py.typed", "cli/py.typed"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/", "examples/")) for name in names)
 

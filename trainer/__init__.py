@@ -32,12 +32,14 @@ if TYPE_CHECKING:
         save_result,
         worst_episodes,
     )
+    from trainer.runs.callbacks import Callback
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
     from trainer.settings import TrainSettings
     from trainer.system.distributed import joined
 
 __all__ = [
+    "Callback",
     "Evaluation",
     "Result",
     "RunResult",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
     "Result": "results",
     "RunResult": "runs.folder",

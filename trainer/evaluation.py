@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mamldata.errors import RequestError, StoppedError
+from mamldata.progress import Progress, silent
 from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.words import counted
@@ -109,7 +110,7 @@ class Evaluation:
         dataset, split_scheme, split, n_way, k_shot, k_query: describe the episodes.
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
-        trained_on: the training data, if its dataset, split scheme or number of shots differs; otherwise None.
+        trained_on: the training data, if its dataset, split scheme, ways or shots differ; otherwise None.
         answers: to each query image; not in ``to_json``.
         origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
@@ -142,8 +143,11 @@ class Evaluation:
 
     @property
     def doubt(self) -> str | None:
-        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning."""
-        if self.answers is None:
+        """Why the accuracy says little: logits that are not finite, or too large or too wrong to come from learning.
+
+        None without inner steps, which alone can diverge.
+        """
+        if self.answers is None or not self.inner_steps:
             return None
         logits, losses = self.answers.largest, self.answers.losses[:, -1]
         wild = ~((logits <= LARGEST_LOGIT) & (losses <= LARGEST_LOSS * math.log(self.n_way)))
@@ -206,6 +210,7 @@ def evaluate_network(
             one.
         StoppedError: a process was asked to stop.
     """
+    inner = replace(inner, n_way=data["n_way"])
     parameters = (learned or MetaParameters({}))._replace(weights=dict(network.named_parameters()), joint={})
     device = next(network.parameters()).device
     stop = stop or Stop()
@@ -238,6 +243,17 @@ def evaluate_network(
     if (count := sum(len(part.index) for part in answers)) < 2:
         raise RequestError(f"An accuracy with an interval takes at least 2 episodes, not {count}.")
     return _summary(Answers.joined(answers), inner, data, split, precision_of(network))
+
+
+def counting(
+    batches: Iterable[EpisodeBatch], split: str, episodes: int, progress: Progress, world: World
+) -> Iterator[EpisodeBatch]:
+    """The same batches, of all processes' ``episodes``; on the first process, progress counts its part of them."""
+    progress = progress if world.first else silent
+    with progress(f"evaluate on {split}", math.ceil(episodes / world.world_size), "episodes") as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch.index))
 
 
 def _summary(answers: Answers, inner: InnerLoop, data: dict[str, Any], split: str, precision: str) -> Evaluation:
@@ -338,6 +354,7 @@ def evaluate(
     episodes: int = 600,
     inner_steps: int | None = None,
     device: str = "auto",
+    progress: Progress = silent,
     world: World = ALONE,
 ) -> Evaluation:
     """Evaluate a checkpoint, or the best one of a run folder.
@@ -352,6 +369,7 @@ def evaluate(
         episodes: their number, at least 2; 600 is customary.
         inner_steps: 0 measures the initialization itself; None takes the number used in validation.
         device: see ``TrainSettings``.
+        progress: counts episodes; with several processes, those of the first one.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
     Raises:
@@ -371,6 +389,8 @@ def evaluate(
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
+        if inner_steps and inner.classifier == "prototypes":
+            raise RequestError(f"inner_steps must be 0, not {inner_steps}: {settings.algorithm} has no inner loop.")
         if inner_steps is not None:
             inner = replace(inner, steps=inner_steps)
         inner.require_shots(about["k_shot"])
@@ -386,6 +406,7 @@ def evaluate(
         lacking = settings.precision == "tf32" and where.type != "cuda"
         set_precision(network, pick_precision(None if lacking else settings.precision, where))
     with limited_threads(), stop_at_signals(keyboard=world.world_size == 1) as stop:
+        batches = counting(batches, split, episodes, progress, world)
         evaluation = evaluate_network(network, batches, inner, about, split, learned, world, stop)
         around = environment(where, world)
     with world.together():
@@ -397,7 +418,7 @@ def evaluate(
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Check that a checkpoint's network takes episodes.
+    """Check that a checkpoint's network takes episodes; one that classifies by prototypes takes any number of ways.
 
     Args:
         path: of the checkpoint, for the message.
@@ -407,7 +428,8 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
     Raises:
         RequestError: it was trained with another number of ways or shape of images.
     """
-    for key in ("n_way", "image_shape"):
+    prototypes = saved_settings(checkpoint.settings, path).point.classifier == "prototypes"
+    for key in ("image_shape",) if prototypes else ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
         if here != there:
             raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
@@ -415,7 +437,7 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
 
 def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """A network's training data, if it is evaluated on something else, such as another split scheme."""
-    if all(there[key] == here[key] for key in ("dataset", "split_scheme", "k_shot")):
+    if all(there[key] == here[key] for key in ("dataset", "split_scheme", "n_way", "k_shot")):
         return None
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
 

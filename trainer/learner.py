@@ -59,7 +59,7 @@ class Learner:
         self.settings = settings
         self.start = start
         self.device = device
-        self._data = data
+        self._data, self._n_way = data, about["n_way"]
         self.network = _fresh_network(settings, about).to(device)
         if start:
             start_network(self.network, settings, start)
@@ -117,7 +117,8 @@ class Learner:
                 classes = self._data.classes(batch.index)
                 outcome = joint(self.network, self.parameters, batch, classes, world)
             else:
-                method = method_of(self.network, settings.inner_loop(step), settings.engine)
+                inner = replace(settings.inner_loop(step), n_way=self._n_way)
+                method = method_of(self.network, inner, settings.engine)
                 objective = replace(settings.objective(step), every_step=every_step)
                 outcome = self._engine(self.network, self.parameters, batch, method, objective)
         # All at once: each exchange has its cost.

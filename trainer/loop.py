@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mamldata.errors import RequestError, StoppedError
-from mamldata.progress import Notify, silence
+from mamldata.progress import Notify, Progress, silence, silent
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.augment import augmentation
-from trainer.evaluation import evaluate_network, require_fit
+from trainer.evaluation import counting, evaluate_network, require_fit
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
-from trainer.recorder import Recorder, progress
+from trainer.recorder import Recorder, reached
+from trainer.runs.callbacks import Callback, Callbacks
 from trainer.runs.checkpoint import Checkpoint, Start, read_start
 from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
-from trainer.runs.tensorboard import require_tensorboard
+from trainer.runs.tensorboard import Board, require_tensorboard
 from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import Wait
@@ -38,6 +39,8 @@ def train(
     resume: bool = False,
     start: Path | str | None = None,
     notify: Notify = silence,
+    progress: Progress = silent,
+    callbacks: Sequence[Callback] = (),
     world: World = ALONE,
 ) -> RunResult:
     """Meta-train a network and write the run into ``run_dir``.
@@ -54,6 +57,8 @@ def train(
         start: a run folder or a checkpoint, whose weights to start from in place of random ones: those of the network
             with its head, and learned rates and norms. The optimizer starts new.
         notify: receives progress lines and, on a CPU, the number of threads.
+        progress: counts the episodes of a validation; with several processes, those of the first one.
+        callbacks: receive the metrics, too, unless the run is done already; see ``Callback``.
         world: the processes that train together, as ``trainer.joined`` gives it. The first one writes and reports;
             the others need no access to ``run_dir``.
 
@@ -87,7 +92,7 @@ def train(
             lambda: open_run(run_dir, settings, about, resume=resume, start=from_there and from_there.record)
         )
         if last and last.step >= settings.outer_steps and last.accuracy is not None:
-            notify(f"{run_dir} is done: {progress(last.step, settings.outer_steps)} steps.")
+            notify(f"{run_dir} is done: {reached(last.step, settings.outer_steps)} steps.")
             return run_result(run_dir, last, world)
         with world.together():
             stream = data.train(
@@ -102,16 +107,19 @@ def train(
             if last:
                 learner.load(last.weights, last.optimizer, run_dir / last.name)
                 stream.load_state_dict(last.stream)
-            recorder = Recorder(run_dir, learner, about, writes=world.first, notify=notify, last=last)
-            held.enter_context(recorder)
+            told = Callbacks([*callbacks, *([Board()] if settings.tensorboard else [])] if world.first else [])
+            recorder = Recorder(run_dir, learner, about, writes=world.first, callbacks=told, notify=notify, last=last)
+            held.enter_context(told)
         world.spread_(learner.learned)
         if learner.device.type == "cpu":
             notify(f"Computing with {threads}.")
-        run = _Run(learner, data, about, stream, recorder, world)
+        run = _Run(learner, data, about, stream, recorder, world, progress)
         last = run.steps(last, stop)
         for line in rate_lines(learner.parameters, settings.point.rates):
             notify(line)
-        return run_result(run_dir, last, world)
+        result = run_result(run_dir, last, world)
+        told.tell("end", result)
+        return result
 
 
 def _fit_to_train(
@@ -161,6 +169,7 @@ class _Run:
     stream: TrainStream
     recorder: Recorder
     world: World
+    progress: Progress
 
     def steps(self, last: Checkpoint | None, stop: Stop) -> Checkpoint:
         """Take the outer steps after ``last``; gives the checkpoint of the last one, which is validated."""
@@ -210,6 +219,7 @@ class _Run:
         world.require_same(learner.learned, f"The weights at step {step}")
         with world.together():
             batches = _validation(learner, self.data, world)
+        batches = counting(batches, "val", learner.settings.eval_episodes, self.progress, world)
         start = time.perf_counter()
         inner, evaluation = learner.settings.inner_loop_at_test(), None
         if not stop.agreed:
@@ -239,4 +249,4 @@ class _Run:
             left: a sentence on what is still to be done for this step.
         """
         steps, place = self.learner.settings.outer_steps, self.recorder.run_dir
-        raise StoppedError(f"Stopped by {stop.agreed}: step {progress(step, steps)} is saved in {place}.{left}")
+        raise StoppedError(f"Stopped by {stop.agreed}: step {reached(step, steps)} is saved in {place}.{left}")

@@ -1,4 +1,4 @@
-"""Records of a run: log lines, metrics, TensorBoard events and checkpoints."""
+"""Records of a run: log lines, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from trainer.evaluation import LARGEST_LOSS, Evaluation
 from trainer.learner import Learner
 from trainer.protocol import TrainStream
 from trainer.runs import metrics
+from trainer.runs.callbacks import Callbacks
 from trainer.runs.checkpoint import Checkpoint, save_checkpoint
 from trainer.runs.folder import begin_run
-from trainer.runs.tensorboard import Board
 from trainer.system.gpu import peak_memory
 
 
-def progress(step: int, steps: int) -> str:
+def reached(step: int, steps: int) -> str:
     """How far a step is; a resumed run may be asked for fewer steps than it has."""
     return f"{step} of {steps}" if step <= steps else f"{step} ({steps} are asked for)"
 
@@ -30,6 +30,7 @@ class Recorder:
         learner: the one that is trained.
         data: describes the episodes.
         writes: whether this is rank 0.
+        callbacks: receive the rows that the metrics did not hold when the run was interrupted.
         notify: receives the progress, a line at a time.
         last: the checkpoint that the run resumes from.
 
@@ -48,6 +49,7 @@ class Recorder:
         data: dict[str, Any],
         *,
         writes: bool,
+        callbacks: Callbacks,
         notify: Notify,
         last: Checkpoint | None,
     ) -> None:
@@ -59,20 +61,13 @@ class Recorder:
         step = last.step if last else 0
         begun = {name: value.to(learner.device) for name, value in last.window.items()} if last else {}
         self.window = metrics.Window(step, begun)
-        self._board: Board | None = None
+        self._callbacks = callbacks
         if writes:
+            self._told = metrics.marks(run_dir)
             begin_run(run_dir, self._settings, data, last, learner.start and learner.start.record)
-            if self._settings.tensorboard:
-                self._board = Board(run_dir, step)
+            callbacks.tell("start", self._settings.resolved(), data, run_dir)
         if last:
-            self._report(f"Resuming after step {progress(step, self._settings.outer_steps)}.")
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board:
-            self._board.close()
+            self._report(f"Resuming after step {reached(step, self._settings.outer_steps)}.")
 
     def log(self) -> None:
         """Log the window.
@@ -133,5 +128,5 @@ class Recorder:
     def _note(self, row: dict[str, Any]) -> None:
         if self._writes:
             metrics.append(self.run_dir, row)
-        if self._board:
-            self._board.add(row)
+            if (row["event"], row["step"]) not in self._told:
+                self._callbacks.tell("row", row)

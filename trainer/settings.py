@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from trainer.networks.precision import Precision
 
 # The parts of an algorithm that settings replace; None means the algorithm's own.
-COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer"})
+COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer", "classifier"})
+# An algorithm without an inner loop takes none of these.
+OF_INNER_STEPS = ("inner_steps", "inner_lr", "eval_inner_steps", "support_batches")
 INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
 META_LR = 4e-3
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
@@ -256,7 +258,12 @@ class TrainSettings:
             yield "filters is not for the network resnet18, whose widths are fixed."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
             yield "meta_clip_norm and meta_clip_value cannot both be set: use one of them."
-        if self.support_batches > max(self.inner_steps, 1):
+        if self.point.classifier == "prototypes":
+            given = [name for name in OF_INNER_STEPS if getattr(self, name) != getattr(TrainSettings, name)]
+            yield from (f"{name} has no effect with {self.algorithm}, which has no inner loop." for name in given)
+            if self.engine == "higher":
+                yield f"engine cannot be higher with {self.algorithm}: it has no inner loop. Use the engine loop."
+        elif self.support_batches > max(self.inner_steps, 1):
             yield (
                 f"support_batches must be at most inner_steps ({self.inner_steps}), not {self.support_batches}: "
                 "the rest would never be used."
@@ -304,7 +311,8 @@ class TrainSettings:
     def resolved(self) -> dict[str, Any]:
         """All settings as plain values, with the algorithm's own for those not given: equal for equal runs."""
         own = {name: getattr(self.point, name) for name in COORDINATES}
-        return {**asdict(self), "inner_lr": self.alpha, "meta_lr": self.beta, **own}
+        inner_lr = None if self.point.classifier == "prototypes" else self.alpha
+        return {**asdict(self), "inner_lr": inner_lr, "meta_lr": self.beta, **own}
 
     @property
     def alpha(self) -> float:
@@ -344,6 +352,8 @@ class TrainSettings:
 
     def _inner_loop(self, steps: int, order: Order) -> InnerLoop:
         point = replace(self.point, order=order)
+        if point.classifier == "prototypes":
+            return InnerLoop(0, 0.0, point.order, point.bn, classifier=point.classifier)
         coordinates = {name: getattr(point, name) for name in COORDINATES if name in _OF_INNER_LOOP}
         checkpoint = self.checkpoint_inner and order == "second"
         return InnerLoop(steps, self.alpha, support_batches=self.support_batches, checkpoint=checkpoint, **coordinates)

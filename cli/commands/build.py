@@ -12,14 +12,16 @@ from typing import Any
 import click
 
 from cli.commands.inspect import describe, left_out_values, print_archive, say_left_out
-from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option
+from cli.options import benchmark_option, episode_options, given, json_option, options_as, root_option, target_argument
 from cli.output import bars, next_command, print_json, say, show, use_command
 from cli.targets import refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
 from mamldata.archive.build import Portion, build, build_portion
 from mamldata.archive.plan import DEFAULT_EPISODES, BuildRequest
 from mamldata.bank.make import files_left_out, make_bank
+from mamldata.datasets.image_folder import FolderOptions
 from mamldata.datasets.load import load_manifest
+from mamldata.datasets.manifest import FITS
 from mamldata.datasets.paths import data_root
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
@@ -46,7 +48,7 @@ _COUNTS = {
     epilog="\b\nExamples:\n  mamldata build glyphs --out glyphs-5w1s --train 2000 --val 200 --test 600\n"
     "  mamldata build --benchmark glyphs-5w1s",
 )
-@click.argument("name", metavar="[NAME|FILE.toml|FOLDER]", required=False)
+@target_argument("name", metavar="[NAME|FILE.toml|FOLDER]", required=False)
 @click.option("--out", metavar="FOLDER|ADDRESS", help="The new archive: a folder, or s3://… .")
 @benchmark_option
 @episode_options()
@@ -100,10 +102,11 @@ def command(
         raise click.UsageError("Missing option '--out': the folder or the address of the new archive.")
     start = time.monotonic()
     image_size = episodes.pop("image_size", None)
+    folder: Any = {name: episodes.pop(name) for name in FolderOptions.__annotations__ if name in episodes}
     request = BuildRequest(
         episodes={**DEFAULT_EPISODES, **counts}, episodes_per_shard=episodes_per_shard, thin=thin, **episodes
     )
-    manifest = load_manifest(name)
+    manifest = load_manifest(name, **folder)
     processes = workers or default_workers()
     place = out if is_remote(out) else Path(out)
     shown = shown_place(out)
@@ -113,6 +116,8 @@ def command(
         if not as_json:
             classes = counted(len(bank.class_names), "class", "classes")
             say(f"{manifest.reference}: {counted(bank.shape[0], 'image')} of {classes}")
+            if manifest.folder:
+                say(f"Images become {bank.shape[1]}x{bank.shape[2]}; oblong ones are {FITS[manifest.image.fit]}.")
             say_left_out(left_out)
         how: dict[str, Any] = {"workers": processes, "executor": executor, "progress": bars}
         if shards is not None:

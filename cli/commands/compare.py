@@ -11,15 +11,15 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say, show
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.output import bars, next_command, print_json, say, show
 from cli.targets import evaluated_episodes
 from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
 from mamldata.sampling.splits import SPLITS
 from mamldata.words import install_command
 from trainer.maml.algorithms import ALGORITHMS
-from trainer.settings import OLD_NAMES, SETTINGS, TrainSettings
+from trainer.settings import OF_INNER_STEPS, OLD_NAMES, SETTINGS, TrainSettings
 
 _DEFAULT = "maml,fomaml,maml++,anil,reptile,pretrain,random"
 # These change what an algorithm is, or fit only some: they are set for one algorithm at a time, by --set.
@@ -41,7 +41,7 @@ _OF_ONE = (
     epilog="\b\nExamples:\n  mamldata compare glyphs-5w1s --algorithms maml,fomaml,random --steps 40 --out compared\n"
     "  mamldata compare glyphs-5w1s --algorithms maml,reptile --set reptile.inner_lr=0.1 --steps 40 --out other",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument(metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The folder for all runs.")
 @click.option("--algorithms", default=_DEFAULT, show_default=True, help="Algorithms to compare, separated by commas.")
 @click.option(
@@ -88,14 +88,16 @@ def command(
     data, values, episodes = begin(target, root, episodes, chosen)
     plans = {}
     for name in names:
+        inner = ALGORITHMS[name].classifier == "head"
+        shared = {key: value for key, value in values.items() if inner or key not in OF_INNER_STEPS}
         try:
-            plans[name] = TrainSettings(**{**values, "algorithm": name, **changes[name]})
+            plans[name] = TrainSettings(**{**shared, "algorithm": name, **changes[name]})
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=True, at_once=True):
-        result = compare(plans, data, out, split=split, episodes=number, notify=say)
+        result = compare(plans, data, out, split=split, episodes=number, notify=say, progress=bars)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")

@@ -24,6 +24,11 @@ def command(root: str | None, as_json: bool) -> None:
         print_json(report)
         return
     for key, value in report.items():
+        if key == "optional":
+            show("optional packages:")
+            for name, version in value.items():
+                show(f"  {name}: {version}")
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {version}" for name, version in value.items())
         elif key.endswith("_free"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option
+from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option, target_argument
 from cli.output import bars, print_json, say, show
 from cli.targets import episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import benchmark as benchmark_named
@@ -24,7 +24,7 @@ from trainer.settings import SETTINGS
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s",
 )
 @click.argument("checkpoint", type=LocalPath(exists=True, path_type=Path))
-@click.argument("target", metavar="[NAME|FOLDER|ARCHIVE]", required=False)
+@target_argument(metavar="[NAME|FOLDER|ARCHIVE]", required=False)
 @benchmark_option
 @click.option("--split", type=click.Choice(SPLITS), help="The split to evaluate on.  [default: test]")
 @click.option("--episodes", "count", type=click.IntRange(2), help="Number to evaluate on.  [default: all, or 600 live]")
@@ -71,9 +71,8 @@ def command(
         split = split or "test"
         number = evaluated_episodes(data, split, count)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-        result = evaluate(
-            checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, device=device, world=world
-        )
+        how: dict[str, Any] = {"device": device, "progress": bars, "world": world}
+        result = evaluate(checkpoint, data, split=split, episodes=number, inner_steps=inner_steps, **how)
     if not world.first:
         return
     digest = data.describe()["digest"]
@@ -97,8 +96,9 @@ def command(
                 else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
             )
             show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
-        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
         say(about_classes)
+    if result.inner_steps and not as_json:
+        steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)
         say(f"Accuracy before adaptation and after each inner step: {steps} %")
         losses = result.answers.losses.mean(0).tolist() if result.answers else ()
         say(f"Loss before adaptation and after each inner step: {' → '.join(f'{loss:.3f}' for loss in losses)} nats")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cli.options import json_option, root_option
+from cli.options import json_option, root_option, target_argument
 from cli.output import bars, build_command, next_command, print_json, say, show, size_text
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
@@ -22,7 +22,7 @@ from mamldata.words import counted
 @click.command(
     epilog="\b\nExamples:\n  mamldata fetch glyphs\n  mamldata fetch omniglot --dry-run",
 )
-@click.argument("name", metavar="NAME|FILE.toml")
+@target_argument("name", metavar="NAME|FILE.toml")
 @click.option(
     "--from",
     "places",

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, episode_options, json_option, root_option
-from cli.output import next_command, print_json, show, train_command, trainable
+from cli.options import LocalPath, episode_options, json_option, root_option, target_argument
+from cli.output import bars, next_command, print_json, show, train_command, trainable
 from cli.targets import archive_cache, archive_folder, refuse_with_archive
 from mamldata.io.urls import is_remote
 from mamldata.parallel import default_workers
@@ -24,7 +24,7 @@ from mamldata.sources.source import Source
 @click.command(
     epilog="\b\nExample:\n  mamldata preview glyphs --episode 3 --out episode.png",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument(metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=LocalPath(dir_okay=False, path_type=Path), required=True, help="The PNG file to write.")
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="The episode's split.")
 @click.option("--episode", "index", type=click.IntRange(0), default=0, show_default=True, help="The episode's index.")
@@ -44,7 +44,7 @@ def command(
     folder = archive_folder(target)
     source: Source
     if folder is None:
-        source = live(target, split, root=root, workers=default_workers(), **episodes)
+        source = live(target, split, root=root, workers=default_workers(), progress=bars, **episodes)
         following = train_command(target, episodes)
     else:
         refuse_with_archive(folder, episodes)

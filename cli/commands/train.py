@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option
-from cli.output import next_command, print_json, say, show
+from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.output import bars, next_command, print_json, say, show
 from cli.train_options import begin, setting_options
 from mamldata.words import install_command
 
@@ -20,7 +20,7 @@ from mamldata.words import install_command
     "  mamldata train glyphs-5w1s --algorithm fomaml --out run2\n"
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument(metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
 @click.option(
@@ -66,7 +66,8 @@ def command(
     begun = time.monotonic()
     try:
         with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-            result = train(settings, data, out, resume=resume, start=start, notify=say, world=world)
+            how: dict[str, Any] = {"notify": say, "progress": bars, "world": world}
+            result = train(settings, data, out, resume=resume, start=start, **how)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
     except RunExistsError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cli.options import json_option, root_option
+from cli.options import json_option, root_option, target_argument
 from cli.output import bars, build_command, next_command, print_json, show, use_command
 from cli.targets import archive_folder
 from mamldata.archive.benchmarks import benchmark_of
@@ -19,7 +19,7 @@ from mamldata.pipeline import read_archive
 @click.command(
     epilog="\b\nExamples:\n  mamldata verify glyphs\n  mamldata verify glyphs-5w1s",
 )
-@click.argument("target", metavar="NAME|FOLDER|ARCHIVE")
+@target_argument(metavar="NAME|FOLDER|ARCHIVE")
 @click.option("--digest", help="The digest that the archive should have: all 64 digits, or at least the first 12.")
 @root_option
 @json_option

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -11,16 +13,22 @@ _BAND_PIXELS = 1 << 22  # converted at once
 
 
 def decode_image(
-    data: bytes | Images, size: int, channels: int, resampling: str, invert: bool, upright: bool = False
+    data: bytes | Images,
+    size: int,
+    channels: int,
+    resampling: str,
+    invert: bool,
+    upright: bool = False,
+    fit: str = "stretch",
 ) -> Images:
     """Decode an image to uint8 ``[size, size, channels]``: grey or RGB, resized, optionally inverted.
 
-    Transparent pixels become white before any inversion. 16-bit grey keeps its upper eight bits, as Pillow does for
-    16-bit colours.
+    Transparent and padded pixels become white before any inversion. 16-bit grey keeps its upper eight bits, as Pillow
+    does for 16-bit colours.
 
     Args:
         data: encoded, or its pixels, uint8 ``[H, W, 3]``.
-        size, channels, resampling, invert, upright: see ``ImageRecipe``.
+        size, channels, resampling, invert, upright, fit: see ``ImageRecipe``.
 
     Raises:
         ValueError: it is not an image, is damaged, has too many pixels, or has values without a known range.
@@ -29,11 +37,16 @@ def decode_image(
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
         flat = _flat(image, "L" if channels == 1 else "RGB")
-        small = flat.resize((size, size), Image.Resampling[resampling.upper()])
+        small = _FITS[fit](flat, (size, size), Image.Resampling[resampling.upper()])
     pixels = np.asarray(small).reshape(size, size, channels)
     return 255 - pixels if invert else pixels
 
 
+_FITS: dict[str, Callable[[Image.Image, tuple[int, int], Image.Resampling], Image.Image]] = {
+    "stretch": lambda image, size, method: image.resize(size, method),
+    "crop": ImageOps.fit,
+    "pad": lambda image, size, method: ImageOps.pad(image, size, method, color="white"),
+}
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import stat
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from mamldata.datasets.toml import builtin_names
 from mamldata.errors import MamldataError
 from mamldata.fetching.receipts import verified_digests
 from mamldata.readers.left_out import LeftOut
+
+_LARGE = 1 << 20  # bytes of what ``disk_use`` counts apart
 
 
 def list_datasets(root: Path) -> list[dict[str, Any]]:
@@ -37,6 +42,38 @@ def _entry(name: str, root: Path) -> dict[str, Any]:
             for scheme in manifest.schemes.values()
         ],
     }
+
+
+def disk_use(*folders: Path) -> dict[Path, int]:
+    """The bytes of each entry of the folders, with the entries in it of a MiB or more apart from the rest.
+
+    Links are counted as themselves and not followed. What cannot be read counts as nothing.
+    """
+    found: Counter[Path] = Counter()
+    for folder in dict.fromkeys(folders):
+        for path in _entries(folder):
+            for one in _entries(path) if path.is_dir() and not path.is_symlink() else [path]:
+                size = _bytes(one)
+                found[one if size >= _LARGE else path] += size
+    return dict(sorted(found.items()))
+
+
+def _bytes(path: Path) -> int:
+    todo, total = [path], 0
+    while todo:
+        path = todo.pop()
+        with suppress(OSError):
+            status = path.lstat()
+            total += status.st_size * (not stat.S_ISDIR(status.st_mode))
+            todo += _entries(path) if stat.S_ISDIR(status.st_mode) else []
+    return total
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def files_left_out_of(dataset: str, size: int, bank_sha256: str, root: Path) -> tuple[LeftOut, ...] | None:

@@ -171,7 +171,7 @@ def _require_unchanged(manifest: Manifest, folder: DatasetFolder, progress: Prog
 
 def _advice(manifest: Manifest, root: Path, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
-        return "Repair or remove these files, and run the same command again."
+        return "Repair or remove these files, or leave out damaged images, and run the same command again."
     if all(fault.of_one_image for fault in faults):
         return (
             'Get these images again, or put damaged = "leave-out" under [reader] in a manifest of your own: the '
@@ -221,7 +221,7 @@ def _write_piece(piece: _Piece) -> dict[int, str]:
         try:
             if isinstance(data, str):
                 raise ValueError(data)
-            rows[row] = decode_image(data, size, channels, recipe.resampling, recipe.invert, recipe.upright)
+            rows[row] = decode_image(data, size, channels, recipe.resampling, recipe.invert, recipe.upright, recipe.fit)
         except ValueError as error:
             damage[row] = str(error)
     rows.flush()

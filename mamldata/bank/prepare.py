@@ -34,7 +34,9 @@ def prepare_image(image: str | os.PathLike[str] | bytes | Images, recipe: ImageR
         if isinstance(image, str | os.PathLike):
             name = os.fspath(image)
             image = read_whole(Path(image), MOST_IMAGE_BYTES)
-        return decode_image(image, recipe.size, recipe.channels, recipe.resampling, recipe.invert, recipe.upright)
+        return decode_image(
+            image, recipe.size, recipe.channels, recipe.resampling, recipe.invert, recipe.upright, recipe.fit
+        )
     except OSError as error:
         raise RequestError(f"{name} cannot be read ({error.strerror}).") from error
     except ValueError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import TypedDict, Unpack
 
-from mamldata.datasets.manifest import ImageRecipe, Manifest
+from mamldata.datasets.manifest import FITS, ImageRecipe, Manifest
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import RequestError
 from mamldata.io.containers import Member, list_members
@@ -23,16 +26,38 @@ _MOST_SHOWN = 5
 _ARCHIVE_INDEX = "archive.json"  # as in mamldata.archive.index, which this module must not import
 
 
-def folder_manifest(folder: Path) -> Manifest:
+class FolderOptions(TypedDict, total=False):
+    """How a folder of images is read.
+
+    Attributes:
+        min_images: leave out classes with fewer images than this; the default, 0, leaves out none.
+        skip_damaged: leave out images that cannot be read, which the bank lists; by default they are an error.
+        fit: a key of ``FITS``, how images that are not square become so; ``stretch`` by default.
+    """
+
+    min_images: int
+    skip_damaged: bool
+    fit: str
+
+
+def folder_manifest(folder: Path, **how: Unpack[FolderOptions]) -> Manifest:
     """The manifest of a folder of images.
 
     Its classes are the folders that contain images. If all of them are below ``train``, ``val`` and ``test``, those are
     the splits; otherwise 64 % of the classes are train, 16 % val and 20 % test, drawn with seed 0. Images become 84x84
     RGB, turned upright by their EXIF orientation.
 
+    Args:
+        folder: of the images.
+        how: see ``FolderOptions``.
+
     Raises:
-        RequestError: there are no images in class folders, or fewer than three classes.
+        RequestError: ``fit`` or ``min_images`` is invalid; there are no images in class folders; or fewer than three
+            classes.
     """
+    least, fit = how.get("min_images", 0), how.get("fit", "stretch")
+    if least < 0 or fit not in FITS:
+        raise RequestError(f"min_images must be at least 0 and fit one of {', '.join(FITS)}, not {least} and {fit!r}.")
     folder = folder.resolve()
     if (folder / _ARCHIVE_INDEX).is_file():
         raise RequestError(f"{folder} is an archive. Give what it was built from: a dataset's name or its images.")
@@ -44,15 +69,16 @@ def folder_manifest(folder: Path) -> Manifest:
             f"{', '.join(map(as_text, no_text[:_MOST_SHOWN]))}{', …' if no_text[_MOST_SHOWN:] else ''}. Rename them "
             "(convmv does it for a whole folder)."
         )
-    homes = {PurePosixPath(name).parts[:-1] for name in names}
-    classes = sorted(home for home in homes if home)
-    if not classes:
+    homes = Counter(PurePosixPath(name).parts[:-1] for name in names)
+    classes = sorted(home for home, images in homes.items() if home and images >= least)
+    if not any(homes):
         raise RequestError(
             f"{folder} is neither an archive (it has no archive.json) nor a folder of images in folders named after "
             f"their classes: class/image or split/class/image.{_others(members)}"
         )
     by_split = lie_in_splits(classes, folder)
-    scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes), members)
+    scheme = _by_folders(classes) if by_split else _seeded(folder, len(classes), members, least)
+    damaged = "leave-out" if how.get("skip_damaged") else "fail"
     return Manifest(
         reference=str(folder),
         name=folder_name(folder),
@@ -62,8 +88,8 @@ def folder_manifest(folder: Path) -> Manifest:
         homepage="none",
         citation="none",
         files=(),
-        reader=ReaderRecipe("class-folders", depth=0, splits=by_split),
-        image=FOLDER_IMAGES,
+        reader=ReaderRecipe("class-folders", depth=0, splits=by_split, damaged=damaged, min_images=least),
+        image=replace(FOLDER_IMAGES, fit=fit),
         rotations="none",
         split_scheme=scheme.name,
         schemes={scheme.name: scheme},
@@ -106,10 +132,11 @@ def _by_folders(classes: list[tuple[str, ...]]) -> SplitScheme:
     return SplitScheme("folders", f"{_counted(counts)} classes, as their folders say", {}, {}, by_files=True)
 
 
-def _seeded(folder: Path, classes: int, members: Iterable[Member]) -> SplitScheme:
+def _seeded(folder: Path, classes: int, members: Iterable[Member], least: int) -> SplitScheme:
     if classes < len(SPLITS):
+        enough = f" with at least {counted(least, 'image')}" if least else ""
         raise RequestError(
-            f"{folder} has images of {counted(classes, 'class', 'classes')}; train, val and test need at "
+            f"{folder} has images of {counted(classes, 'class', 'classes')}{enough}; train, val and test need at "
             f"least one each, and n_way classes each to build episodes.{_others(members)}"
         )
     counts = seeded_counts(classes)

@@ -81,9 +81,13 @@ class ImageCollection:
     content_sha256: str | None = None
 
 
+# How images that are not square become so, in words.
+FITS = {"stretch": "stretched", "crop": "cropped to their middle", "pad": "padded with white"}
+
+
 @dataclass(frozen=True)
 class ImageRecipe:
-    """How a raw image becomes an image of the bank, in this order: upright, channels, resize, invert.
+    """How a raw image becomes an image of the bank, in this order: upright, channels, fit and resize, invert.
 
     Attributes:
         size: default height and width in pixels.
@@ -91,6 +95,8 @@ class ImageRecipe:
         resampling: the name of a Pillow filter.
         invert: replace each value v by 255 - v, so that ink is 255 and paper 0.
         upright: turn photographs by their EXIF orientation; published datasets were made without it.
+        fit: a key of ``FITS``, how an image that is not square becomes a square: ``stretch`` changes its proportions,
+            ``crop`` keeps its middle, ``pad`` keeps all of it on white.
         bank_sha256: the known digest of the bank for image sizes: a machine that computes other
             pixels gets an error instead of archives that compare with no others.
     """
@@ -101,10 +107,12 @@ class ImageRecipe:
     invert: bool
     bank_sha256: Mapping[int, str]
     upright: bool = False
+    fit: str = "stretch"
 
     def to_json(self) -> dict[str, Any]:
-        """What makes the pixels, as plain values: all but ``bank_sha256``."""
-        return {key: value for key, value in vars(self).items() if key != "bank_sha256"}
+        """What makes the pixels, as plain values: all but ``bank_sha256``; ``fit`` only if it is not ``stretch``."""
+        left_out = {"bank_sha256"} | ({"fit"} if self.fit == "stretch" else set())  # files of earlier versions lack it
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 @dataclass(frozen=True)

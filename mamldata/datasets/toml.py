@@ -9,7 +9,16 @@ from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mamldata.datasets.manifest import COLLECTED, PIN, ImageCollection, ImageForm, ImageRecipe, Manifest, SourceFile
+from mamldata.datasets.manifest import (
+    COLLECTED,
+    FITS,
+    PIN,
+    ImageCollection,
+    ImageForm,
+    ImageRecipe,
+    Manifest,
+    SourceFile,
+)
 from mamldata.errors import ManifestError
 from mamldata.io.atomic import MOST_TEXT, read_whole
 from mamldata.io.toml import Table, read_toml, toml_names
@@ -196,6 +205,8 @@ def _reader(table: Table, folder: Traversable) -> ReaderRecipe:
         options["splits"] = table.take("splits", bool, False)
     if "damaged" in known and "damaged" in table.values:
         options["damaged"] = table.choice("damaged", DAMAGED)
+    if "min_images" in known and "min_images" in table.values:
+        options["min_images"] = table.whole("min_images", 0)
     if "classes" in known and "classes" in table.values:
         options["classes"] = _classes("classes", table, folder)
     if table.values:
@@ -219,6 +230,7 @@ def _image(table: Table) -> ImageRecipe:
         invert=table.take("invert", bool, False, required=False),
         bank_sha256=digests,
         upright=table.take("upright", bool, False, required=False),
+        fit=table.choice("fit", FITS) if "fit" in table.values else "stretch",
     )
     if recipe.channels == 2:
         table.fault("channels", "must be 1 (grey) or 3 (RGB)")

@@ -84,4 +84,4 @@ def _folders(recipe: ReaderRecipe, folders: tuple[str, ...]) -> tuple[str, str]:
     return folders[start - 1] if recipe.splits else "", "/".join(folders[start:])
 
 
-READER = Reader("class-folders", ("depth", "splits", "damaged"), _class_folders)
+READER = Reader("class-folders", ("depth", "splits", "damaged", "min_images"), _class_folders)

@@ -36,6 +36,7 @@ class ReaderRecipe:
         depth: how many path components above the image form its class name; 0 for all of them.
         splits: whether the component above them is the split.
         classes: the names of labels that are numbers, from 0 on; empty: the numbers are the names.
+        min_images: leave out classes with fewer images than this; damaged images count.
         damaged: ``fail``, or ``leave-out`` images that are missing or cannot be read; the bank's JSON lists them.
     """
 
@@ -44,12 +45,13 @@ class ReaderRecipe:
     splits: bool = False
     damaged: str = "fail"
     classes: tuple[str, ...] = ()
+    min_images: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The values as they are stored in JSON."""
-        values = asdict(self)
-        del values["classes"]
-        return values | ({"classes": list(self.classes)} if self.classes else {})  # none in files of earlier versions
+        values = {**asdict(self), "classes": list(self.classes)}
+        # Those that files of earlier versions do not have are only there if they are set.
+        return {key: value for key, value in values.items() if value or key not in {"classes", "min_images"}}
 
     def fatal(self, faults: Iterable[Fault]) -> list[Fault]:
         """The faults that leaving images out cannot resolve."""

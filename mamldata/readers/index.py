@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -48,7 +49,11 @@ def index_images(recipe: ReaderRecipe, files: Sequence[Path]) -> ImageIndex:
     found = sorted(READERS[recipe.type].find(recipe, files, faults.append, tally), key=_canonical)
     if not found and not faults:
         raise DamagedError(f"No image in {', '.join(str(file) for file in files)}: is it the right file?{tally}")
-    return ImageIndex(tuple(found), tuple(faults), tally.groups())
+    counts = Counter(image.class_name for image in found)
+    small = {name: count for name, count in sorted(counts.items()) if count < recipe.min_images}
+    for name, count in small.items():
+        tally.leave_out(f"{name} ({count})", "few images", in_class=False)
+    return ImageIndex(tuple(one for one in found if one.class_name not in small), tuple(faults), tally.groups())
 
 
 def _canonical(image: ImageRef) -> tuple[tuple[str, ...], str]:

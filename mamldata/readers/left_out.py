@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
-Why = Literal["no image", "no class", "unreadable", "hidden", "folder without images", "damaged"]
+Why = Literal["no image", "no class", "unreadable", "hidden", "folder without images", "few images", "damaged"]
 _WORDS: Mapping[Why, tuple[str, str]] = {  # of one, of several
     "no image": ("file that is not read as an image", "files that are not read as images"),
     "no class": ("image outside all class folders", "images outside all class folders"),
     "unreadable": ("link or folder that cannot be followed", "links or folders that cannot be followed"),
     "hidden": ("hidden file", "hidden files"),
     "folder without images": ("folder of files without any image", "folders of files without any image"),
+    "few images": ("class with too few images", "classes with too few images"),
     "damaged": ("image that is missing or cannot be read", "images that are missing or cannot be read"),
 }
 _JUNK = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
@@ -29,7 +30,7 @@ class LeftOut:
 
     Attributes:
         why: the reason.
-        count: number of files, or of folders for ``folder without images``.
+        count: number of files, of folders for ``folder without images``, or of classes for ``few images``.
         endings: number of files with each of the most frequent endings, if endings are the reason.
         names: of the first few.
     """

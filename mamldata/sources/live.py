@@ -6,12 +6,15 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from mamldata.archive.plan import BuildRequest, plan_archive
 from mamldata.bank.format import map_images
 from mamldata.bank.make import make_bank
+from mamldata.datasets.image_folder import FolderOptions
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.paths import data_root
+from mamldata.progress import Progress, silent
 from mamldata.sampling.disjoint import DisjointSampler
 from mamldata.sampling.sampler import EpisodeSampler
 from mamldata.sources.drawn import DrawnSource
@@ -39,6 +42,8 @@ def live(
     disjoint: bool = False,
     root: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    progress: Progress = silent,
+    **folder: Unpack[FolderOptions],
 ) -> LiveSource:
     """Episodes without an archive, drawn from a dataset's bank on demand.
 
@@ -57,6 +62,8 @@ def live(
             ``mamldata.sampling.disjoint.DisjointSampler``. They are others than those of an archive.
         root: the data root; see ``mamldata.datasets.paths.data_root``.
         workers: processes that decode images if the bank must be made.
+        progress: counts its images, or the bytes that are hashed.
+        folder: how a folder of images is read; see ``FolderOptions``.
 
     Raises:
         RequestError: the name is unknown, or the episodes cannot be made.
@@ -68,9 +75,9 @@ def live(
     )
     if episodes is not None:
         require_some(episodes)
-    manifest = load_manifest(dataset)
+    manifest = load_manifest(dataset, **folder)
     manifest.scheme(split_scheme)  # before the bank is made, which may take an hour
-    bank = make_bank(manifest, data_root(root), image_size, workers=workers)
+    bank = make_bank(manifest, data_root(root), image_size, workers=workers, progress=progress)
     plan = plan_archive(manifest, bank, request)
     sampler = (DisjointSampler if disjoint else EpisodeSampler)(plan.spec(split), plan.split(split).classes)
     if isinstance(sampler, DisjointSampler):

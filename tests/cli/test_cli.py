@@ -687,6 +687,54 @@ def test_compare(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused(run(*asked, "--seed", 1, "--out", tmp_path / "out"), 2, "holds another run", "seed: 0 there, 1 here")
 
 
+def test_photographs_as_they_are(tmp_path: Path):
+    """Small classes and damaged images are left out and said; so is what becomes of oblong images. ``train`` agrees."""
+    folder, root = tmp_path / "photos", tmp_path / "root"
+    photographs(folder)
+    names = sorted(path for path in folder.iterdir() if path.is_dir())
+    for image in sorted(names[0].iterdir())[1:]:
+        image.unlink()
+    bad = sorted(names[1].iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:40])
+    how = ("--min-images", 2, "--skip-damaged", "--fit", "crop", "--image-size", 16)
+    shape = ("--n-way", 2, "--k-shot", 1, "--k-query", 1)
+    refused(run("build", folder, "--out", tmp_path / "no", *shape, "--train", 2, *how[:2], root=root), 1, bad.name)
+    counts = ("--train", 2, "--val", 0, "--test", 0)
+    built = run("build", folder, "--out", tmp_path / "a", *shape, *counts, *how, root=root)
+    assert built.exit_code == 0, built.output
+    assert "Images become 16x16; oblong ones are cropped to their middle." in built.stderr
+    assert f"Left out: 1 class with too few images: {names[0].name} (1)" in built.stderr
+    assert "Left out: 1 image that is missing or cannot be read: " in built.stderr
+    live = run("preview", folder, "--out", tmp_path / "p.png", "--split", "train", *shape, *how, root=root)
+    assert live.exit_code == 0, live.output
+    assert "--min-images 2 --skip-damaged --fit crop" in live.stderr
+    refused(run("build", "glyphs", "--out", tmp_path / "b", *how, root=root), 2, "only for a folder of images")
+
+
+def test_settings_of_the_inner_loop_are_for_those_that_have_one(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A comparison gives them to MAML and not to prototypical networks, which refuse one of their own."""
+    plans = {}
+    monkeypatch.setattr("trainer.reports.compare.compare", lambda given, *_, **__: plans.update(given) or 1 / 0)
+    asked = ("compare", archive, "--algorithms", "maml,protonet", "--inner-lr", 0.1, "--inner-steps", 2)
+    run(*asked, "--out", tmp_path / "out")
+    assert [(one.inner_lr, one.inner_steps) for one in plans.values()] == [(0.1, 2), (None, 1)]
+    refused(run(*asked, "--set", "protonet.inner_lr=0.1", "--out", tmp_path / "out"), 2, "protonet", "no inner loop")
+
+
+def test_prototypes_are_evaluated_without_inner_steps(archive: Path, glyphs_root: Path, tmp_path: Path):
+    """Trained on an archive's 5-way episodes, evaluated on live 3-way ones: one accuracy, nothing about steps."""
+    options = ("--steps", 1, "--meta-batch-size", 1, "--eval-episodes", 2, "--algorithm", "protonet", "--device", "cpu")
+    trained = run("train", archive, "--out", tmp_path / "run", *options)
+    assert trained.exit_code == 0, trained.output
+    live = ("--n-way", 3, "--k-shot", 1, "--k-query", 2, "--episodes", 2, "--image-size", 28)
+    result = run("eval", tmp_path / "run", "glyphs", *live, root=glyphs_root)
+    assert result.exit_code == 0, result.output
+    assert "3-way 1-shot, 0 inner steps" in result.stdout
+    assert "after each inner step" not in result.output
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -80,7 +80,7 @@ def shell_blocks(document: Document) -> Iterator[Region]:
 def run_shell(example: Example) -> None:
     """Run the commands of a block one after the other in this process, where torch is imported already."""
     text = example.parsed.replace("\\\n", " ")
-    lines = [line.removeprefix("$ ") for line in text.splitlines()]
+    lines = [re.split(r"\s>>?\s", line.removeprefix("$ "))[0] for line in text.splitlines()]
     for words in filter(None, (shlex.split(line, comments=True) for line in lines)):
         if words[0] != "mamldata":
             raise ValueError(f"only mamldata runs here, not {words[0]}: mark this block with its reason to skip it")

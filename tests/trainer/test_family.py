@@ -19,7 +19,7 @@ from trainer.maml.joint import joint, joint_parameters
 from trainer.maml.parameters import episodes, meta_parameters
 from trainer.networks.networks import build_network
 from trainer.runs.checkpoint import load_checkpoint
-from trainer.settings import TrainSettings
+from trainer.settings import OF_INNER_STEPS, TrainSettings
 
 SETTINGS = TrainSettings(
     steps=4, inner_steps=2, meta_batch_size=2, inner_lr=0.1, eval_every=2, eval_episodes=4, log_every=2, device="cpu"
@@ -29,12 +29,16 @@ LEARNERS = {
     "anil": {"inner_steps": 3, "inner_lr": 0.5, "meta_lr": 0.01},
     "meta-sgd": {"inner_lr": 0.3, "meta_lr": 0.003},
     "reptile": {"inner_steps": 5, "inner_lr": 0.1, "eval_inner_steps": 10},
+    "protonet": {"meta_lr": 0.01},
     "pretrain": {"eval_inner_steps": 20, "inner_lr": 1.0},
 }
 
 
 def settings_of(algorithm: str, **more) -> TrainSettings:
-    return TrainSettings(**{**vars(SETTINGS), "algorithm": algorithm, **more})
+    """``SETTINGS`` with changes; without those of the inner loop where there is none."""
+    has_none = OF_INNER_STEPS if ALGORITHMS[algorithm].classifier == "prototypes" else ()
+    base = {name: value for name, value in vars(SETTINGS).items() if name not in has_none}
+    return TrainSettings(**{**base, "algorithm": algorithm, **more})
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from mamldata.errors import RequestError
 from trainer.maml.algorithms import (
     ADAPTS,
+    ALGORITHMS,
     BN_MODES,
     INNER_LOSSES,
     LOSSES,
@@ -91,7 +92,7 @@ def test_beyond_the_largest_value(name: str) -> None:
 
 def test_every_coordinate_reaches_the_inner_loop() -> None:
     """All parts of an algorithm are settings, and those that an inner loop has are passed to it."""
-    assert set(COORDINATES) == {part.name for part in fields(Algorithm)} - {"name", "outer"}
+    assert set(COORDINATES) == {part.name for part in fields(Algorithm)} - {"name", "outer", "classifier"}
     assert set(COORDINATES) <= SETTINGS.keys()
     for name in {part.name for part in fields(InnerLoop)} & set(COORDINATES):
         for choice in SETTINGS[name].choices:
@@ -129,7 +130,7 @@ def test_every_fault_is_reported_at_once() -> None:
         )
     assert str(caught.value).splitlines() == [
         "Invalid training settings:",
-        "  algorithm must be one of maml, fomaml, maml++, anil, meta-sgd, reptile, pretrain, random, not 'mampl'.",
+        f"  algorithm must be one of {', '.join(ALGORITHMS)}, not 'mampl'.",
         "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
         "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
         "  steps must be at least 1, not 0.",

@@ -15,6 +15,7 @@ Adapts = Literal["all", "all-but-norms", "head"]
 InnerLoss = Literal["mean", "class-sum"]
 Outer = Literal["query", "reptile", "joint", "none"]
 TaskLoss = Literal["cross-entropy", "squared-error"]
+Classifier = Literal["head", "prototypes"]
 
 ORDERS: tuple[Order, ...] = ("first", "second")
 BN_MODES: tuple[BatchNorm, ...] = ("transductive", "per-step", "support", "frozen")
@@ -29,7 +30,7 @@ class InnerLoop:
     """How a network adapts to an episode.
 
     Attributes:
-        steps: of gradient descent on the support set.
+        steps: of gradient descent on the support set; 0 with ``prototypes``.
         lr: the inner learning rate, alpha in Finn et al. 2017; the initial value of learned rates.
         order: ``first`` treats the inner gradients as constants.
         bn: the source of the statistics that normalize query images: ``transductive``, all query images of the
@@ -47,6 +48,10 @@ class InnerLoop:
             which is then equal up to rounding; for second order with the engine loop.
         task_loss: of the support and of the query set: ``cross-entropy`` if the answers are classes,
             ``squared-error`` if they are numbers.
+        classifier: of query images: the network's ``head``; or ``prototypes``, the class means of the support images'
+            embeddings. Then ``transductive`` normalizes by support and query images together.
+        n_way: number of classes of the episodes, for ``prototypes``; None: as the labels say, which cannot be read
+            under ``torch.func.vmap``.
 
     Raises:
         RequestError: ``class-sum`` with answers that are numbers.
@@ -62,6 +67,8 @@ class InnerLoop:
     support_batches: int = 1
     checkpoint: bool = False
     task_loss: TaskLoss = "cross-entropy"
+    classifier: Classifier = "head"
+    n_way: int | None = None
 
     def __post_init__(self) -> None:
         if self.inner_loss == "class-sum" and self.task_loss != "cross-entropy":
@@ -96,6 +103,7 @@ class Algorithm:
         adapts: what the inner loop changes: ``all``, ``all-but-norms``, or the ``head`` alone.
         bn: the default batch norm; see ``InnerLoop``.
         inner_loss: the scale of the inner loss: ``mean`` or ``class-sum``; see ``InnerLoop``.
+        classifier: ``head``; or ``prototypes``, without an inner loop, for any number of classes; see ``InnerLoop``.
     """
 
     name: str
@@ -106,6 +114,7 @@ class Algorithm:
     adapts: Adapts = "all"
     bn: BatchNorm = "transductive"
     inner_loss: InnerLoss = "mean"
+    classifier: Classifier = "head"
 
 
 _ALL = (
@@ -123,6 +132,9 @@ _ALL = (
     # Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, https://arxiv.org/abs/1803.02999,
     # algorithm 2.
     Algorithm("reptile", order="first", outer="reptile"),
+    # Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning", 2017, https://arxiv.org/abs/1703.05175,
+    # algorithm 1.
+    Algorithm("protonet", order="first", classifier="prototypes"),
     # Baselines: without meta-learning, and without any prior learning.
     Algorithm("pretrain", order="first", outer="joint", adapts="head"),
     Algorithm("random", order="first", outer="none"),
@@ -150,7 +162,14 @@ def objections(algorithm: Algorithm, *, first_order_epochs: int) -> list[str]:
         found.append(f"bn cannot be per-step with {algorithm.name}: it would not learn each step's scale and shift.")
     if algorithm.outer == "reptile" and algorithm.adapts == "all-but-norms":
         found.append(f"adapts cannot be all-but-norms with {algorithm.name}: it would not learn scales and shifts.")
-    if learns and (algorithm.bn, algorithm.order, algorithm.loss) == ("per-step", "first", "final"):
+    if algorithm.classifier == "prototypes":
+        own = ALGORITHMS[algorithm.name]
+        found += [
+            f"{name} cannot be {value} with {algorithm.name}: it has no inner loop."
+            for name in ("order", "loss", "rates", "adapts", "inner_loss", "bn")
+            if (value := getattr(algorithm, name)) not in {getattr(own, name), "support"}
+        ]
+    elif learns and (algorithm.bn, algorithm.order, algorithm.loss) == ("per-step", "first", "final"):
         found.append(
             "bn cannot be per-step with order first and loss final: only the last step's scale and shift would be "
             "learned. Use order second or loss multi-step."

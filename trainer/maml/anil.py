@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.maml.adapt import Method
-from trainer.maml.parameters import Episode, MetaParameters
+from trainer.maml.parameters import Episode, MetaParameters, Parameters
 from trainer.networks.norms import Norm, batch_statistics, leading_statistics
 from trainer.networks.precision import call, precision_of
 
@@ -41,16 +41,23 @@ def _features(
     network: nn.Module, parameters: MetaParameters, episode: Episode, method: Method
 ) -> tuple[Tensor, Tensor]:
     """The features of support and query images, ``[images, features]`` each."""
-    body = _Body(network)
-    own = {f"network.{name}": value for name, value in parameters.weights.items()}
     if method.inner.bn == "support":
-        support = len(episode.support_x)
-        together = torch.cat([episode.support_x, episode.query_x])
-        both = call(body, own, together, leading_statistics(support))
-        return both[:support], both[support:]
+        return features_together(network, parameters.weights, episode, leading_statistics(len(episode.support_x)))
     # The body has only a first-order gradient.
+    body, own = _Body(network), _own(parameters.weights)
     support_x = call(body, own, episode.support_x, batch_statistics)
     return support_x, call(body, own, episode.query_x, batch_statistics)
+
+
+def features_together(network: nn.Module, weights: Parameters, episode: Episode, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The features of support and query images, ``[images, features]`` each, which pass the body as one batch."""
+    together = torch.cat([episode.support_x, episode.query_x])
+    both = call(_Body(network), _own(weights), together, norm)
+    return both[: len(episode.support_x)], both[len(episode.support_x) :]
+
+
+def _own(weights: Parameters) -> Parameters:
+    return {f"network.{name}": value for name, value in weights.items()}
 
 
 class _Body(nn.Module):

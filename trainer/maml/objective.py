@@ -76,7 +76,7 @@ def meta_loss(
     weights = objective.weights or (0,) * (steps - 1) + (1,)
     logits = {
         step: method.query_logits(network, path[step], episode, method)
-        for step, weight in enumerate(weights, 1)
+        for step, weight in enumerate(weights, min(1, steps))
         if (weight and objective.outer == "query") or step == steps
     }
     losses = {step: loss_of(logits[step], episode.query_y, task_loss) for step in logits}

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from mamldata.errors import RequestError
 from trainer.maml.adapt import Method, descend, query_logits
 from trainer.maml.algorithms import InnerLoop
-from trainer.maml.anil import head_on_features
+from trainer.maml.anil import features_together, head_on_features
 from trainer.maml.checkpointing import recomputed
 from trainer.maml.parameters import Episode, FastWeights, MetaParameters, Parameters, adapted_names
 from trainer.networks.batchnorm import batch_norm
@@ -32,7 +34,12 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
         network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
         inner: the inner loop to compute.
         engine: that computes it; ``auto`` is ``loop``.
+
+    Raises:
+        RequestError: prototypes of a network without ``features``.
     """
+    if inner.classifier == "prototypes" and not hasattr(network, "features"):
+        raise RequestError("Prototypes are means of features, but the network has no method features(x, norm).")
     by_batch, at_once = batch_statistics, engine in {"vmap", "graphed"}
     if at_once:
         by_batch = written_out
@@ -49,7 +56,7 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
         norm=kept_statistics if inner.bn == "frozen" else lambda _: by_batch,
         start=keep_statistics if inner.bn == "frozen" else lambda _, fast, *__: fast,
         descend=descend_recomputed if inner.checkpoint else descend,
-        query_logits=query_logits_by_support if inner.bn == "support" else query_logits,
+        query_logits=_query_logits(inner),
         shortcut=head_on_features if once else lambda *problem: problem[:3],
     )
 
@@ -92,6 +99,26 @@ def query_logits_by_support(network: nn.Module, fast: FastWeights, episode: Epis
     support = len(episode.support_x)
     together = torch.cat([episode.support_x, episode.query_x])
     return call(network, fast.weights, together, leading_statistics(support))[support:]
+
+
+def query_logits_by_prototypes(network: nn.Module, fast: FastWeights, episode: Episode, method: Method) -> Tensor:
+    """For ``prototypes``: minus the squared Euclidean distance of each query image's features to each class's mean.
+
+    Snell et al. 2017, equations 1 and 2. Support and query images pass the network as one batch, as in its released
+    code; ``bn`` tells whose statistics normalize them.
+    """
+    norm = leading_statistics(len(episode.support_x)) if method.inner.bn == "support" else method.norm(fast)
+    support, query = features_together(network, fast.weights, episode, norm)
+    n_way = method.inner.n_way or int(episode.support_y.max()) + 1
+    members = F.one_hot(episode.support_y, n_way).to(support.dtype)  # [support images, n_way]
+    prototypes = (members / members.sum(0)).T @ support
+    return -(query[:, None] - prototypes).square().sum(2)
+
+
+def _query_logits(inner: InnerLoop) -> Callable[[nn.Module, FastWeights, Episode, Method], Tensor]:
+    if inner.classifier == "prototypes":
+        return query_logits_by_prototypes
+    return query_logits_by_support if inner.bn == "support" else query_logits
 
 
 def descend_recomputed(

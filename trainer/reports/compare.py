@@ -12,7 +12,7 @@ import torch
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
-from mamldata.progress import Notify, silence
+from mamldata.progress import Notify, Progress, silence, silent
 from trainer.evaluation import Evaluation, evaluate
 from trainer.loop import train
 from trainer.protocol import TrainData
@@ -86,6 +86,7 @@ def compare(
     split: str = "test",
     episodes: int = 600,
     notify: Notify = silence,
+    progress: Progress = silent,
 ) -> Comparison:
     """Train with each of several settings on the same episodes in the same order, and evaluate on the same episodes.
 
@@ -99,6 +100,7 @@ def compare(
         out: created if missing.
         split, episodes: to evaluate on.
         notify: receives the progress, a line at a time.
+        progress: counts the episodes of each validation and evaluation.
 
     Raises:
         RequestError: the settings cannot be compared, or do not fit the data; or ``out`` holds other runs.
@@ -125,9 +127,9 @@ def compare(
             notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
             for now, settings in plans.items():
                 say = _prefixed(notify, now)
-                runs[now] = train(settings, data, out / now, resume=True, notify=say)
+                runs[now] = train(settings, data, out / now, resume=True, notify=say, progress=progress)
                 evaluations[now] = evaluate(
-                    runs[now].best, data, split=split, episodes=episodes, device=settings.device
+                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, progress=progress
                 )
                 save_result(evaluations[now])
                 say(str(evaluations[now]))
@@ -213,8 +215,8 @@ def _rows(result: Comparison) -> Iterator[list[str]]:
             f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
             "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
             f"{100 * evaluation.deviation:.1f}",
-            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}",
-            f"{entry.settings.inner_steps}, {evaluation.inner_steps} in evaluation"
+            f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
+            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
             if entry.costs
             else str(evaluation.inner_steps),
             evaluation.bn,

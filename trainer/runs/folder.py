@@ -152,6 +152,8 @@ def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
     if not config.exists():
         return settings
     there, _ = _saved(config)
+    if there.algorithm != settings.algorithm:  # another run, as open_run will say
+        return settings
     return replace(settings, inner_lr=settings.inner_lr or there.inner_lr, meta_lr=settings.meta_lr or there.meta_lr)
 
 
@@ -225,6 +227,15 @@ def _saved(config: Path) -> tuple[TrainSettings, dict[str, Any]]:
         return saved_settings(saved["settings"], config), dict(saved["data"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{config} is damaged ({error!r}). Start again in another folder.") from error
+
+
+def trained_with(run_dir: Path) -> str | None:
+    """The version of mamldata that a run was trained with; None if the folder does not say it."""
+    try:
+        version = parse_json(read_whole(run_dir / CONFIG, MOST_NOTE))["versions"]["mamldata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, str) else None
 
 
 def _refuse_another_run(config: Path, settings: TrainSettings, data: dict[str, Any]) -> None:

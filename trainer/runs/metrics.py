@@ -60,12 +60,24 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def marks(run_dir: Path) -> set[tuple[str, int]]:
+    """Event and step of each line of a run's metrics that is whole; empty if it has not begun."""
+    path = run_dir / NAME
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return {mark for line in lines if (mark := _mark(line))}
+
+
 def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
+    mark = _mark(line)
+    return mark is not None and mark[1] <= last.get(mark[0], step)
+
+
+def _mark(line: str) -> tuple[str, int] | None:
     try:
         row = parse_json(line.encode())
-        return int(row["step"]) <= last.get(row.get("event"), step)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        return False
+        return str(row.get("event")), int(row["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
+        return None
 
 
 class Window:

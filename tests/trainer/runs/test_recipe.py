@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import Synthetic
+from synthetic import CLASSES, Synthetic
 
 from mamldata.datasets.toml import builtin_names
 from mamldata.errors import ManifestError, RequestError
@@ -36,8 +36,10 @@ def test_every_builtin_is_whole(name: str):
     recipe = load_recipe(name)
     assert recipe.dataset in builtin_names()
     assert all((recipe.title, recipe.source, recipe.published))
-    decisive = {"algorithm", "network", "bn", "steps", "inner_steps", "inner_lr", "eval_inner_steps", "meta_lr"}
-    assert decisive | {"meta_schedule", "meta_batch_size"} <= set(recipe.settings)
+    decisive = {"algorithm", "network", "bn", "steps", "meta_lr", "meta_schedule", "meta_batch_size"}
+    if recipe.settings["algorithm"] != "protonet":
+        decisive |= {"inner_steps", "inner_lr", "eval_inner_steps"}
+    assert decisive <= set(recipe.settings)
     if recipe.settings["algorithm"] == "maml++":
         assert {"msl_epochs", "epoch_steps", "filters"} <= set(recipe.settings)
 
@@ -49,7 +51,8 @@ def test_every_builtin_trains(name: str, tmp_path: Path):
     quick = {"steps": 2, "filters": 4, "meta_batch_size": 1, "eval_every": 2, "eval_episodes": 2, "device": "cpu"}
     settings = TrainSettings(**{**recipe.settings, **quick})
     size = {"conv4": 8, "conv3-pool": 22, "conv4-pool": 16}[settings.network]  # the least, to be quick
-    result = train(settings, Synthetic(size, **recipe.episodes), tmp_path)
+    ways = min(recipe.episodes["n_way"], CLASSES)
+    result = train(settings, Synthetic(size, **{**recipe.episodes, "n_way": ways}), tmp_path)
     saved = load_checkpoint(result.last)
     assert saved.step == 2
     assert {key: saved.settings[key] for key in recipe.settings} == {
@@ -116,6 +119,24 @@ def test_the_numbers_of_mamlpp(name: str, episodes: tuple[int, ...], expected: t
     last = settings.meta_lr_at(settings.steps)
     assert last == pytest.approx(1e-3 if "mini" in name else 1e-5)
     assert "Derivative-order annealing" in recipe.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "published"),
+    [
+        ("protonet-omniglot-60w1s", (60, 1, 5), "98.8 % (5-way), 96.0 % (20-way)"),
+        ("protonet-omniglot-60w5s", (60, 5, 5), "99.7 % (5-way), 98.9 % (20-way)"),
+        ("protonet-mini-imagenet-16w1s", (16, 1, 15), "49.42 ± 0.78 % (5-way, trained on 30 ways)"),
+        ("protonet-mini-imagenet-16w5s", (16, 5, 15), "68.20 ± 0.66 % (5-way, trained on 20 ways)"),
+    ],
+)
+def test_the_numbers_of_prototypical_networks(name: str, episodes: tuple[int, ...], published: str):
+    """One episode a step, four pooled blocks of 64 filters, Adam at 0.001: Snell et al. 2017, section 3."""
+    recipe = load_recipe(name)
+    settings = TrainSettings(**recipe.settings)
+    assert (tuple(recipe.episodes.values()), recipe.published) == (episodes, published)
+    found = (settings.algorithm, settings.network, settings.filters, settings.meta_lr, settings.meta_batch_size)
+    assert found == ("protonet", "conv4-pool", 64, 1e-3, 1)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,13 @@ def build_command(dataset: str) -> list[object]:
     return ["build", dataset, "--out", f"{_name(dataset)}-5w1s"]
 
 
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table as lines, with columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
 def print_json(value: Any) -> None:
     """Print a result for programs on stdout."""
     _write(json.dumps(value, indent=2))

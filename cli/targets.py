@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mamldata.sampling.sampler import LEAST
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
+    from trainer.mixture import MixedData
 from cli.options import option_name
 
 
@@ -103,6 +105,26 @@ def episode_data(target: str, root: str | None, episodes: dict[str, Any], *, rem
     )
 
 
-def evaluated_episodes(data: EpisodeData, split: str, asked: int | None) -> int:
+def as_trained(
+    target: str, episodes: dict[str, Any], trained: Mapping[str, Any], tell: Callable[[str], object]
+) -> dict[str, Any]:
+    """The options of live episodes, with the run's own ways, shots and queries where the user gave none.
+
+    Args:
+        target: as for ``episode_data``; options of an archive are only returned.
+        episodes: the options that the user gave.
+        trained: describes the run's training data.
+        tell: called with the numbers that are used.
+    """
+    if archive_folder(target) is not None:
+        return episodes
+    used = {name: episodes.get(name, trained.get(name)) for name in LEAST}
+    used = {name: number for name, number in used.items() if number is not None}
+    words = ", ".join(f"{option_name(name)} {number}" for name, number in used.items())
+    tell(f"Live episodes with {words}; without these options they are as in the run's training.")
+    return {**episodes, **used}
+
+
+def evaluated_episodes(data: EpisodeData | MixedData, split: str, asked: int | None) -> int:
     """How many episodes to evaluate on: ``asked``, else all of an archive, else 600, as is usual in the field."""
     return asked or data.available(split) or 600

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +14,7 @@ from trainer.settings import OLD_NAMES, SETTINGS, Setting, TrainSettings, rename
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
+    from trainer.mixture import MixedData
 
 
 _TYPES = {"int": int, "float": float, "bool": bool}
@@ -55,39 +56,45 @@ def setting_options(*, leave_out: Iterable[str] = ()) -> Callable[[Callable[...,
 
 
 def begin(
-    target: str,
+    targets: Sequence[str],
     root: str | None,
     episodes: dict[str, Any],
     chosen: dict[str, Any],
     tell: Callable[[str], object] = say,
-) -> tuple[EpisodeData, dict[str, Any], dict[str, Any]]:
+    weights: Sequence[float] | None = None,
+) -> tuple[EpisodeData | MixedData, dict[str, Any], dict[str, Any]]:
     """The episodes to train on, with the settings of the recipe and, overriding them, of the user.
 
     Returns:
         The episodes, arguments for ``TrainSettings``, and options for live episodes.
 
     Args:
-        target: an archive, or a dataset.
+        targets: archives and datasets; several are mixed.
         root: the data root.
         episodes: the options for live episodes that the user gave.
         chosen: the options of ``setting_options`` that the user gave.
         tell: called with each difference between the episodes and the recipe's.
+        weights: of the targets in the mixture; None: all equal.
 
     Raises:
-        RequestError: there is no such recipe, or ``target`` is neither an archive nor a dataset.
-        click.UsageError: an option does not fit ``target``.
+        RequestError: there is no such recipe, a target is neither an archive nor a dataset, or they cannot be mixed.
+        click.UsageError: an option does not fit a target.
     """
+    from trainer.mixture import MixedData
+
     values = renamed(chosen)
     recipe, remix = values.pop("recipe", None), values.pop("remix", None)
-    plan = None
+    plan, options = None, [episodes] * len(targets)
     if recipe is not None:
         from trainer.runs.recipe import load_recipe
 
         plan = load_recipe(recipe)
         values = {**plan.settings, **values}
-        if archive_folder(target) is None:
-            episodes = {**plan.episodes, **episodes}
-    data = episode_data(target, root, episodes, remix=remix)
+        live = {**plan.episodes, **episodes}
+        options = [live if archive_folder(target) is None else episodes for target in targets]
+        episodes = live if live in options else episodes
+    parts = [episode_data(target, root, own, remix=remix) for target, own in zip(targets, options, strict=True)]
+    data = parts[0] if weights is None and len(parts) == 1 else MixedData(parts, weights)
     if plan is not None:
         for difference in plan.differences(data.describe()):
             tell(f"Different from the recipe {plan.name}: {difference}")

@@ -36,6 +36,10 @@ class RequestError(MamldataError):
     exit_code = 2
 
 
+class ImageShapeError(RequestError):
+    """A network takes images of another size or number of channels; they can be fitted to it."""
+
+
 class RunExistsError(RequestError):
     """The run folder holds a run already, and the request was not to resume it."""
 

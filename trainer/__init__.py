@@ -1,7 +1,7 @@
 """The lean trainer of mamldata, for MAML and its family, on ``torch.func``.
 
 ``train`` makes a run folder, ``evaluate`` measures its accuracy, ``save_result`` keeps every answer of an evaluation,
-``load_run`` gives the trained network:
+``load_run`` gives the trained network, ``export_model`` a file of it to give away:
 
     import trainer
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from trainer.data import archive_data, live_data
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
+    from trainer.mixture import MixedData
     from trainer.protocol import TrainData
+    from trainer.reports.export import export_model
     from trainer.results import (
         Result,
         class_interval,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         save_result,
         worst_episodes,
     )
+    from trainer.runs.adapted import AdaptedModel
     from trainer.runs.callbacks import Callback
     from trainer.runs.checkpoint import TrainedRun, load_run
     from trainer.runs.folder import RunResult
@@ -39,8 +42,10 @@ if TYPE_CHECKING:
     from trainer.system.distributed import joined
 
 __all__ = [
+    "AdaptedModel",
     "Callback",
     "Evaluation",
+    "MixedData",
     "Result",
     "RunResult",
     "TrainData",
@@ -50,6 +55,7 @@ __all__ = [
     "class_interval",
     "confusion",
     "evaluate",
+    "export_model",
     "joined",
     "live_data",
     "load_run",
@@ -62,8 +68,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaptedModel": "runs.adapted",
     "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
+    "MixedData": "mixture",
     "Result": "results",
     "RunResult": "runs.folder",
     "TrainData": "protocol",
@@ -73,6 +81,7 @@ _HOME = {
     "class_interval": "results",
     "confusion": "results",
     "evaluate": "evaluation",
+    "export_model": "reports.export",
     "joined": "system.distributed",
     "live_data": "data",
     "load_run": "runs.checkpoint",

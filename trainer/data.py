@@ -19,7 +19,7 @@ from mamldata.sampling.order import Indices
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
 from mamldata.sources.open import open_archive
-from mamldata.sources.source import Source, SplitSource
+from mamldata.sources.source import EpisodeInfo, Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
@@ -73,18 +73,22 @@ class EpisodeData:
         world_size: int = 1,
     ) -> DeviceStream:
         """Meta-batches of the train split on a device: remixed, or else shuffled if the split is finite."""
-        stream = EpisodeStream(
-            self._source("train").view(),
-            batch_size=batch_size,
-            seed=seed,
-            remix=self.remix,
-            normalize=normalize,
-            transform=transform,
-            rank=rank,
-            world_size=world_size,
+        stream = self.stream(
+            batch_size, seed, normalize=normalize, transform=transform, rank=rank, world_size=world_size
         )
         self._trained_on = stream.source
         return stream.to(device)
+
+    def stream(self, batch_size: int, seed: int, **options: Any) -> EpisodeStream:
+        """What ``train`` puts on a device; ``options`` are those of ``EpisodeStream``."""
+        return EpisodeStream(
+            self._source("train").view(), batch_size=batch_size, seed=seed, remix=self.remix, **options
+        )
+
+    @property
+    def info(self) -> EpisodeInfo:
+        """What the training episodes are."""
+        return self._source("train").info
 
     def eval(
         self,

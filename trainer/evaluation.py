@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from mamldata.errors import RequestError, StoppedError
+from mamldata.errors import ImageShapeError, RequestError, StoppedError
 from mamldata.progress import Progress, silent
 from mamldata.sampling.normalization import Normalization
 from mamldata.streaming.batch import EpisodeBatch
@@ -111,6 +112,7 @@ class Evaluation:
         accuracy_by_episode: after the last inner step, in the episodes' order, so that two results on the same
             episodes can be compared pair by pair; not in ``to_json``.
         trained_on: the training data, if its dataset, split scheme, ways or shots differ; otherwise None.
+        fitted_from: the shape (H, W, C) that images had before they were fitted to the network; None if they were not.
         answers: to each query image; not in ``to_json``.
         origin: of ``evaluate``: the checkpoint, its settings, the data and the environment; not in ``to_json``.
     """
@@ -133,6 +135,7 @@ class Evaluation:
     k_query: int
     accuracy_by_episode: tuple[float, ...] = field(repr=False)
     trained_on: str | None = None
+    fitted_from: tuple[int, ...] | None = None
     answers: Answers | None = field(default=None, repr=False, compare=False)
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
@@ -160,20 +163,20 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict of plain values; ``trained_on`` only if it is not None."""
+        """As a dict of plain values; ``trained_on`` and ``fitted_from`` only if they are not None."""
         kept = [one.name for one in fields(self) if one.name not in {"accuracy_by_episode", "answers", "origin"}]
         values = {name: getattr(self, name) for name in kept}
-        if self.trained_on is None:
-            del values["trained_on"]
-        return values
+        return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
+        fitted = "x".join(map(str, self.fitted_from or ()))
         return (
             f"{100 * self.accuracy:.2f} % ± {100 * self.interval:.2f} (95 % interval, "
             f"{counted(self.episodes, 'episode')}): "
             f"{self.dataset}, split scheme {self.split_scheme}, {self.split}, {self.n_way}-way {self.k_shot}-shot, "
             f"{counted(self.inner_steps, 'inner step')}, batch norm {self.bn}, "
             f"{self.precision}, single model{f', trained on {self.trained_on}' if self.trained_on else ''}"
+            f"{f', images fitted from {fitted}' if fitted else ''}"
         )
 
 
@@ -353,21 +356,23 @@ def evaluate(
     split: str = "test",
     episodes: int = 600,
     inner_steps: int | None = None,
+    fit: bool = False,
     device: str = "auto",
     progress: Progress = silent,
     world: World = ALONE,
 ) -> Evaluation:
-    """Evaluate a checkpoint, or the best one of a run folder.
+    """Evaluate a checkpoint, the best one of a run folder, or a model.
 
     Images are transformed as in training: with ``normalize``, by the mean and deviation of the training data, also
     if the evaluation is on other data.
 
     Args:
-        place: file or folder.
+        place: file or folder, or the name of a model that comes with the package.
         data: the episodes.
         split: of the data.
         episodes: their number, at least 2; 600 is customary.
         inner_steps: 0 measures the initialization itself; None takes the number used in validation.
+        fit: bring images of another shape to the network's, see ``fit_images``.
         device: see ``TrainSettings``.
         progress: counts episodes; with several processes, those of the first one.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
@@ -385,6 +390,10 @@ def evaluate(
     path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
+        shape, stored = checkpoint.data["image_shape"], None
+        if fit and list(about["image_shape"]) != list(shape):
+            stored = tuple(about["image_shape"])
+            about = {**about, "image_shape": shape, "fitted_from": stored}
         require_fit(path, checkpoint, about)
         settings = saved_settings(checkpoint.settings, path)
         normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
@@ -399,8 +408,16 @@ def evaluate(
         # So that each process gets an episode of every meta-batch; its size makes no difference here.
         size = max(settings.meta_batch_size, world.world_size)
         batches = data.eval(
-            split, episodes, size, where, normalize=normalize, rank=world.rank, world_size=world.world_size
+            split,
+            episodes,
+            size,
+            where,
+            normalize=False if stored else normalize,
+            rank=world.rank,
+            world_size=world.world_size,
         )
+        if stored:
+            batches = _fitted(batches, shape, normalize)
         network, learned = checkpoint.restored(path, where)
         # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
         lacking = settings.precision == "tf32" and where.type != "cuda"
@@ -414,7 +431,7 @@ def evaluate(
         if isinstance(data, NamesClasses) and evaluation.answers and world.first:
             names = data.class_names(split, evaluation.answers.index)
     origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
-    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), origin=origin)
+    return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), fitted_from=stored, origin=origin)
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:
@@ -426,13 +443,19 @@ def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) ->
         about: describes the episodes: at least their ``n_way`` and ``image_shape``.
 
     Raises:
-        RequestError: it was trained with another number of ways or shape of images.
+        RequestError: it was trained with another number of ways.
+        ImageShapeError: or with another shape of images.
     """
     prototypes = saved_settings(checkpoint.settings, path).point.classifier == "prototypes"
     for key in ("image_shape",) if prototypes else ("n_way", "image_shape"):
         here, there = about[key], checkpoint.data.get(key)
+        if key == "image_shape":  # a tuple, or JSON's list
+            here, there = tuple(here), tuple(there or ())
         if here != there:
-            raise RequestError(f"{path} was trained with {key} {there}, but these episodes have {here}.")
+            error = ImageShapeError if key == "image_shape" else RequestError
+            raise error(
+                f"{path} was trained with {key} {there}, but these episodes have {here}. Choose episodes with the same."
+            )
 
 
 def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
@@ -440,6 +463,36 @@ def _trained_on(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     if all(there[key] == here[key] for key in ("dataset", "split_scheme", "n_way", "k_shot")):
         return None
     return f"{there['dataset']}, split scheme {there['split_scheme']}, {there['n_way']}-way {there['k_shot']}-shot"
+
+
+def fit_images(images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images ``[B, N, C, H, W]`` in [0, 1] as a network takes them: first grey or RGB, and then resized.
+
+    Grey images get three equal channels; of colours, grey is 0.299 R + 0.587 G + 0.114 B. Resizing interpolates
+    linearly, over all pixels that a smaller image combines, as Pillow's bilinear filter does; it does not round.
+
+    Args:
+        images: with 1 or 3 channels.
+        shape: (H, W, C) of the network's.
+    """
+    height, width, channels = shape
+    flat = images.flatten(0, 1)
+    if channels == 1 and flat.shape[1] == 3:
+        flat = (flat * flat.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    flat = interpolate(flat.expand(-1, channels, -1, -1), (height, width), mode="bilinear", antialias=True)
+    return flat.reshape(*images.shape[:2], *flat.shape[1:])
+
+
+def _fitted(
+    batches: Iterable[EpisodeBatch], shape: Sequence[int], normalize: bool | Normalization
+) -> Iterator[EpisodeBatch]:
+    """Batches of images in [0, 1], with images that are fitted and then normalized."""
+    for batch in batches:
+        fitted = [fit_images(images, shape) for images in (batch.support_x, batch.query_x)]
+        if isinstance(normalize, Normalization):
+            mean, std = (batch.support_x.new_tensor(values)[:, None, None] for values in normalize)
+            fitted = [(images - mean) / std for images in fitted]
+        yield batch._replace(support_x=fitted[0], query_x=fitted[1])
 
 
 def _normalisation_of(path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> bool | Normalization:

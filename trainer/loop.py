@@ -54,8 +54,8 @@ def train(
         data: the episodes.
         run_dir: created if missing.
         resume: continue the run in ``run_dir``, or start it if there is none.
-        start: a run folder or a checkpoint, whose weights to start from in place of random ones: those of the network
-            with its head, and learned rates and norms. The optimizer starts new.
+        start: a run folder, a checkpoint or a model, whose weights to start from in place of random ones: those of the
+            network with its head, and learned rates and norms. The optimizer starts new.
         notify: receives progress lines and, on a CPU, the number of threads.
         progress: counts the episodes of a validation; with several processes, those of the first one.
         callbacks: receive the metrics, too, unless the run is done already; see ``Callback``.

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from mamldata.io.atomic import make_folder, read_whole, write_atomic
 from mamldata.io.digest import canonical_json, parse_json, sha256_bytes
 from trainer.evaluation import Evaluation
 from trainer.intervals import class_half_width, half_width
+from trainer.runs import model
 
 FOLDER = "results"
 _FORMAT = "mamldata-result/1"
+_TARGETS = "mamldata-targets/1"
 _NAMELESS = "This result does not name the classes of its episodes: the data did not tell them."
 _MOST_BYTES, _MOST_VALUES = 1 << 28, 1 << 26
 # Keys of the target's description that do not tell its evaluated episodes from others.
@@ -141,6 +144,8 @@ def _finite(value: float) -> float | None:
 def save_result(evaluation: Evaluation) -> Path:
     """Write the result of an evaluation by ``trainer.evaluate`` into the folder ``results`` beside its checkpoint.
 
+    Of a model that comes with the package, into ``results`` in the current folder.
+
     Returns:
         The file; an earlier one of the same checkpoint, target and settings is replaced.
 
@@ -149,7 +154,8 @@ def save_result(evaluation: Evaluation) -> Path:
     """
     assert evaluation.origin is not None, "evaluate_network does not know its checkpoint; evaluate does"
     result = result_of(evaluation)
-    path = evaluation.origin.checkpoint.parent / FOLDER / result.name
+    beside = evaluation.origin.checkpoint.parent
+    path = (Path() if beside == model.SHIPPED else beside) / FOLDER / result.name
     make_folder(path.parent)
     head = {"format": _FORMAT, **asdict(result)}
     del head["episodes"]
@@ -157,6 +163,30 @@ def save_result(evaluation: Evaluation) -> Path:
     # An episode a line, which other tools can read one by one.
     text = json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "episodes": [\n' + ",\n".join(lines) + "\n]\n}\n"
     write_atomic(path, text.encode())
+    return path
+
+
+def save_targets(folder: Path, checkpoint: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a table of evaluations on several targets into ``targets`` below the folder of their results.
+
+    Args:
+        folder: where ``save_result`` wrote.
+        checkpoint: its file.
+        rows: one for each target, as values for JSON: ``target``, and either ``error`` or the keys of
+            ``Evaluation.to_json``, ``digest`` and ``file``, the name of its file in ``results``.
+
+    Returns:
+        The file; an earlier one of the same checkpoint and targets is replaced.
+
+    Raises:
+        WriteError: the folder cannot be written to.
+    """
+    names = sha256_bytes(canonical_json([[row["target"] for row in rows]]))[:12]
+    path = folder / "targets" / f"{checkpoint.stem}-{names}.json"
+    make_folder(path.parent)
+    finite = [{key: _finite(value) if key == "loss" else value for key, value in row.items()} for row in rows]
+    head = {"format": _TARGETS, "checkpoint": checkpoint.name, "targets": finite}
+    write_atomic(path, (json.dumps(head, indent=1, allow_nan=False) + "\n").encode())
     return path
 
 

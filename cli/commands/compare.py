@@ -85,7 +85,7 @@ def command(
                 param_hint="--algorithms",
             )
     changes = _changes(own, names)
-    data, values, episodes = begin(target, root, episodes, chosen)
+    data, values, episodes = begin([target], root, episodes, chosen)
     plans = {}
     for name in names:
         inner = ALGORITHMS[name].classifier == "head"

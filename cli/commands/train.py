@@ -15,27 +15,41 @@ from cli.train_options import begin, setting_options
 from mamldata.words import install_command
 
 
+def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    """Numbers between commas; ``MixedData`` checks them."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not numbers with commas between, such as 0.7,0.3.", ctx, param
+        ) from None
+
+
 @click.command(
     epilog="\b\nExamples:\n  mamldata train glyphs --steps 200 --out run\n"
     "  mamldata train glyphs-5w1s --algorithm fomaml --out run2\n"
     "  mamldata train glyphs-5w1s --recipe maml-omniglot-5w1s --steps 100 --out run3",
 )
-@target_argument(metavar="NAME|FOLDER|ARCHIVE")
+@target_argument("targets", metavar="NAME|FOLDER|ARCHIVE...", nargs=-1, required=True)
+@click.option(
+    "--weights", callback=_weights, metavar="W,W…", help="Of several targets: how often each.  [default: equal]"
+)
 @click.option("--out", type=LocalPath(file_okay=False, path_type=Path), required=True, help="The run folder.")
 @setting_options()
 @click.option(
     "--from",
     "start",
-    type=LocalPath(exists=True, path_type=Path),
-    metavar="RUN|CHECKPOINT",
-    help="Start from the weights of another run, in place of random ones.",
+    type=LocalPath(path_type=Path),
+    metavar="RUN|CHECKPOINT|MODEL",
+    help="Start from the weights of another run or of a model, in place of random ones.",
 )
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or start it if there is none.")
 @episode_options(seed=False)
 @root_option
 @json_option
 def command(
-    target: str,
+    targets: tuple[str, ...],
+    weights: list[float] | None,
     out: Path,
     start: Path | None,
     resume: bool,
@@ -50,6 +64,9 @@ def command(
     matplotlib is installed. Ctrl-C, SIGTERM and SIGUSR1 end it after the current step, or amid a validation, with a
     checkpoint and exit code 75; a second Ctrl-C ends it at once.
 
+    Of several targets each meta-batch comes from one, as often as --weights says; validation takes episodes of all in
+    the same proportions.
+
     To share each meta-batch among several processes: torchrun --nproc-per-node 4 --no-python mamldata train ...
     """
     from mamldata.errors import RunExistsError, StoppedError
@@ -61,7 +78,7 @@ def command(
 
     world = click.get_current_context().with_resource(joined())
     with world.together():
-        data, values, episodes = begin(target, root, episodes, chosen, say if world.first else lambda _: None)
+        data, values, episodes = begin(targets, root, episodes, chosen, say if world.first else lambda _: None, weights)
         settings = TrainSettings(**values)
     begun = time.monotonic()
     try:
@@ -83,4 +100,4 @@ def command(
         return
     show(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
     say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
-    next_command(["eval", result.best, target, *as_words(episodes)])
+    next_command(["eval", result.best, *targets, *as_words(episodes)])

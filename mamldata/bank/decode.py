@@ -13,7 +13,7 @@ _BAND_PIXELS = 1 << 22  # converted at once
 
 
 def decode_image(
-    data: bytes | Images,
+    data: bytes | Images | Image.Image,
     size: int,
     channels: int,
     resampling: str,
@@ -27,7 +27,7 @@ def decode_image(
     does for 16-bit colours.
 
     Args:
-        data: encoded, or its pixels, uint8 ``[H, W, 3]``.
+        data: encoded; or its pixels, uint8 ``[H, W, 3]``; or an image of Pillow's, which is not changed.
         size, channels, resampling, invert, upright, fit: see ``ImageRecipe``.
 
     Raises:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from mamldata.bank.decode import decode_image
 from mamldata.bank.format import read_description
 from mamldata.datasets.load import load_manifest
@@ -18,12 +20,14 @@ from mamldata.io.atomic import read_whole
 from mamldata.io.containers import MOST_IMAGE_BYTES
 from mamldata.io.images import Images
 
+AnyImage = str | os.PathLike[str] | bytes | Images | Image.Image
 
-def prepare_image(image: str | os.PathLike[str] | bytes | Images, recipe: ImageRecipe) -> Images:
+
+def prepare_image(image: AnyImage, recipe: ImageRecipe) -> Images:
     """An image as a bank of this recipe holds it: uint8 ``[size, size, channels]``.
 
     Args:
-        image: a file, the bytes of one, or its pixels, uint8 ``[H, W, 3]``.
+        image: a file, the bytes of one, an image of Pillow's, or pixels, uint8 ``[H, W, 3]``.
         recipe: such as ``recipe_of`` finds, or ``trainer.load_run(...).image``.
 
     Raises:

@@ -22,11 +22,11 @@ _MOST_PIXELS = 1 << 26  # of one image: photographs of 64 megapixels pass
 
 
 @contextmanager
-def open_image(data: bytes | Images) -> Iterator[Image.Image]:
+def open_image(data: bytes | Images | Image.Image) -> Iterator[Image.Image]:
     """Open an image of one of ``IMAGE_FORMATS``, not decoded yet. All of Pillow's errors become one kind.
 
     Args:
-        data: encoded, or its pixels, uint8 ``[H, W, 3]``.
+        data: encoded; or its pixels, uint8 ``[H, W, 3]``; or an image of Pillow's, which is copied.
 
     Raises:
         ValueError: it is not an image of these formats, is damaged, or has too many pixels.
@@ -37,10 +37,7 @@ def open_image(data: bytes | Images) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # It also warns of odd metadata, without naming the file.
             warnings.simplefilter("ignore", UserWarning)
-            opened = (
-                Image.open(io.BytesIO(data), formats=_FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
-            )
-            with opened as image:
+            with _opened(data) as image:
                 _check_size(image)
                 yield image
     except UnidentifiedImageError as error:  # Pillow's message has a memory address
@@ -49,6 +46,15 @@ def open_image(data: bytes | Images) -> Iterator[Image.Image]:
         raise ValueError(str(error)) from error
     except _DAMAGE as error:
         raise ValueError(f"a damaged image ({error or type(error).__name__})") from error
+
+
+def _opened(data: bytes | Images | Image.Image) -> Image.Image:
+    if isinstance(data, Image.Image):
+        _check_size(data)  # before it is copied
+        own = data.copy()
+        own.format = data.format  # which copy forgets
+        return own
+    return Image.open(io.BytesIO(data), formats=_FORMATS) if isinstance(data, bytes) else Image.fromarray(data)
 
 
 _FORMATS = tuple(IMAGE_FORMATS)

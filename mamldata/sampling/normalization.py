@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -27,6 +27,23 @@ def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization
     """
     pairs = [_mean_and_std(total, squares, pixels) if pixels else (0.0, 1.0) for total, squares in sums]
     return Normalization(tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs))
+
+
+def mixed_normalization(parts: Sequence[Normalization], weights: Sequence[float]) -> Normalization:
+    """The normalization of a mixture: of the pixels of all parts together, in the proportions of ``weights``.
+
+    Args:
+        parts: with the same number of channels each.
+        weights: from 0, not all 0.
+    """
+    shares = [weight / math.fsum(weights) for weight in weights]
+    means, stds = [], []
+    for pairs in zip(*(zip(part.mean, part.std, strict=True) for part in parts), strict=True):
+        mean = math.fsum(share * own for share, (own, _) in zip(shares, pairs, strict=True))
+        squares = math.fsum(share * (own**2 + std**2) for share, (own, std) in zip(shares, pairs, strict=True))
+        means.append(round(mean, 6))
+        stds.append(round(math.sqrt(max(squares - mean**2, 0.0)), 6) or 1.0)
+    return Normalization(tuple(means), tuple(stds))
 
 
 def _mean_and_std(total: int, squares: int, pixels: int) -> tuple[float, float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, update_wrapper
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from mamldata.io.digest import canonical_json, sha256_bytes
 Indices = npt.NDArray[np.int64]
 
 _KEPT = 2  # epochs: prefetching and a second pass use neighbouring ones
+_ORDERS = 8  # orders whose epochs are kept: those of a mixture's sources
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,18 @@ class Order:
             return self.episodes // self.batch_size
         return math.ceil(self.episodes / self.batch_size)
 
+    def place(self, t: int) -> tuple[int, int]:
+        """The number of the source of meta-batch ``t``, always 0 but in a mixture, and the meta-batches before it."""
+        return 0, t
+
+    def epoch(self, t: int) -> int:
+        """The epoch of meta-batch ``t``; 0 if the first one never ends."""
+        return 0 if self.batches_per_epoch is None else t // self.batches_per_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes the order, as plain values: those of JSON."""
+        return {**asdict(self), "shards": list(self.shards or ())}
+
     def indices(self, t: int) -> Indices:
         """The episodes of meta-batch ``t``: int64 ``[batch_size]``, fewer only at the end of a plain epoch."""
         if self.episodes is None or self.batches_per_epoch is None:
@@ -83,7 +98,24 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64)
 
 
-@lru_cache(maxsize=_KEPT)
+class _Kept:
+    """A function of (seed, epoch, …) that keeps the last ``_KEPT`` epochs of each of the last ``_ORDERS`` orders."""
+
+    def __init__(self, compute: Callable[..., Indices]) -> None:
+        update_wrapper(self, compute)
+
+        @lru_cache(maxsize=_ORDERS)
+        def epochs(seed: int, *rest: object) -> Callable[[int], Indices]:
+            return lru_cache(maxsize=_KEPT)(lambda epoch: compute(seed, epoch, *rest))
+
+        self._epochs = epochs
+        self.cache_clear = epochs.cache_clear
+
+    def __call__(self, seed: int, epoch: int, *rest: object) -> Indices:
+        return self._epochs(seed, *rest)(epoch)
+
+
+@lru_cache(maxsize=_KEPT * _ORDERS)
 def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indices, Indices]:
     """How an epoch goes through shards: their numbers in turn, and the position in the epoch at which each ends.
 
@@ -123,7 +155,7 @@ def permute(seed: int, epoch: int, count: int, order: str) -> Indices:
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
 
 
-@lru_cache(maxsize=_KEPT)
+@_Kept
 def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> Indices:
     """The order of an epoch, see ``permute``; cached and read-only."""
     positions = permute(seed, epoch, count, order)
@@ -131,7 +163,7 @@ def permutation(seed: int, epoch: int, count: int, order: str = "shuffle") -> In
     return positions
 
 
-@lru_cache(maxsize=_KEPT)
+@_Kept
 def shard_permutation(seed: int, epoch: int, shards: tuple[int, ...]) -> Indices:
     """The order of an epoch that goes through shards one after the other: int64 ``[episodes]``, read-only.
 

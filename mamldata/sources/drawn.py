@@ -66,10 +66,6 @@ class DrawnSource(AllHere):
         """
         return self.sampler.draw(index).classes[:, : self.info.n_way].astype(np.int64)
 
-    def class_labels(self, index: int) -> list[str]:
-        """The names of an episode's classes, one for each way."""
-        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
-
     def view(self, episodes: int | None = None) -> Self:
         """The same episodes for another reader; see ``StoredSource.view``."""
         view = copy.copy(self)

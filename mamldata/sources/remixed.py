@@ -63,10 +63,6 @@ class RemixedSource(AllHere):
         """The classes of episodes, as indices into the table: int64 ``[B, n_way]``, by label."""
         return self._stored_classes().reshape(-1)[self.ways(index)].astype(np.int64)
 
-    def class_labels(self, index: int) -> list[str]:
-        """The names of an episode's classes, one for each way."""
-        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
-
     def _stored_classes(self) -> Classes:
         if self._classes is None:
             self._classes = self.source.way_classes()

@@ -36,6 +36,7 @@ class EpisodeInfo:
         query_alpha: None: each class has ``k_query`` query images; else see
             ``mamldata.sampling.sampler.EpisodeSpec``.
         disjoint: whether no two of them share an image, see ``mamldata.sampling.disjoint``.
+        sources: of a mixture, the same for each of its sources, see ``mamldata.sources.mixed``; empty otherwise.
     """
 
     dataset: str
@@ -52,6 +53,7 @@ class EpisodeInfo:
     normalization: Normalization
     query_alpha: int | None = None
     disjoint: bool = False
+    sources: tuple[EpisodeInfo, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes the episodes, as plain values: those of JSON."""
@@ -61,6 +63,9 @@ class EpisodeInfo:
             del values["query_alpha"]
         if not self.disjoint:
             del values["disjoint"]
+        del values["sources"]
+        if self.sources:
+            values["sources"] = [source.identity() for source in self.sources]
         return values | {"image_shape": list(self.image_shape)}
 
 
@@ -217,6 +222,10 @@ class AllHere:
     def way_source(self) -> WaySource | None:
         """None: its episodes are not stored, or are remixed already."""
         return None
+
+    def class_labels(self: Any, index: int) -> list[str]:
+        """The names of an episode's classes, one for each way."""
+        return [self.table.label(way) for way in self.classes(np.array([index]))[0].tolist()]
 
 
 def archive_sampler(archive: Archive, split: str) -> EpisodeSampler:

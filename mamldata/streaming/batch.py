@@ -13,8 +13,10 @@ import torch
 
 from mamldata.errors import RequestError
 from mamldata.pictures import contact_sheet
+from mamldata.sampling.mixture import MixedOrder
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices, Order, shard_runs, share
+from mamldata.sources.mixed import MixedSource
 from mamldata.sources.source import Source
 from mamldata.streaming.buffers import BufferPool
 from mamldata.words import counted
@@ -148,7 +150,10 @@ class BatchReader:
         self.order = order
         self.dtype = dtype
         self.rank, self.world_size = rank, world_size
-        self._shards = source.fetched_shards  # listed once for each reader: an archive may have many thousands
+        sources = source.parts if isinstance(source, MixedSource) else (source,)
+        orders = order.parts if isinstance(order, MixedOrder) else (order,)
+        # Shards are listed once for each reader: an archive may have many thousands.
+        self._fetched = [(*part, part[0].fetched_shards) for part in zip(sources, orders, strict=True)]
         self.batch_size = len(share(np.arange(order.batch_size), rank, world_size))
         info = source.info
         counts = (info.k_shot, info.k_query)
@@ -172,16 +177,18 @@ class BatchReader:
 
         At the end of a shuffled epoch these include the first shards of the next epoch.
         """
-        source, per_epoch = self.source, self.order.batches_per_epoch
-        if not self._shards or per_epoch is None:
+        number, t = self.order.place(t)
+        source, order, shards = self._fetched[number]
+        per_epoch = order.batches_per_epoch
+        if not shards or per_epoch is None:
             return
         epoch, step = divmod(t, per_epoch)
-        numbers, ends = shard_runs(self.order, epoch, self._shards)
-        first = int(np.searchsorted(ends, step * self.order.batch_size, side="right"))
-        last = int(np.searchsorted(ends, per_epoch * self.order.batch_size))  # an incomplete last batch is not read
+        numbers, ends = shard_runs(order, epoch, shards)
+        first = int(np.searchsorted(ends, step * order.batch_size, side="right"))
+        last = int(np.searchsorted(ends, per_epoch * order.batch_size))  # an incomplete last batch is not read
         upcoming = numbers[first : min(last + 1, first + source.window)].tolist()
-        if self.order.shuffle and len(upcoming) < source.window:
-            following, _ = shard_runs(self.order, epoch + 1, self._shards)
+        if order.shuffle and len(upcoming) < source.window:
+            following, _ = shard_runs(order, epoch + 1, shards)
             upcoming += [number for number in following.tolist() if number not in upcoming]
         source.prefetch(upcoming)
 

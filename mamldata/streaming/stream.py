@@ -6,16 +6,18 @@ import mmap
 import operator
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mamldata.errors import RequestError
+from mamldata.sampling.mixture import MixedOrder, require_weights
 from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Order
+from mamldata.sources.mixed import MixedSource
 from mamldata.sources.open import as_source
 from mamldata.sources.remixed import RemixedSource
 from mamldata.sources.source import EpisodeInfo, Source, in_words
@@ -35,7 +37,9 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     Args:
         source: the folder of an archive, its address (``https://…``, ``s3://…``), or a source such as
-            ``mamldata.live("omniglot")``.
+            ``mamldata.live("omniglot")``. Or a list of these: a mixture, which takes each meta-batch from one of them
+            and never ends, see ``mamldata.sampling.mixture``. A list may also have streams, which give their source
+            and order alone, so that each can have its own ``remix`` or ``cache_dir``.
         split: ``train`` (the default), ``val`` or ``test``.
         batch_size: episodes in a meta-batch.
         seed: of the order; equal seeds give equal orders on every machine.
@@ -55,6 +59,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             returns a tensor ``[C', H', W']``, such as those of torchvision v2; or ``mamldata.batched``, for a callable
             that takes several. Its random numbers are a function of ``seed``, the epoch and the episode.
         query_transform: the same of query images; None for none.
+        weights: of a mixture, a number for each source, of which only the ratios count; None: all equal.
         n_way, k_shot, k_query: take only the first so many ways, support images and query images of each episode;
             None: all.
         verify: hash each shard when it is opened, which finds even one changed pixel.
@@ -69,11 +74,12 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
 
     def __init__(
         self,
-        source: Source | str | os.PathLike[str],
+        source: Source | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
         split: str | None = None,
         batch_size: int = 1,
         seed: int = 0,
         *,
+        weights: Sequence[float] | None = None,
         shuffle: bool | None = None,
         remix: bool = False,
         rank: int = 0,
@@ -102,18 +108,31 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
                 f"rank {rank} of {world_size} cannot share a meta-batch of {batch_size}: ranks count from 0, and "
                 "each needs at least one episode."
             )
-        self.source: Source = as_source(source, split, verify=verify, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        if any(number is not None for number in (n_way, k_shot, k_query)):
-            self.source = _narrowed(self.source, n_way=n_way, k_shot=k_shot, k_query=k_query)
-        if remix:
-            self.source = _remixed(self.source, seed, shuffle)
-            shuffle = False
-        if shuffle and self.source.episodes is None:
-            raise RequestError("Episodes that never end are random already. Leave out shuffle.")
-        if shuffle is None:
-            shuffle = self.source.info.split == "train" and self.source.episodes is not None
-        shards = (self.source.fetched_shards or None) if shuffle else None
-        self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
+        take: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "k_query": k_query}
+        place: dict[str, Any] = {"verify": verify, "cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self.source: Source
+        self.order: Order
+        if isinstance(source, list | tuple):
+            weights = require_weights(weights, len(source))
+            part = partial(EpisodeStream, split=split, batch_size=batch_size, seed=seed, shuffle=shuffle, remix=remix)
+            parts = [one if isinstance(one, EpisodeStream) else part(one, **take, **place) for one in source]
+            self.source = MixedSource([part.source for part in parts], weights)
+            orders = tuple(part.order for part in parts)
+            self.order = MixedOrder(None, batch_size, False, seed, parts=orders, weights=weights)
+        elif weights is not None:
+            raise RequestError("weights are for a mixture: give a list of sources.")
+        else:
+            self.source = as_source(source, split, **place)
+            if any(number is not None for number in take.values()):
+                self.source = _narrowed(self.source, **take)
+            if remix:
+                self.source = _remixed(self.source, seed, shuffle)
+            if shuffle and self.source.episodes is None:
+                raise RequestError("Episodes that never end are random already. Leave out shuffle.")
+            if shuffle is None:
+                shuffle = self.source.info.split == "train" and self.source.episodes is not None and not remix
+            shards = (self.source.fetched_shards or None) if shuffle else None
+            self.order = Order(self.source.episodes, batch_size, shuffle, seed, remix, shards)
         self.rank, self.world_size = rank, world_size
         self.dtype = dtype
         self.normalize = _normalisation(normalize, self.source.info)
@@ -257,9 +276,7 @@ class EpisodeStream(IterableDataset[EpisodeBatch]):
             self._begun.zero_()
 
     def _identity(self) -> dict[str, Any]:
-        order = asdict(self.order)
-        order["shards"] = list(self.order.shards or ())  # a list, as JSON gives back
-        return {**order, **self.info.identity()}
+        return {**self.order.identity(), **self.info.identity()}
 
 
 class _Pass(Iterator[EpisodeBatch]):

@@ -87,8 +87,7 @@ class Transforms:
             return batch
         # The indices from the order, because reading those of the batch would make the CPU wait for a GPU.
         episodes = share(self._order.indices(t), self._rank, self._world_size).tolist()
-        per_epoch = self._order.batches_per_epoch
-        epoch = 0 if per_epoch is None else t // per_epoch
+        epoch = self._order.epoch(t)
         seeds = {
             part: [_seed(self._order.seed, epoch, episode, part) for episode in episodes] if self._seeded else []
             for part in self._of

@@ -101,7 +101,22 @@ def test_help_names_every_verb_and_imports_no_torch():
 
 @pytest.mark.parametrize(
     "verb",
-    ["datasets", "benchmarks", "fetch", "verify", "build", "inspect", "preview", "recipes", "train", "eval", "compare"],
+    [
+        "datasets",
+        "benchmarks",
+        "fetch",
+        "verify",
+        "build",
+        "inspect",
+        "preview",
+        "recipes",
+        "train",
+        "eval",
+        "compare",
+        "export",
+        "models",
+        "predict",
+    ],
 )
 def test_a_verbs_help_imports_no_torch(verb: str):
     """Help and the data verbs start without torch."""
@@ -134,6 +149,9 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         examples += found
     monkeypatch.chdir(tmp_path)
     photographs(tmp_path / "my-photos")
+    shutil.copytree(tmp_path / "my-photos" / "kind 0", tmp_path / "unsorted")
+    for number in range(5):
+        shutil.copytree(tmp_path / "my-photos" / f"kind {number}", tmp_path / "my-classes" / f"kind {number}")
     done = set()
     for example in examples:
         if example not in done:

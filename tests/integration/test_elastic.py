@@ -144,3 +144,20 @@ def test_workers_change_nothing(places, expected, kind, workers):
         share = slice(BATCH * rank // world_size, BATCH * (rank + 1) // world_size)
         found = [batch.index.tolist() for batch in loader]
         assert found == [index[share] for index, _, _ in expected[kind][PER_EPOCH + 1 : 2 * PER_EPOCH]]
+
+
+def test_mixture_with_an_address(places, expected, monkeypatch):
+    """In a mixture a folder and an address each keep their order, and the shards of the address are fetched ahead."""
+    stream = EpisodeStream([places.folder, places.url], None, BATCH, 5, dtype=torch.uint8)
+    remote, asked = stream.source.parts[1], []
+    fetch = remote.prefetch
+    monkeypatch.setattr(remote, "prefetch", lambda upcoming: (asked.append(list(upcoming)), fetch(upcoming)))
+    found = {0: [], 1: []}
+    for batch in itertools.islice(stream, 12):
+        number, own = stream.source.place(batch.index.numpy())
+        found[number].append((own.tolist(), *keep(batch)[1:]))
+    for number, kind in enumerate(("local", "remote")):
+        assert len(found[number]) > 2
+        assert found[number] == list(itertools.islice(itertools.cycle(expected[kind, "shuffled"]), len(found[number])))
+    assert len(asked) == len(found[1])
+    assert all(len(upcoming) > 1 for upcoming in asked)

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from synthetic import Synthetic
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mamldata.errors import RequestError
+from mamldata.errors import ImageShapeError, RequestError
 from mamldata.streaming.batch import EpisodeBatch
-from trainer.evaluation import Evaluation, evaluate, evaluate_network
+from trainer.evaluation import Evaluation, evaluate, evaluate_network, fit_images
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.maml.algorithms import InnerLoop
 from trainer.networks.networks import build_network
 from trainer.networks.norms import Norm
+from trainer.runs.checkpoint import load_checkpoint, save_checkpoint
 from trainer.runs.folder import RunResult
 from trainer.settings import TrainSettings
 
@@ -294,3 +296,48 @@ def test_all_episodes_of_a_meta_batch_at_once(algorithm, monkeypatch) -> None:
     monkeypatch.setattr("trainer.evaluation.each_task", too_large)
     with pytest.raises(RequestError, match="The GPU has too little memory for adapting to an episode"):
         found()
+
+
+@pytest.mark.parametrize("size", [5, 12, 31])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (1, 1), (3, 3)])
+def test_fitted_images_are_those_of_pillow(before: int, after: int, size: int) -> None:
+    """Grey to three equal channels, colours to their luma, and resized as Pillow's bilinear filter does."""
+    images = torch.rand(2, 3, before, 12, 12)
+    found = fit_images(images, (size, size, after))
+    assert found.shape == (2, 3, after, size, size)
+    image = images[1, 2]
+    if (before, after) == (3, 1):
+        image = 0.299 * image[:1] + 0.587 * image[1:2] + 0.114 * image[2:]
+    for channel, mine in zip(found[1, 2], image.expand(after, -1, -1), strict=True):
+        pillow = Image.fromarray(mine.numpy(), "F").resize((size, size), Image.Resampling.BILINEAR)
+        assert np.allclose(channel.numpy(), np.asarray(pillow), atol=1e-5)
+
+
+def test_fitted_images_are_evaluated_as_if_they_had_fitted(tmp_path: Path) -> None:
+    """Images with three equal channels become the grey ones again, and are then normalized as in training."""
+
+    class Tripled(Synthetic):
+        def describe(self) -> dict[str, Any]:
+            return {**super().describe(), "image_shape": [12, 12, 3]}
+
+        def eval(self, *args: Any, **options: Any) -> Any:
+            mean, std = 0.25, 0.5
+            assert options.pop("normalize") is False
+            for batch in super().eval(*args, **options, normalize=False):
+                images = [part.expand(-1, -1, 3, -1, -1) * std + mean for part in (batch.support_x, batch.query_x)]
+                yield batch._replace(support_x=images[0], query_x=images[1])
+
+    run = train(replace(SETTINGS, normalize=True), Synthetic(), tmp_path / "run")
+    checkpoint = load_checkpoint(run.best)
+    known = {"mean": [0.25], "std": [0.5]}
+    (tmp_path / "other").mkdir()
+    save_checkpoint(tmp_path / "other", replace(checkpoint, data={**checkpoint.data, "normalisation": known}))
+    plain = evaluate(run.best, Synthetic(), episodes=6, device="cpu")
+    with pytest.raises(ImageShapeError, match=r"image_shape .12, 12, 1., but these episodes have .12, 12, 3.\. Choose"):
+        evaluate(tmp_path / "other", Tripled(), episodes=6, device="cpu")
+    fitted = evaluate(tmp_path / "other", Tripled(), episodes=6, fit=True, device="cpu")
+    assert fitted.accuracy_by_episode == plain.accuracy_by_episode
+    assert fitted.loss == pytest.approx(plain.loss, rel=1e-4)
+    assert str(fitted).endswith("images fitted from 12x12x3")
+    assert (fitted.fitted_from, plain.fitted_from) == ((12, 12, 3), None)
+    assert evaluate(run.best, Synthetic(), episodes=6, fit=True, device="cpu").fitted_from is None

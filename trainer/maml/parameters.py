@@ -93,6 +93,20 @@ def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
     return [name for name in names if name not in untouched]
 
 
+def with_outputs(network: nn.Module, parameters: MetaParameters, inner: InnerLoop, count: int) -> MetaParameters:
+    """The parameters with the first ``count`` outputs of the head only.
+
+    Labels are dealt to classes at random in every training episode, so no output has a meaning of its own.
+    """
+    heads = head_names(network)
+
+    def cut(part: Parameters) -> Parameters:
+        return part | {name: part[name][:count] for name in heads if name in part}
+
+    rates = cut(parameters.rates) if inner.rates == "parameter" else parameters.rates
+    return parameters._replace(weights=cut(parameters.weights), rates=rates)
+
+
 def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     """The network's parameters themselves, and fresh rates, all ``inner.lr``, and fresh per-step norms."""
     weights: Parameters = dict(network.named_parameters())

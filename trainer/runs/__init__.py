@@ -1,4 +1,4 @@
-"""The folder, checkpoints and metrics of runs, and the recipes that reproduce published ones.
+"""The folder, checkpoints, model files and metrics of runs, how they adapt, and recipes of published ones.
 
 Reads and writes files, and trains nothing. Of the top-level modules it may import only ``settings``.
 """

@@ -9,7 +9,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,7 +24,9 @@ from mamldata.io.containers import reading_container
 from mamldata.io.digest import sha256_file
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
 from trainer.networks.networks import build_network
+from trainer.runs.adapted import AdaptedModel, ManyImages, adapted_model
 from trainer.runs.content import fault_in, optimizer_state
+from trainer.runs.model import SUFFIX, existing_place, read_model
 from trainer.settings import TrainSettings, pick_device, saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
@@ -118,11 +120,11 @@ class Start(NamedTuple):
 
 
 def read_start(place: Path | str) -> Start:
-    """The best checkpoint of a run folder, or the one in a file, to start another run from.
+    """What ``find_checkpoint`` finds, to start another run from.
 
     Raises:
-        RequestError: not a checkpoint of this trainer.
-        DamagedError: the checkpoint is damaged.
+        RequestError: not a checkpoint or model of this trainer.
+        DamagedError: the file is damaged.
     """
     path, checkpoint = find_checkpoint(Path(place))
     digest, step = checkpoint.data["digest"], checkpoint.step
@@ -262,6 +264,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.setdefault("window", {})  # missing from the first ones
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT or content.keys() != known:
         raise RequestError(f"{path} is not a checkpoint of this trainer ({_FORMAT}).")
+    return _checked(path, content)
+
+
+def _from_model(path: Path) -> Checkpoint:
+    """A model file as a checkpoint, which has no state to resume a run with."""
+    about, weights = read_model(path)
+    content = {name: about.get(name) for name in ("step", "accuracy", "settings", "data")}
+    best = -1.0 if content["accuracy"] is None else content["accuracy"]
+    rest: dict[str, Any] = {"optimizer": {}, "stream": {}, "window": {}}
+    return _checked(path, {**content, "best_step": content["step"], "best_accuracy": best, "weights": weights, **rest})
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
     try:
         fault = fault_in(content)
     except RecursionError:
@@ -341,23 +356,37 @@ class TrainedRun(NamedTuple):
             )
         return ImageRecipe(**recorded, bank_sha256={})
 
+    def adapt(self, images: ManyImages, labels: Iterable[Hashable]) -> AdaptedModel:
+        """Adapt to a support set, as evaluation does.
+
+        Args:
+            images: uint8 ``[N, H, W, C]`` as the bank holds them, NumPy's or torch's; or a list of files, of PIL's
+                images or of pixels uint8 ``[H, W, 3]``, each of which is prepared as the bank's were.
+            labels: of each image, any values that can be sorted, such as class names. Shots may differ.
+
+        Raises:
+            RequestError: an image cannot be read or is of another form, the run does not record how images were
+                prepared, or there are too many or too few classes or shots.
+        """
+        return adapted_model(*self, lambda: self.image, images, labels)
+
 
 def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
-    """Load the best checkpoint of a run folder, or the one in a file, to adapt with or to inspect.
+    """Load a model file, a checkpoint, or the best one of a run folder, to adapt with or to inspect.
 
         run = trainer.load_run("runs/first")
-        method = method_of(run.network, run.settings.inner_loop_at_test())
-        adapted = adapt(run.network, run.parameters, episode, method)[-1]
+        adapted = run.adapt(["ant-1.png", "bee-1.png"], ["ant", "bee"])
+        adapted(["unknown.png"]).softmax(1)
 
-    Images must be normalized as in training, see ``settings.normalize``; the network computes in fp32.
+    The network computes in fp32.
 
     Args:
-        place: folder or file.
+        place: folder or file; or the name of a model that comes with the package, if there is no such path.
         device: for network and parameters; see ``TrainSettings``.
 
     Raises:
-        RequestError: not a checkpoint of this trainer, or the device is not available.
-        DamagedError: the checkpoint is damaged.
+        RequestError: not a checkpoint or model of this trainer, or the device is not available.
+        DamagedError: the file is damaged.
     """
     path, checkpoint = find_checkpoint(Path(place))
     settings = saved_settings(checkpoint.settings, path)
@@ -365,14 +394,15 @@ def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
 
 
 def find_checkpoint(place: Path) -> tuple[Path, Checkpoint]:
-    """The checkpoint in a file, or the best one of a run folder, with its path.
+    """The checkpoint or model in a file, the best checkpoint of a run folder, or a shipped model; with its path.
 
     Raises:
-        RequestError: not a checkpoint of this trainer.
-        DamagedError: the checkpoint is damaged.
+        RequestError: not a checkpoint or model of this trainer.
+        DamagedError: the file is damaged.
     """
+    place = existing_place(place)
     path = find_best(place) if place.is_dir() else place
-    return path, load_checkpoint(path)
+    return path, _from_model(path) if path.suffix == SUFFIX else load_checkpoint(path)
 
 
 def find_last(run_dir: Path) -> Path | None:

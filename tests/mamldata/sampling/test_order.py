@@ -148,3 +148,13 @@ class TestRefusals:
             Order(10, 11, True, 0)
         assert Order(10, 11, False, 0).batches_per_epoch == 1
         assert Order(10, 10, True, 0).batches_per_epoch == 1
+
+
+def test_several_orders_keep_their_epochs() -> None:
+    """The orders of a mixture's sources do not push one another's permutations out; long runs keep two of each."""
+    first = [permutation(3, 0, 50 + number) for number in range(6)]
+    assert all(permutation(3, 0, 50 + number) is one for number, one in enumerate(first))
+    for epoch in range(1, 4):
+        permutation(3, epoch, 50)
+    assert permutation(3, 0, 50) is not first[0]
+    assert np.array_equal(permutation(3, 0, 50), first[0])

@@ -33,7 +33,8 @@ DATA = {"bibtex", "json", "text", "toml"}
 
 # What is said of Omniglot is done with the glyphs, and what is said of 4,000 steps with two.
 SMALLER = {
-    r"(?<![\w./-])(omniglot|mini-imagenet)(?![\w./-])": "glyphs",
+    r"(?<![\w./-])(omniglot|omniglot-small|mini-imagenet|cub-200)(?![\w./-])": "glyphs",
+    r" dtd ": " glyphs-5w1s ",
     r"--benchmark [\w-]+": "--benchmark glyphs-5w1s",
     r'build_benchmark\("[\w-]+"': 'build_benchmark("glyphs-5w1s"',
     r"(?<=--recipe )maml-mini-imagenet": "maml-omniglot",
@@ -41,7 +42,7 @@ SMALLER = {
     r"--(split-scheme|n-way|k-shot) \S+": "",
     r'"cuda"': '"cpu"',
 }
-ARCHIVES = ["omniglot-5w1s", "glyphs-5w1s", "mini-imagenet-5w1s", "ARCHIVE"]
+ARCHIVES = ["omniglot-5w1s", "glyphs-5w1s", "mini-imagenet-5w1s", "ARCHIVE", "A", "B"]
 # Options added to a command; the last one of a name counts.
 FEWER = {
     "build": "--train 32 --val 8 --test 8",
@@ -145,7 +146,9 @@ def at_hand(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
         run_words(["eval", "run", ARCHIVES[0]])
         (result,) = Path("run/results").iterdir()
         result.with_name("test-….json").symlink_to(result.name)  # as pages shorten it
-        Image.new("L", (105, 105), 255).save("mine.png")
+        for file in ("mine.png", "my-classes/ant/1.png", "my-classes/bee/1.png", "unsorted/1.png", "unsorted/2.png"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (105, 105), 255).save(file)
         for number in range(32 * 16):
             folder = Path(f"my-photos/{number % 32}")
             folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ VERBS = {
     "train": "Train on an archive or on live episodes.",
     "eval": "Evaluate a checkpoint.",
     "compare": "Train with several algorithms on the same episodes.",
+    "report": "Write a page on an archive, a run or a comparison.",
     "export": "Write a trained network as a safetensors file, with a card.",
     "models": "List the models that come with the package.",
     "predict": "Say to which of your classes your images belong.",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cli.options import as_words
 from mamldata.errors import WriteError, system_problem
 from mamldata.io.urls import is_remote, shown_place
-from mamldata.words import printable
+from mamldata.words import printable, size_text
 
 
 class Manner:
@@ -165,13 +165,3 @@ def bars(label: str, total: int | None, unit: str, /) -> Iterator[Callable[[int]
         yield advance
     if Manner.verbose:
         say(f"{label}: {amount(done)} in {time.monotonic() - begun:.1f} s")
-
-
-def size_text(size: int) -> str:
-    """A size in bytes as people read it."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError

@@ -10,7 +10,7 @@ import click
 from cli.options import option_name, options_as
 from cli.output import say
 from cli.targets import archive_folder, episode_data
-from trainer.settings import OLD_NAMES, SETTINGS, Setting, TrainSettings, renamed
+from trainer.settings import OLD_NAMES, SETTINGS, Setting, TrainSettings, is_own, renamed
 
 if TYPE_CHECKING:
     from trainer.data import EpisodeData
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 _TYPES = {"int": int, "float": float, "bool": bool}
 
 
+class _OrOwn(click.Choice[str]):
+    """A choice; the name of the user's own code is checked by the setting."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if is_own(value) else super().convert(value, param, ctx)
+
+
 def _option(setting: Setting, name: str, *, hidden: bool = False) -> Callable[..., Any]:
     option = option_name(name)
     return click.option(
         option if setting.kind != "bool" else f"{option}/--no-{option.removeprefix('--')}",
-        type=click.Choice(setting.choices) if setting.choices else _TYPES[setting.kind],
+        type=_OrOwn(setting.shown_choices) if setting.choices else _TYPES[setting.kind],
         default=None,
         hidden=hidden,
         help=f"{setting.meaning}  [default: {setting.default_in_words}]",

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- written by docs/settings.py -->\n\n", "\n<!-- end -->\n"
 
 def _values(setting: Setting) -> str:
     if setting.choices:
-        return ", ".join(f"`{choice}`" for choice in setting.choices)
+        return ", ".join(f"`{choice}`" for choice in setting.shown_choices)
     words = {"int": "whole number", "float": "number", "bool": "yes, no"}[setting.kind]
     bounds = {"at least": setting.at_least, "at most": setting.at_most}
     words += "".join(f", {side} {bound}" for side, bound in bounds.items() if bound is not None)

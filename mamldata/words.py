@@ -24,6 +24,16 @@ def counted(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
+def size_text(size: int) -> str:
+    """A size in bytes as people read it."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
 def printable(text: str, keep: str = "") -> str:
     """A text without what changes a terminal or cannot be encoded: such characters are escaped, except those kept."""
     if text.isprintable():

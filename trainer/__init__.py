@@ -9,7 +9,7 @@
     trainer.train(trainer.TrainSettings(steps=1000), data, "runs/first", notify=print)
     print(trainer.evaluate("runs/first", data, split="test", episodes=600))
 
-``data`` is anything with the methods of ``TrainData``.
+``data`` is anything with the methods of ``TrainData``, such as ``OwnData``; docs/guide.md shows more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.evaluation import Evaluation, evaluate
     from trainer.loop import train
     from trainer.mixture import MixedData
+    from trainer.own_data import OwnData
     from trainer.protocol import TrainData
     from trainer.reports.export import export_model
     from trainer.results import (
@@ -46,6 +47,7 @@ __all__ = [
     "Callback",
     "Evaluation",
     "MixedData",
+    "OwnData",
     "Result",
     "RunResult",
     "TrainData",
@@ -72,6 +74,7 @@ _HOME = {
     "Callback": "runs.callbacks",
     "Evaluation": "evaluation",
     "MixedData": "mixture",
+    "OwnData": "own_data",
     "Result": "results",
     "RunResult": "runs.folder",
     "TrainData": "protocol",

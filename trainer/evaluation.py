@@ -224,7 +224,7 @@ def evaluate_network(
 
     def measured(batch: EpisodeBatch) -> list[_Measured]:
         if device.type in AT_ONCE:
-            with suppress(torch.cuda.OutOfMemoryError):  # then one after the other
+            with suppress(RuntimeError):  # of memory, or of an operation that vmap lacks: then one after the other
                 method = method_of(network, inner, "vmap")
                 columns = torch.func.vmap(lambda *parts: one(network, Episode(*parts), method))(*batch[:4])
                 return [_Measured(*row) for row in zip(*columns, strict=True)]
@@ -358,6 +358,7 @@ def evaluate(
     inner_steps: int | None = None,
     fit: bool = False,
     device: str = "auto",
+    network: nn.Module | None = None,
     progress: Progress = silent,
     world: World = ALONE,
 ) -> Evaluation:
@@ -374,6 +375,7 @@ def evaluate(
         inner_steps: 0 measures the initialization itself; None takes the number used in validation.
         fit: bring images of another shape to the network's, see ``fit_images``.
         device: see ``TrainSettings``.
+        network: of a run with a network of your own: one as it was trained with; its weights do not matter.
         progress: counts episodes; with several processes, those of the first one.
         world: the processes that evaluate together, as ``trainer.joined`` gives it; all get the result.
 
@@ -418,13 +420,13 @@ def evaluate(
         )
         if stored:
             batches = _fitted(batches, shape, normalize)
-        network, learned = checkpoint.restored(path, where)
+        restored, learned = checkpoint.restored(path, where, network)
         # Runs trained in tf32 are evaluated in fp32 where tf32 is not available.
         lacking = settings.precision == "tf32" and where.type != "cuda"
-        set_precision(network, pick_precision(None if lacking else settings.precision, where))
+        set_precision(restored, pick_precision(None if lacking else settings.precision, where))
     with limited_threads(), stop_at_signals(keyboard=world.world_size == 1) as stop:
         batches = counting(batches, split, episodes, progress, world)
-        evaluation = evaluate_network(network, batches, inner, about, split, learned, world, stop)
+        evaluation = evaluate_network(restored, batches, inner, about, split, learned, world, stop)
         around = environment(where, world)
     with world.together():
         names = None

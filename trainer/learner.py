@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mamldata.errors import RequestError
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.choice import engine_for
 from trainer.maml.engines import Outcome
 from trainer.maml.joint import joint, joint_parameters
 from trainer.maml.parameters import MetaParameters, meta_parameters
 from trainer.maml.variants import method_of
-from trainer.networks.networks import build_network
+from trainer.networks.own import OwnNetwork
 from trainer.networks.precision import arithmetic, pick_precision, set_precision
 from trainer.protocol import ClassData
 from trainer.runs.checkpoint import Start, all_weights, load_optimizer, load_weights, start_network, start_others
+from trainer.runs.network import make_network
 from trainer.settings import TrainSettings
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import enough_memory
@@ -35,7 +35,8 @@ class Learner:
         data: tells the classes of episodes, for joint training.
         about: the description by ``TrainData.describe``.
         device: of the network.
-        start: the weights to start from; None: those that the seed gives.
+        start: the weights to start from; None: those that the seed gives, or those of the user's own network.
+        network: the user's own, whose name the settings have; it is copied.
 
     Attributes:
         settings, device, start: as given.
@@ -55,12 +56,13 @@ class Learner:
         about: dict[str, Any],
         device: torch.device,
         start: Start | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         self.settings = settings
         self.start = start
         self.device = device
         self._data, self._n_way = data, about["n_way"]
-        self.network = _fresh_network(settings, about).to(device)
+        self.network = make_network(settings, about, network).to(device)
         if start:
             start_network(self.network, settings, start)
         set_precision(self.network, pick_precision(settings.precision, device))
@@ -69,7 +71,11 @@ class Learner:
             settings.engine, device, compile=settings.compile, checkpoint=settings.checkpoint_inner
         )
         if settings.point.outer == "joint":
-            wide = _fresh_network(settings, {**about, "n_way": data.class_count()})
+            count = data.class_count()
+            if isinstance(self.network, OwnNetwork):
+                wide: nn.Module = self.network.widened(count, settings.seed)
+            else:
+                wide = make_network(settings, {**about, "n_way": count}, None)
             self.parameters = joint_parameters(self.network, wide)
         else:
             self.parameters = meta_parameters(self.network, settings.inner_loop())
@@ -81,7 +87,7 @@ class Learner:
     @property
     def learned(self) -> list[torch.Tensor]:
         """Every tensor that must be equal in all processes."""
-        return [*self.network.parameters(), *self.parameters.tensors()]
+        return list(self.weights().values())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights for a checkpoint; no copies."""
@@ -144,10 +150,3 @@ def _optimizer(settings: TrainSettings, values: list[torch.Tensor], device: torc
         return torch.optim.SGD(values, lr=settings.beta)
     # On CUDA all tensors in a few launches.
     return torch.optim.Adam(values, lr=settings.beta, fused=device.type == "cuda" or None)
-
-
-def _fresh_network(settings: TrainSettings, about: dict[str, Any]) -> nn.Module:
-    height, width, channels = about["image_shape"]
-    if height != width:
-        raise RequestError(f"The networks take square images, but these have {height}x{width} pixels.")
-    return build_network(settings.network, channels, height, about["n_way"], settings.seed, settings.filters)

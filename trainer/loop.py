@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
+
 from mamldata.errors import RequestError, StoppedError
 from mamldata.progress import Notify, Progress, silence, silent
 from mamldata.streaming.batch import EpisodeBatch
@@ -22,6 +24,7 @@ from trainer.runs.callbacks import Callback, Callbacks
 from trainer.runs.checkpoint import Checkpoint, Start, read_start
 from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require_agreement, run_result
 from trainer.runs.metrics import Window
+from trainer.runs.network import named
 from trainer.runs.tensorboard import Board, require_tensorboard
 from trainer.settings import TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
@@ -38,6 +41,7 @@ def train(
     *,
     resume: bool = False,
     start: Path | str | None = None,
+    network: nn.Module | None = None,
     notify: Notify = silence,
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
@@ -56,6 +60,9 @@ def train(
         resume: continue the run in ``run_dir``, or start it if there is none.
         start: a run folder, a checkpoint or a model, whose weights to start from in place of random ones: those of the
             network with its head, and learned rates and norms. The optimizer starts new.
+        network: one of your own, in place of the trainer's: it takes examples float32 ``[N, C, H, W]`` and gives logits
+            ``[N, n_way]``; see docs/guide.md. Its own weights are the initial ones. It is copied, not changed. The run
+            records its name, ``settings.network`` or that of its class, but not its code.
         notify: receives progress lines and, on a CPU, the number of threads.
         progress: counts the episodes of a validation; with several processes, those of the first one.
         callbacks: receive the metrics, too, unless the run is done already; see ``Callback``.
@@ -71,7 +78,7 @@ def train(
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
     """
-    run_dir = Path(run_dir)
+    run_dir, settings = Path(run_dir), named(settings, network)
     notify = notify if world.first else silence
     if resume:
         settings = world.from_first(lambda: as_begun(run_dir, settings))
@@ -80,7 +87,7 @@ def train(
         about = data.describe()
         if from_there:
             require_fit(from_there.place, from_there.checkpoint, about)
-        learner = _fit_to_train(settings, data, about, world, from_there)  # before anything is written
+        learner = _fit_to_train(settings, data, about, world, from_there, network)  # before anything is written
     require_agreement(world, settings, about)
     with stop_at_signals(keyboard=world.world_size == 1) as stop, ExitStack() as held:
         with world.together():
@@ -123,7 +130,12 @@ def train(
 
 
 def _fit_to_train(
-    settings: TrainSettings, data: TrainData, about: dict[str, Any], world: World, start: Start | None
+    settings: TrainSettings,
+    data: TrainData,
+    about: dict[str, Any],
+    world: World,
+    start: Start | None,
+    network: nn.Module | None,
 ) -> Learner:
     """The learner, once everything that training needs has been checked."""
     if world.world_size > settings.meta_batch_size:
@@ -137,7 +149,7 @@ def _fit_to_train(
     settings.inner_loop().require_shots(about["k_shot"])
     augmentation(settings.augment, about["image_shape"])  # raises if it is not for these images
     keep_large_buffers()
-    learner = Learner(settings, data, about, device, start)
+    learner = Learner(settings, data, about, device, start, network)
     _validation(learner, data, world)  # raises if there are too few episodes
     return learner
 

@@ -91,10 +91,11 @@ class TrainData(ClassData, Protocol):
         """A description of the episodes, as values for JSON.
 
         At least ``dataset``, ``split_scheme``, ``n_way``, ``k_shot``, ``k_query``, ``image_shape`` (H, W, C),
-        ``digest`` and ``source``; and ``normalisation``, which ``normalize=True`` applies: lists ``mean`` and ``std``
-        with a number for each channel; and ``image``, how images were prepared, by ``ImageRecipe.to_json``, or
-        ``unknown``. A run resumes only on data with the same description, apart from ``source`` (the place) and
-        ``normalisation`` and ``image``, which follow from the rest.
+        ``digest`` and ``source``, where the ``image_shape`` of examples that are no images is their shape; and
+        ``normalisation``, which ``normalize=True`` applies: lists ``mean`` and ``std`` with a number for each
+        channel; and ``image``, how images were prepared, by ``ImageRecipe.to_json``, or ``unknown``. A run
+        resumes only on data with the same description, apart from ``source`` (the place) and ``normalisation``
+        and ``image``, which follow from the rest.
         """
         ...
 

@@ -214,7 +214,7 @@ def read_result(path: Path | str) -> Result:
             **content,
         )
         _require_consistent(result)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise DamagedError(f"{path} is damaged ({error!r}). Evaluate the checkpoint again.") from error
     return result
 
@@ -229,7 +229,11 @@ def _episode(
 def _require_consistent(result: Result) -> None:
     """Check that the answers are labels, and that they add up to the numbers of right ones and to the accuracy."""
     n_way, names = result.evaluation["n_way"], result.class_names
+    if not isinstance(result.evaluation["split"], str):
+        raise ValueError("the split has no name")
     for episode in result.episodes:
+        if type(episode.index) is not int or type(episode.loss) not in {int, float, type(None)}:
+            raise ValueError("an episode has no index or no loss")
         if len(episode.queries) != n_way or sum(episode.queries) != result.images:
             raise ValueError(f"episode {episode.index} has other numbers of query images")
         given, true = np.array(episode.given), episode.true

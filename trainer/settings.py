@@ -8,6 +8,7 @@ and the names of networks, engines and precisions are repeated here; a test comp
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ OF_INNER_STEPS = ("inner_steps", "inner_lr", "eval_inner_steps", "support_batche
 INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
 META_LR = 4e-3
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
+OWN = re.compile(r"[\w.]+:[\w.<>]+")  # the name of a network of one's own: module:function
 OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and commands
 
 # A resumed run may change these. They do not affect the weights of a step, with one exception: after a change of steps,
@@ -71,6 +73,7 @@ class Setting:
         meaning: one sentence, for help and docs.
         shown: the default in words, if its value alone is unclear.
         choices: the valid strings; empty for numbers and flags.
+        or_own: a name like ``module:function`` is valid, too.
         at_least, at_most: inclusive bounds of a number, which is finite in any case.
         positive: the number must be above zero.
     """
@@ -84,22 +87,30 @@ class Setting:
     at_least: float | None = None
     at_most: float | None = None
     positive: bool = False
+    or_own: bool = False
 
     @property
     def default_in_words(self) -> str:
         """The default, for help and docs."""
         return self.shown or (("no", "yes")[self.default] if self.kind == "bool" else str(self.default))
 
+    @property
+    def shown_choices(self) -> tuple[str, ...]:
+        """The choices, for messages, help and docs."""
+        return (*self.choices, "MODULE:FUNCTION") if self.or_own else self.choices
+
     def takes(self, value: object) -> bool:
         """Whether a value is one of the choices, or of the right type; bounds are not checked."""
         if value is None:
             return self.default is None
+        if self.or_own and isinstance(value, str) and is_own(value):
+            return True
         return value in self.choices if self.choices else type(value) in _TYPES[self.kind][0]
 
     def fault(self, value: Any) -> str | None:
         """What an invalid value must be instead; None for a valid one."""
         if not self.takes(value):
-            return f"one of {', '.join(self.choices)}" if self.choices else _TYPES[self.kind][1]
+            return f"one of {', '.join(self.shown_choices)}" if self.choices else _TYPES[self.kind][1]
         if value is None or self.choices:
             return None
         if self.positive and not 0 < value < math.inf:
@@ -109,6 +120,11 @@ class Setting:
         if self.at_least is not None and value < self.at_least:
             return f"at least {self.at_least}"
         return f"at most {self.at_most}" if self.at_most is not None and value > self.at_most else None
+
+
+def is_own(network: str) -> bool:
+    """Whether the name of a network is that of the user's own code."""
+    return OWN.fullmatch(network) is not None
 
 
 def setting(default: Any, meaning: str, **rules: Any) -> Any:
@@ -129,9 +145,18 @@ class TrainSettings:
     """
 
     algorithm: str = setting("maml", "Meta-learning algorithm.", choices=tuple(ALGORITHMS))
-    network: str = setting("conv4", "Network to train.", choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"))
+    network: str = setting(
+        "conv4",
+        "Network to train; MODULE:FUNCTION is one of your own.",
+        choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"),
+        or_own=True,
+    )
     filters: int | None = setting(
-        None, "Filters of each convolution; not for resnet18.", shown="the network's own", at_least=1, at_most=4096
+        None,
+        "Filters of each convolution; not for resnet18 or your own network.",
+        shown="the network's own",
+        at_least=1,
+        at_most=4096,
     )
     normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
     augment: str = setting(
@@ -254,8 +279,8 @@ class TrainSettings:
             raise RequestError("Invalid training settings:\n" + "\n".join(f"  {fault}" for fault in faults))
 
     def _conflicts(self) -> Iterator[str]:
-        if self.filters is not None and self.network == "resnet18":
-            yield "filters is not for the network resnet18, whose widths are fixed."
+        if self.filters is not None and (self.network == "resnet18" or is_own(self.network)):
+            yield f"filters is not for the network {self.network}, whose widths are fixed."
         if self.meta_clip_norm is not None and self.meta_clip_value is not None:
             yield "meta_clip_norm and meta_clip_value cannot both be set: use one of them."
         if self.point.classifier == "prototypes":

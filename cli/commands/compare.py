@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.options import LocalPath, as_words, episode_options, given, json_option, root_option, target_argument
 from cli.output import bars, next_command, print_json, say, show
+from cli.own_network import own_network
 from cli.targets import evaluated_episodes
 from cli.train_options import begin, setting_options
 from mamldata.errors import RequestError, did_you_mean
@@ -96,8 +97,9 @@ def command(
             raise RequestError(f"{name}: {error}") from error
     start = time.monotonic()
     number = evaluated_episodes(data, split, count)
+    network = own_network(chosen.get("network"), data.describe(), next(iter(plans.values())).seed)
     with stop_at_signals(keyboard=True, at_once=True):
-        result = compare(plans, data, out, split=split, episodes=number, notify=say, progress=bars)
+        result = compare(plans, data, out, split=split, episodes=number, network=network, notify=say, progress=bars)
     if have_matplotlib():
         for picture in plot_comparison(result, out):
             say(f"Drawn: {picture}")
@@ -109,7 +111,8 @@ def command(
     for line in table(result).splitlines():
         show(line)
     say(f"Done in {(time.monotonic() - start) / 60:.1f} min. The numbers are in {out / RESULT}.")
-    next_command(["eval", result.entries[0].run.best, target, *as_words(episodes)])
+    named = given(network=chosen["network"] if network else None)
+    next_command(["eval", result.entries[0].run.best, target, *as_words(named | episodes)])
 
 
 def _changes(own: Iterable[str], names: list[str]) -> dict[str, dict[str, Any]]:

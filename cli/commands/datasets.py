@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from cli.options import json_option, root_option
-from cli.output import next_command, print_json, show, size_text
+from cli.output import next_command, print_json, show
 from mamldata.bank.inventory import disk_use, list_datasets
 from mamldata.datasets.paths import cache_folder, data_root
+from mamldata.words import size_text
 
 
 @click.command(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from cli.options import json_option, root_option
-from cli.output import print_json, show, size_text
+from cli.output import print_json, show
 from mamldata.datasets.paths import data_root
 from mamldata.doctor import examine
+from mamldata.words import size_text
 
 
 @click.command(

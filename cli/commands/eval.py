@@ -11,6 +11,7 @@ import click
 
 from cli.options import LocalPath, benchmark_option, episode_options, given, json_option, root_option, target_argument
 from cli.output import bars, columns, print_json, say, show
+from cli.own_network import own_network, own_network_option, seed_of_run
 from cli.targets import as_trained, episode_data, evaluated_episodes, refuse_with_benchmark
 from mamldata.archive.benchmarks import Benchmark, benchmark_of, benchmarks
 from mamldata.archive.benchmarks import benchmark as benchmark_named
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--fit-images", is_flag=True, help="Resize images, and make them grey or RGB, as the network takes them.")
 @click.option("--inner-steps", type=click.IntRange(0), help="Adaptation steps.  [default: as in the run's validation]")
 @click.option("--device", type=click.Choice(SETTINGS["device"].choices), default="auto", show_default=True)
+@own_network_option
 @episode_options()
 @root_option
 @json_option
@@ -98,6 +100,7 @@ def _evaluated(
     fit_images: bool,
     inner_steps: int | None,
     device: str,
+    network: str | None,
     episodes: dict[str, Any],
     root: str | None,
     world: World,
@@ -120,9 +123,12 @@ def _evaluated(
         data = episode_data(target, root, episodes)
         split = split or "test"
         number = evaluated_episodes(data, split, count)
+    seed = world.from_first(lambda: seed_of_run(checkpoint, network))
+    with world.together():
+        own = own_network(network, trained, seed)
     with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
         how: dict[str, Any] = {"inner_steps": inner_steps, "fit": fit_images, "device": device, "world": world}
-        result = evaluate(checkpoint, data, split=split, episodes=number, progress=bars, **how)
+        result = evaluate(checkpoint, data, split=split, episodes=number, network=own, progress=bars, **how)
     digest = data.describe()["digest"]
     return result, digest, benchmark_named(benchmark) if benchmark else benchmark_of(digest)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cli.options import json_option, root_option, target_argument
-from cli.output import bars, build_command, next_command, print_json, say, show, size_text
+from cli.output import bars, build_command, next_command, print_json, say, show
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import Manifest
 from mamldata.datasets.paths import data_root
@@ -16,7 +16,7 @@ from mamldata.errors import FetchError
 from mamldata.fetching.act import Fetched, fetch
 from mamldata.fetching.plan import Action, plan
 from mamldata.io.urls import shown_place
-from mamldata.words import counted
+from mamldata.words import counted, size_text
 
 
 @click.command(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cli.options import json_option, root_option
-from cli.output import next_command, print_json, say, show, size_text
+from cli.output import next_command, print_json, say, show
 from mamldata.archive.benchmarks import benchmark_of
 from mamldata.archive.index import AnyShard, Archive, ArchiveSplit
 from mamldata.bank.inventory import files_left_out_of
@@ -17,7 +17,7 @@ from mamldata.datasets.paths import data_root
 from mamldata.io.urls import shown_place
 from mamldata.pipeline import read_archive
 from mamldata.readers.left_out import LeftOut
-from mamldata.words import counted
+from mamldata.words import counted, size_text
 
 
 @click.command(

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from cli.options import LocalPath, as_words, episode_options, json_option, root_option, target_argument
+from cli.options import LocalPath, as_words, episode_options, given, json_option, root_option, target_argument
 from cli.output import bars, next_command, print_json, say, show
+from cli.own_network import own_network
 from cli.train_options import begin, setting_options
 from mamldata.words import install_command
 
@@ -80,10 +81,11 @@ def command(
     with world.together():
         data, values, episodes = begin(targets, root, episodes, chosen, say if world.first else lambda _: None, weights)
         settings = TrainSettings(**values)
+        network = own_network(chosen.get("network"), data.describe(), settings.seed)
     begun = time.monotonic()
     try:
         with stop_at_signals(keyboard=world.world_size == 1, at_once=True):
-            how: dict[str, Any] = {"notify": say, "progress": bars, "world": world}
+            how: dict[str, Any] = {"network": network, "notify": say, "progress": bars, "world": world}
             result = train(settings, data, out, resume=resume, start=start, **how)
     except StoppedError as error:
         raise StoppedError(f"{error} The same command with --resume continues it.") from error
@@ -100,4 +102,5 @@ def command(
         return
     show(f"best {result.best}: val accuracy {100 * result.best_accuracy:.2f} % at step {result.best_step}")
     say(f"Done in {(time.monotonic() - begun) / 60:.1f} min.")
-    next_command(["eval", result.best, *targets, *as_words(episodes)])
+    own = given(network=settings.network if network else None)
+    next_command(["eval", result.best, *targets, *as_words(own | episodes)])

@@ -98,3 +98,7 @@ class ThinSource(DrawnSource):
         """Copy ways, int64 ``[B, n_way]``, into the caller's memory, which is as for ``Source.read``."""
         classes, images, _ = self._draws.ways(ways)
         self._copy(classes, images, support, query)
+
+    def read_class(self, number: int, image: Images) -> None:
+        """Copy the first image of a class, by its index in the table, into ``image``, uint8 ``[H, W, C]``."""
+        self._pixels.copy(np.array([[number]]), np.zeros((1, 1, 1), dtype=np.int64), image.reshape(-1))

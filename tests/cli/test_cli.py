@@ -102,20 +102,8 @@ def test_help_names_every_verb_and_imports_no_torch():
 @pytest.mark.parametrize(
     "verb",
     [
-        "datasets",
-        "benchmarks",
-        "fetch",
-        "verify",
-        "build",
-        "inspect",
-        "preview",
-        "recipes",
-        "train",
-        "eval",
-        "compare",
-        "export",
-        "models",
-        "predict",
+        *("datasets", "benchmarks", "fetch", "verify", "build", "inspect", "preview", "recipes", "train", "eval"),
+        *("compare", "export", "models", "predict", "report"),
     ],
 )
 def test_a_verbs_help_imports_no_torch(verb: str):

@@ -131,7 +131,7 @@ def test_every_fault_is_reported_at_once() -> None:
     assert str(caught.value).splitlines() == [
         "Invalid training settings:",
         f"  algorithm must be one of {', '.join(ALGORITHMS)}, not 'mampl'.",
-        "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, not 'resnet'.",
+        "  network must be one of conv4, conv3-pool, conv4-pool, resnet18, MODULE:FUNCTION, not 'resnet'.",
         "  bn must be one of transductive, per-step, support, frozen, not 'magic'.",
         "  steps must be at least 1, not 0.",
         "  inner_steps must be at least 1, not -1.",

@@ -44,20 +44,19 @@ def _features(
     if method.inner.bn == "support":
         return features_together(network, parameters.weights, episode, leading_statistics(len(episode.support_x)))
     # The body has only a first-order gradient.
-    body, own = _Body(network), _own(parameters.weights)
-    support_x = call(body, own, episode.support_x, batch_statistics)
-    return support_x, call(body, own, episode.query_x, batch_statistics)
+    support_x = features_of(network, parameters.weights, episode.support_x, batch_statistics)
+    return support_x, features_of(network, parameters.weights, episode.query_x, batch_statistics)
 
 
 def features_together(network: nn.Module, weights: Parameters, episode: Episode, norm: Norm) -> tuple[Tensor, Tensor]:
     """The features of support and query images, ``[images, features]`` each, which pass the body as one batch."""
-    together = torch.cat([episode.support_x, episode.query_x])
-    both = call(_Body(network), _own(weights), together, norm)
+    both = features_of(network, weights, torch.cat([episode.support_x, episode.query_x]), norm)
     return both[: len(episode.support_x)], both[len(episode.support_x) :]
 
 
-def _own(weights: Parameters) -> Parameters:
-    return {f"network.{name}": value for name, value in weights.items()}
+def features_of(network: nn.Module, weights: Parameters, images: Tensor, norm: Norm) -> Tensor:
+    """The inputs of a network's head, ``[images, features]``."""
+    return call(_Body(network), {f"network.{name}": value for name, value in weights.items()}, images, norm)
 
 
 class _Body(nn.Module):

@@ -68,17 +68,18 @@ class FirstThatWorks:
         """See ``loop``; ``method`` only says how to adapt, because its parts depend on the engine.
 
         Raises:
-            torch.cuda.OutOfMemoryError, PreparationError: of the last engine.
+            RuntimeError, PreparationError: of the last engine.
         """
         while True:
             name, engine = self._left[0]
             own = method_of(network, method.inner, name)
             try:
                 return engine(network, parameters, batch, own, objective)
-            except (torch.cuda.OutOfMemoryError, PreparationError) as error:
+            except (RuntimeError, PreparationError) as error:  # memory, or an operation of the user's own network
                 if len(self._left) == 1:
                     raise
-                reason = "the GPU's memory is too small" if isinstance(error, RuntimeError) else str(error)
+                small = isinstance(error, torch.cuda.OutOfMemoryError)
+                reason = "the GPU's memory is too small" if small else str(error)
             # Here, because the error holds on to the memory of what failed.
             self._left.pop(0)
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.maml.engines import Outcome
 from trainer.maml.losses import accuracy
-from trainer.maml.parameters import MetaParameters, Parameters
+from trainer.maml.parameters import MetaParameters, Parameters, learnable
 from trainer.networks.networks import head_names
 from trainer.networks.norms import Norm, Statistics, batch_statistics, given_statistics
 from trainer.networks.precision import call
@@ -24,7 +24,7 @@ def joint_parameters(network: nn.Module, wide: nn.Module) -> MetaParameters:
         wide: the same network with a head for all classes; only the head is used.
     """
     heads = head_names(network)
-    own: Parameters = {name: value for name, value in network.named_parameters() if name not in heads}
+    own: Parameters = {name: value for name, value in learnable(network).items() if name not in heads}
     device = next(iter(own.values())).device
     values = {name: value.detach().to(device) for name, value in wide.named_parameters() if name in heads}
     return MetaParameters(own, joint={name: value.requires_grad_() for name, value in values.items()})

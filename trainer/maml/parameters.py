@@ -20,7 +20,7 @@ class MetaParameters(NamedTuple):
     """Everything that an outer loop learns, or its gradient, in the same structure; a tree for ``torch.func``.
 
     Attributes:
-        weights: the network's own parameters, without those that ``norms`` or ``joint`` replace.
+        weights: the network's own parameters that require gradients, without those that ``norms`` or ``joint`` replace.
         rates: learned inner learning rates of the parameters that adapt, ``[steps]`` or of the parameter's shape.
         norms: the scales and shifts of each step, ``[steps + 1, C]``: row i applies to the support images of step i
             and to query images after i steps.
@@ -87,10 +87,15 @@ def support_of_step(episode: Episode, inner: InnerLoop, step: int) -> Episode:
 
 def adapted_names(network: nn.Module, inner: InnerLoop) -> list[str]:
     """The parameters that the inner loop changes."""
-    names = head_names(network) if inner.adapts == "head" else [name for name, _ in network.named_parameters()]
+    names = head_names(network) if inner.adapts == "head" else list(learnable(network))
     outer_only = inner.bn == "per-step" or inner.adapts == "all-but-norms"
     untouched = set(norm_names(network)) if outer_only else set()
-    return [name for name in names if name not in untouched]
+    return [name for name in names if name in learnable(network).keys() - untouched]
+
+
+def learnable(network: nn.Module) -> Parameters:
+    """The parameters of a network that require gradients; the others are constants."""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 def with_outputs(network: nn.Module, parameters: MetaParameters, inner: InnerLoop, count: int) -> MetaParameters:
@@ -109,7 +114,7 @@ def with_outputs(network: nn.Module, parameters: MetaParameters, inner: InnerLoo
 
 def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
     """The network's parameters themselves, and fresh rates, all ``inner.lr``, and fresh per-step norms."""
-    weights: Parameters = dict(network.named_parameters())
+    weights = learnable(network)
     rates: Parameters = {}
     norms: Parameters = {}
     if inner.rates != "fixed":
@@ -118,6 +123,6 @@ def meta_parameters(network: nn.Module, inner: InnerLoop) -> MetaParameters:
             like = weights[name].detach() if inner.rates == "parameter" else weights[name].new_empty(inner.steps)
             rates[name] = torch.full_like(like, inner.lr).requires_grad_()
     if inner.bn == "per-step":
-        for name in norm_names(network):
+        for name in [name for name in norm_names(network) if name in weights]:
             norms[name] = weights.pop(name).detach().repeat(inner.steps + 1, 1).requires_grad_()
     return MetaParameters(weights, rates, norms)

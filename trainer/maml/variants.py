@@ -31,7 +31,7 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
     """Choose the parts of an inner loop.
 
     Args:
-        network: with a ``forward(x, norm)``, and perhaps a ``features(x, norm)`` before its head.
+        network: with a ``forward(x, norm)``, and perhaps with ``features(x, norm)``, ``head`` and ``head_bias``.
         inner: the inner loop to compute.
         engine: that computes it; ``auto`` is ``loop``.
 
@@ -48,7 +48,7 @@ def method_of(network: nn.Module, inner: InnerLoop, engine: str = "loop") -> Met
     # The body is recomputed in each step if it differs between steps or is not separate from the head; also in a
     # checkpointed step, which has gradients only for its parameters, not for features.
     once = inner.adapts == "head" and inner.bn in {"transductive", "support"} and inner.support_batches == 1
-    once = once and not inner.checkpoint and hasattr(network, "features")
+    once = once and not inner.checkpoint and all(hasattr(network, part) for part in ("features", "head_bias"))
     return Method(
         inner,
         names=tuple(adapted_names(network, inner)),

@@ -108,7 +108,7 @@ def conv4_pool(image_channels: int, image_size: int, n_way: int, filters: int = 
 
 
 class ToldNorm(nn.Module):
-    """Replaces torchvision's ``BatchNorm2d``, and normalizes by its attribute ``norm``."""
+    """Replaces torch's ``BatchNorm2d``, and normalizes by its attribute ``norm``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -119,6 +119,19 @@ class ToldNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``[N, C, H, W]``."""
         return self.norm(x, self.scale, self.shift)
+
+
+@contextmanager
+def told(network: nn.Module, norm: Norm) -> Iterator[None]:
+    """In this block, each ``ToldNorm`` of a network normalizes by ``norm``, since other layers pass on only x."""
+    layers = [layer for layer in network.modules() if isinstance(layer, ToldNorm)]
+    try:
+        for layer in layers:
+            layer.norm = norm
+        yield
+    finally:
+        for layer in layers:
+            layer.norm = batch_statistics  # a norm may keep an episode's graph alive
 
 
 class MeanOverSpace(nn.Module):
@@ -144,21 +157,9 @@ class ResNet18(nn.Module):
 
     def features(self, x: Tensor, norm: Norm) -> Tensor:
         """Images ``[N, C, H, W]`` to the inputs of the head, ``[N, 512]``."""
-        with self._told(norm):
+        with told(self.body, norm):
             features: Tensor = self.body(x)
             return features
-
-    @contextmanager
-    def _told(self, norm: Norm) -> Iterator[None]:
-        # torchvision's layers pass on only x. Set for one pass: a norm may keep an episode's graph alive.
-        layers = [layer for layer in self.body.modules() if isinstance(layer, ToldNorm)]
-        try:
-            for layer in layers:
-                layer.norm = norm
-            yield
-        finally:
-            for layer in layers:
-                layer.norm = batch_statistics
 
 
 def resnet18(image_channels: int, image_size: int, n_way: int) -> ResNet18:  # noqa: ARG001  # any size
@@ -214,13 +215,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 def head_names(network: nn.Module) -> list[str]:
     """The parameters of the last layer."""
-    return [name for name, _ in network.named_parameters() if name in {"head", "head_bias"}]
+    heads = getattr(network, "head_parameters", ("head", "head_bias"))  # those of an ``OwnNetwork``
+    return [name for name, _ in network.named_parameters() if name in heads]
 
 
 def norm_names(network: nn.Module) -> list[str]:
     """The scales and shifts of the norms."""
-    names = (name for name, _ in network.named_parameters())
-    return [name for name in names if name.rpartition(".")[2] in {"scale", "shift"}]
+    names = [name for name, _ in network.named_parameters()]
+    return getattr(network, "norm_parameters", [n for n in names if n.rpartition(".")[2] in {"scale", "shift"}])
 
 
 def build_network(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mamldata.errors import DivergedError, RequestError, StoppedError
 from mamldata.io.atomic import make_folder, write_atomic
@@ -19,7 +20,8 @@ from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
 from trainer.results import paired_difference, result_of, save_result
 from trainer.runs.folder import COMPARISON, RunResult, refuse_others
-from trainer.settings import TrainSettings
+from trainer.runs.network import named
+from trainer.settings import TrainSettings, saved_settings
 from trainer.system.signals import BrokenOffError, stop_at_signals
 from trainer.system.threads import limited_threads
 
@@ -85,6 +87,7 @@ def compare(
     *,
     split: str = "test",
     episodes: int = 600,
+    network: nn.Module | None = None,
     notify: Notify = silence,
     progress: Progress = silent,
 ) -> Comparison:
@@ -99,6 +102,7 @@ def compare(
         data: the episodes.
         out: created if missing.
         split, episodes: to evaluate on.
+        network: one of your own for all; see ``train``.
         notify: receives the progress, a line at a time.
         progress: counts the episodes of each validation and evaluation.
 
@@ -110,6 +114,7 @@ def compare(
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
+    plans = {name: named(settings, network) for name, settings in plans.items()}
     _require_comparable(plans)
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
@@ -122,14 +127,15 @@ def compare(
         try:
             notify(f"Measuring the outer steps of {', '.join(plans)}.")
             with limited_threads():
-                costs = measure_costs(plans, data, before_step=stop.break_off)
+                costs = measure_costs(plans, data, network=network, before_step=stop.break_off)
             minutes = sum(cost.milliseconds * plans[name].steps for name, cost in costs.items()) / 60_000
             notify(f"Training will take about {minutes:.0f} min; evaluation comes on top.")
             for now, settings in plans.items():
                 say = _prefixed(notify, now)
-                runs[now] = train(settings, data, out / now, resume=True, notify=say, progress=progress)
+                own: dict[str, Any] = {"network": network, "progress": progress}
+                runs[now] = train(settings, data, out / now, resume=True, notify=say, **own)
                 evaluations[now] = evaluate(
-                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, progress=progress
+                    runs[now].best, data, split=split, episodes=episodes, device=settings.device, **own
                 )
                 save_result(evaluations[now])
                 say(str(evaluations[now]))
@@ -168,14 +174,21 @@ def _require_comparable(plans: Mapping[str, TrainSettings]) -> None:
 
 def table(result: Comparison) -> str:
     """The result in Markdown: a description, then a line for each algorithm."""
-    settings, of = result.entries[0].settings, result.entries[0].evaluation
-    heading = (
-        f"{of.dataset}, split scheme {of.split_scheme}, {of.n_way}-way {of.k_shot}-shot {of.k_query}-query; "
-        f"{settings.steps} outer steps of {settings.meta_batch_size} episodes; {of.episodes} {of.split} episodes, "
-        "the same for all, with 95 % intervals; single models."
+    compared = result.to_json()
+    head, *lines = rows(compared)
+    return "\n".join(
+        [heading(compared), "", _row(head), _row(["---"] * len(head)), *map(_row, lines), "", verdict(result)]
     )
-    head, *rows = _rows(result)
-    return "\n".join([heading, "", _row(head), _row(["---"] * len(head)), *map(_row, rows), "", verdict(result)])
+
+
+def heading(compared: Mapping[str, Any]) -> str:
+    """The description above the table, from ``Comparison.to_json``."""
+    settings, of = compared["entries"][0]["settings"], compared["entries"][0]["evaluation"]
+    return (
+        f"{of['dataset']}, split scheme {of['split_scheme']}, {of['n_way']}-way {of['k_shot']}-shot "
+        f"{of['k_query']}-query; {settings['steps']} outer steps of {settings['meta_batch_size']} episodes; "
+        f"{of['episodes']} {of['split']} episodes, the same for all, with 95 % intervals; single models."
+    )
 
 
 def verdict(result: Comparison) -> str:
@@ -192,12 +205,13 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _rows(result: Comparison) -> Iterator[list[str]]:
-    reference = next(entry for entry in result.entries if entry.name == result.reference)
+def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The heading of the table and a line for each algorithm, cell by cell, from ``Comparison.to_json``."""
+    reference = next(entry for entry in compared["entries"] if entry["name"] == compared["reference"])
     yield [
         "algorithm",
         "accuracy",
-        f"ahead of {result.reference}",
+        f"ahead of {reference['name']}",
         "σ over episodes",
         "before → after",
         "inner steps",
@@ -207,27 +221,26 @@ def _rows(result: Comparison) -> Iterator[list[str]]:
         "peak MiB",
         "ratio",
     ]
-    for entry in result.entries:
-        evaluation = entry.evaluation
-        by_step = evaluation.accuracy_by_step
+    for entry in compared["entries"]:
+        evaluation, costs = entry["evaluation"], entry["costs"]
+        by_step, settings = evaluation["accuracy_by_step"], saved_settings(entry["settings"], Path(COMPARISON))
         cells = [
-            entry.name,
-            f"{100 * evaluation.accuracy:.2f} ± {100 * evaluation.interval:.2f} %",
-            "" if entry is reference else f"{100 * entry.ahead:+.2f} ± {100 * entry.ahead_interval:.2f}",
-            f"{100 * evaluation.deviation:.1f}",
+            entry["name"],
+            f"{100 * evaluation['accuracy']:.2f} ± {100 * evaluation['interval']:.2f} %",
+            "" if entry is reference else f"{100 * entry['ahead']:+.2f} ± {100 * entry['ahead_interval']:.2f}",
+            f"{100 * evaluation['deviation']:.1f}",
             f"{100 * by_step[0]:.1f} → {100 * by_step[-1]:.1f}" if by_step[1:] else "",
-            f"{entry.settings.inner_loop().steps}, {evaluation.inner_steps} in evaluation"
-            if entry.costs
-            else str(evaluation.inner_steps),
-            evaluation.bn,
+            f"{settings.inner_loop().steps}, {evaluation['inner_steps']} in evaluation"
+            if costs
+            else str(evaluation["inner_steps"]),
+            evaluation["bn"],
         ]
-        yield cells + list(_cost_cells(entry.costs, reference.costs))
+        yield cells + list(_cost_cells(costs or {}, reference["costs"] or {}))
 
 
-def _cost_cells(costs: Costs | None, reference: Costs | None) -> Iterator[str]:
+def _cost_cells(costs: Mapping[str, float], reference: Mapping[str, float]) -> Iterator[str]:
     for key, digits in (("milliseconds", 0), ("peak_mib", 1)):
-        value = getattr(costs, key, None)
-        base = getattr(reference, key, None)
+        value, base = costs.get(key), reference.get(key)
         yield "" if value is None else f"{value:.{digits}f}"
         yield f"{value / base:.2f}" if value is not None and base else ""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamldata.errors import MamldataError
 from mamldata.parallel import end_with_parent
@@ -52,6 +52,7 @@ def measure_costs(
     data: TrainData,
     *,
     rounds: int = ROUNDS,
+    network: nn.Module | None = None,
     before_step: Callable[[], object] = lambda: None,
 ) -> dict[str, Costs]:
     """Time the outer steps of several settings in turn, A B C A B C …, so that a slowdown affects all.
@@ -62,6 +63,7 @@ def measure_costs(
     Args:
         plans: settings by name; the last outer step of each is measured, after all annealing.
         data: its first meta-batch is used.
+        network: the user's own, if the settings name one.
         rounds: timed steps of each, after one that is not timed.
         before_step: called before each step, and again and again while a process measures; what it raises ends the
             measurement.
@@ -71,7 +73,10 @@ def measure_costs(
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
     keys = {name: (settings.meta_batch_size, settings.seed, settings.normalize) for name, settings in plans.items()}
-    drawn = {key: _sample(*key, data) for key in set(keys.values())}  # shared where meta-batches are equal
+    joint = any(settings.point.outer == "joint" for settings in plans.values())
+    drawn = {
+        key: _sample(*key, data, network, joint=joint) for key in set(keys.values())
+    }  # shared where meta-batches are equal
     samples = {name: drawn[key] for name, key in keys.items()}
     keep_large_buffers()
     steps = {name: _outer_step(settings, samples[name]) for name, settings in plans.items()}
@@ -96,6 +101,7 @@ class _Sample:
     batch: EpisodeBatch
     labels: Tensor
     count: int
+    network: nn.Module | None
 
     def class_count(self) -> int:
         return self.count
@@ -104,17 +110,20 @@ class _Sample:
         return self.labels
 
 
-def _sample(batch_size: int, seed: int, normalize: bool, data: TrainData) -> _Sample:
+def _sample(
+    batch_size: int, seed: int, normalize: bool, data: TrainData, network: nn.Module | None, *, joint: bool
+) -> _Sample:
     device = torch.device("cpu")
     batches = iter(data.train(batch_size, seed, device, normalize=normalize, transform=None, rank=0, world_size=1))
     batch = EpisodeBatch(*(part.clone() for part in next(batches)))
-    return _Sample(data.describe(), batch, data.classes(batch.index), data.class_count())
+    labels, classes = (data.classes(batch.index), data.class_count()) if joint else (batch.index, 0)
+    return _Sample(data.describe(), batch, labels, classes, network)
 
 
 def _outer_step(settings: TrainSettings, sample: _Sample) -> Callable[[], None]:
     """An outer step without the reading of its meta-batch."""
     device = pick_device(settings.device)
-    learner = Learner(settings, sample, sample.about, device)
+    learner = Learner(settings, sample, sample.about, device, network=sample.network)
     batch = EpisodeBatch(*(part.to(device) for part in sample.batch))
 
     def step() -> None:

@@ -10,6 +10,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,11 +23,13 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import open_regular, write_atomic
 from mamldata.io.containers import reading_container
 from mamldata.io.digest import sha256_file
+from trainer.maml.anil import features_of
 from trainer.maml.parameters import MetaParameters, Parameters, meta_parameters
-from trainer.networks.networks import build_network
+from trainer.networks.norms import batch_statistics
 from trainer.runs.adapted import AdaptedModel, ManyImages, adapted_model
 from trainer.runs.content import fault_in, optimizer_state
 from trainer.runs.model import SUFFIX, existing_place, read_model
+from trainer.runs.network import make_network
 from trainer.settings import TrainSettings, pick_device, saved_settings
 
 _FORMAT = "mamldata-checkpoint/1"
@@ -68,31 +71,32 @@ class Checkpoint:
         measured = "" if self.accuracy is None else f"_acc{self.accuracy:.4f}"
         return f"{self.settings['algorithm']}_step{self.step}{measured}.pt"
 
-    def restored(self, place: Path, device: torch.device | None = None) -> tuple[nn.Module, MetaParameters]:
+    def restored(
+        self, place: Path, device: torch.device | None = None, network: nn.Module | None = None
+    ) -> tuple[nn.Module, MetaParameters]:
         """The trained network, and the learned parameters that evaluation uses.
 
         Args:
             place: the checkpoint's file.
             device: of the network and parameters; None is the CPU.
+            network: the user's own, for a run that was trained with one; it is copied.
 
         Raises:
-            RequestError: its settings or weights are not those of this trainer.
+            RequestError: its settings or weights are not those of this trainer or of this network.
         """
         settings = saved_settings(self.settings, place)
-        height, _, channels = self.data["image_shape"]
 
         def fresh(device: torch.device | None) -> tuple[nn.Module, MetaParameters]:
-            network = build_network(
-                settings.network, channels, height, self.data["n_way"], settings.seed, settings.filters
-            )
-            network.to(device)
-            return network, meta_parameters(network, settings.inner_loop())
+            made = make_network(settings, self.data, network).to(device)
+            return made, meta_parameters(made, settings.inner_loop())
 
-        with torch.device("meta"):  # the numbers in the file may ask for more memory than there is
-            _require_shapes(all_weights(*fresh(None)), self.weights, place)
-        network, parameters = fresh(device)
-        load_weights(network, parameters, self.weights, place)
-        return network, parameters
+        meta = torch.device("meta")  # the numbers in the file may ask for more memory than there is
+        with meta if network is None else nullcontext():
+            wanted = all_weights(*fresh(meta))
+        _require_shapes(wanted, self.weights, place)
+        made, parameters = fresh(device)
+        load_weights(made, parameters, self.weights, place)
+        return made, parameters
 
 
 def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
@@ -102,7 +106,12 @@ def all_weights(network: nn.Module, parameters: MetaParameters) -> Parameters:
         for part, prefix in _PREFIXES.items()
         for name, value in getattr(parameters, part).items()
     }
-    return {**network.state_dict(), **beside}
+    return {**_numbers_of(network), **beside}
+
+
+def _numbers_of(network: nn.Module) -> Parameters:
+    """Parameters and buffers, without the whole numbers that a network of the user's own may keep, such as indices."""
+    return {name: value for name, value in network.state_dict().items() if value.is_floating_point()}
 
 
 class Start(NamedTuple):
@@ -143,7 +152,7 @@ def start_network(network: nn.Module, settings: TrainSettings, start: Start) -> 
             f"{start.place} cannot start this run: it was trained with normalize {theirs.normalize}, not "
             f"{settings.normalize}. Choose the same, or another checkpoint."
         )
-    own, given = network.state_dict(), {name: v for name, v in start.checkpoint.weights.items() if ":" not in name}
+    own, given = _numbers_of(network), {name: v for name, v in start.checkpoint.weights.items() if ":" not in name}
     if wrong := sorted(
         n for n in own.keys() | given.keys() if n not in own or n not in given or own[n].shape != given[n].shape
     ):
@@ -151,7 +160,7 @@ def start_network(network: nn.Module, settings: TrainSettings, start: Start) -> 
             f"{start.place} cannot start this run: its network is {theirs.network}, and "
             f"{wrong[0]} differs in shape or is missing. Choose the same network and filters, or another checkpoint."
         )
-    network.load_state_dict(given)
+    network.load_state_dict(given, strict=False)
 
 
 def start_others(parameters: MetaParameters, start: Start) -> None:
@@ -198,8 +207,9 @@ def _require_shapes(wanted: Parameters, weights: Parameters, place: Path) -> Non
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise RequestError(
             f"The weights in {place} are not those of a network with its settings: {', '.join(wrong[:3])}{more} differ "
-            "in shape, are missing or are unexpected. The file is from another version of this trainer, or was "
-            "changed; use that version, or another checkpoint."
+            "in shape, are missing or are unexpected. A network of your own must be the one that was trained; "
+            "otherwise the file is from another version of this trainer, or was changed: use that version, or another "
+            "checkpoint."
         )
 
 
@@ -348,9 +358,9 @@ class TrainedRun(NamedTuple):
         """
         recorded = self.data.get("image", UNKNOWN)
         if recorded == UNKNOWN:
-            height, width, channels = self.data["image_shape"]
+            *size, channels = self.data["image_shape"]
             raise RequestError(
-                f"The run does not record how its images of {height}x{width} pixels in {channels} "
+                f"The run does not record how its images of {'x'.join(map(str, size)) or 1} pixels in {channels} "
                 f"channel{'s' if channels > 1 else ''} were prepared. Give an ImageRecipe of your own with their "
                 "resampling, inversion and turning."
             )
@@ -370,8 +380,20 @@ class TrainedRun(NamedTuple):
         """
         return adapted_model(*self, lambda: self.image, images, labels)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """The inputs of the head before any adaptation, float32 ``[N, features]``.
 
-def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
+        Batch norms use the statistics of all images of the call, whatever the setting ``bn``: call it with many.
+
+        Args:
+            images: float32 ``[N, C, H, W]`` on the network's device, normalized if those in training were.
+        """
+        weights = self.parameters.weights | self.parameters.norms_of(0)
+        with torch.no_grad():
+            return features_of(self.network, weights, images, batch_statistics)
+
+
+def load_run(place: Path | str, device: str = "cpu", *, network: nn.Module | None = None) -> TrainedRun:
     """Load a model file, a checkpoint, or the best one of a run folder, to adapt with or to inspect.
 
         run = trainer.load_run("runs/first")
@@ -383,6 +405,7 @@ def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
     Args:
         place: folder or file; or the name of a model that comes with the package, if there is no such path.
         device: for network and parameters; see ``TrainSettings``.
+        network: of a run with a network of your own: one as it was trained with; its weights do not matter.
 
     Raises:
         RequestError: not a checkpoint or model of this trainer, or the device is not available.
@@ -390,7 +413,7 @@ def load_run(place: Path | str, device: str = "cpu") -> TrainedRun:
     """
     path, checkpoint = find_checkpoint(Path(place))
     settings = saved_settings(checkpoint.settings, path)
-    return TrainedRun(*checkpoint.restored(path, pick_device(device)), settings, checkpoint.data)
+    return TrainedRun(*checkpoint.restored(path, pick_device(device), network), settings, checkpoint.data)
 
 
 def find_checkpoint(place: Path) -> tuple[Path, Checkpoint]:

@@ -30,10 +30,10 @@ def fault_in(content: Mapping[str, Any]) -> str | None:
         if not fits(data.get(name)):
             return f"its data must have {name}, {meaning}"
     known = data.get("normalisation")
-    if known is not None and not _normalizes(known, data["image_shape"][2]):
+    if known is not None and not _normalizes(known, data["image_shape"][-1]):
         return "its data must have normalisation, a mean and a positive std for each channel"
     prepared = data.get("image", UNKNOWN)
-    if prepared != UNKNOWN and not _prepares(prepared, *data["image_shape"]):
+    if prepared != UNKNOWN and not _prepares(prepared, list(data["image_shape"])):
         return "its data must have image, how images of its image_shape were prepared"
     return None
 
@@ -92,7 +92,7 @@ def _window(value: object) -> bool:
 def _shape(value: object) -> bool:
     return (
         isinstance(value, list | tuple)
-        and len(value) == 3
+        and 1 <= len(value) <= 4  # three of images; other examples have their own shape
         and all(_whole(side, 1) and side <= _LARGEST_SIDE for side in value)
     )
 
@@ -108,14 +108,14 @@ def _normalizes(value: object, channels: int) -> bool:
     return isinstance(value, dict) and numbers(value.get("mean"), -math.inf) and numbers(value.get("std"), 0)
 
 
-def _prepares(value: object, height: int, width: int, channels: int) -> bool:
+def _prepares(value: object, shape: list[int]) -> bool:
     """See ``ImageRecipe.to_json``."""
     return (
         isinstance(value, dict)
         and value.keys() == {"size", "channels", "resampling", "invert", "upright"}
         and all(type(value[key]) is bool for key in ("invert", "upright"))
         and value["resampling"] in RESAMPLINGS
-        and [value["size"], value["size"], value["channels"]] == [height, width, channels]
+        and [value["size"], value["size"], value["channels"]] == shape
     )
 
 
@@ -138,7 +138,7 @@ _DATA: dict[str, _Check] = {
     "digest": (_text, "a text"),
     "n_way": (lambda value: _whole(value, 1), "a number of classes"),
     "k_shot": (lambda value: _whole(value, 1), "a number of images"),
-    "image_shape": (_shape, "height, width and channels"),
+    "image_shape": (_shape, "height, width and channels, or the shape of an example"),
 }
 
 

@@ -55,29 +55,37 @@ def rewind(run_dir: Path, step: int, validated: int | None = None) -> None:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; empty if it has not begun."""
+    """The lines of a run's metrics; empty if it has not begun. Incomplete and damaged ones are left out."""
     path = run_dir / NAME
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
 
 
 def marks(run_dir: Path) -> set[tuple[str, int]]:
     """Event and step of each line of a run's metrics that is whole; empty if it has not begun."""
-    path = run_dir / NAME
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return {mark for line in lines if (mark := _mark(line))}
+    return {_mark(row) for row in read(run_dir)}
 
 
 def _kept(line: str, step: int, last: Mapping[str, int]) -> bool:
-    mark = _mark(line)
-    return mark is not None and mark[1] <= last.get(mark[0], step)
+    row = _row(line)
+    if row is None:
+        return False
+    event, its_step = _mark(row)
+    return its_step <= last.get(event, step)
 
 
-def _mark(line: str) -> tuple[str, int] | None:
+def _mark(row: Mapping[str, Any]) -> tuple[str, int]:
+    return str(row.get("event")), int(row["step"])
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line says; None if it is incomplete or damaged."""
     try:
-        row = parse_json(line.encode())
-        return str(row.get("event")), int(row["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
+        row: dict[str, Any] = parse_json(line.encode())
+        int(row["step"])
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
+    return row
 
 
 class Window:

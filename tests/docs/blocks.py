@@ -175,6 +175,7 @@ def fresh(at_hand: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), shell_blocks, SkipParser()],
     patterns=["README.md", "docs/*.md"],
+    excludes=["docs/guide.md"],  # tests/test_guide.py runs it, with a network of its own
     path=str(PROJECT),
     fixtures=["fresh"],
     document_types={".md": OnGlyphs},

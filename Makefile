@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 
 # More or fewer tries of `make storm`.
 STORM_SCALE ?= 1
@@ -10,10 +11,10 @@ STORM_SCALE ?= 1
 # Two processes: tests wait for files, servers and processes of their own, so that one leaves a processor idle.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo quick test storm lint bench gpu clean
+.PHONY: help demo quick test test-docs docs storm lint bench gpu clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Fetch, build, train and evaluate on the embedded data, without a network
 	$(BIN)/mamldata fetch glyphs --root demo/data
@@ -28,6 +29,12 @@ quick: $(READY)  ## Run the tests without those marked slow or real_data: at eve
 
 test: $(READY)  ## Run all tests; set MAMLDATA_TEST_DATA to a folder of real data to run those that need it
 	$(PYTEST)
+
+test-docs: $(READY)  ## Run the code blocks and commands of the documentation, small and without a network
+	$(BIN)/python -m pytest -p tests.docs.blocks -W default README.md docs
+
+docs: $(DOCS)  ## Build the site, with its notebooks run, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 storm: $(READY)  ## Kill, damage and starve everything by the thousand, half an hour long; goes on where it stopped
 	$(BIN)/python -m tests.storm --scale $(STORM_SCALE) --write docs/reliability.md
@@ -52,4 +59,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable . --group test --group lint
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --group docs
 	@touch $@

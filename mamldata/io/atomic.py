@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -100,7 +101,7 @@ def publish(part: Path, path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
-    """Write ``data`` to ``path`` through a temporary file and a rename.
+    """Write ``data`` to ``path`` through a temporary file and a rename; of several processes, one after the other.
 
     Args:
         path: the file.
@@ -110,9 +111,27 @@ def write_atomic(path: Path, data: bytes, *, lasting: bool = True) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
-    with writing(path):
-        temporary(path).write_bytes(data)
+    with writing(path), _alone(temporary(path)) as stream:
+        stream.write(data)
+        stream.flush()
         commit(path, lasting=lasting)
+
+
+@contextmanager
+def _alone(part: Path) -> Iterator[IO[bytes]]:
+    """Empty and open a temporary file, after other processes that write it have renamed it."""
+    while True:
+        with part.open("ab") as stream:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                renamed = not os.path.samestat(os.fstat(stream.fileno()), part.stat())
+            except FileNotFoundError:
+                renamed = True
+            if not renamed:
+                stream.truncate(0)
+                yield stream
+                return
 
 
 _REFUSED = {

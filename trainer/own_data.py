@@ -144,17 +144,35 @@ def _rng(split: str, seed: int, index: int) -> np.random.Generator:
 
 def _sorted(arrays: Sequence[Any]) -> Episode:
     """Float32 examples, with those of a class together."""
+    try:
+        support_x, support_y, query_x, query_y = (_tensor(part) for part in arrays)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"An episode must be (support_x, support_y, query_x, query_y), all arrays: {error}"
+        ) from error
     parts = []
-    for x, y in (arrays[:2], arrays[2:]):
-        examples, labels = torch.as_tensor(x), torch.as_tensor(y)
+    for examples, labels in ((support_x, support_y), (query_x, query_y)):
         if not examples.is_floating_point() or labels.is_floating_point():
             raise RequestError(
                 f"Examples must be floating point, such as images in [0, 1], and labels whole numbers, not "
                 f"{examples.dtype} and {labels.dtype}."
             )
+        labels = labels.long()
+        if labels.ndim != 1 or not len(labels) or labels.shape != examples.shape[:1] or labels.max() >= len(labels):
+            raise RequestError(
+                "An episode needs a label for each example, and an example for each label from 0, not examples "
+                f"{list(examples.shape)} with labels {list(labels.shape)}: {str(labels.tolist()):.60}."
+            )
         order = labels.argsort(stable=True)
-        parts += [examples.float()[order], labels.long()[order]]
+        parts += [examples.float()[order], labels[order]]
     return Episode(*parts)
+
+
+def _tensor(values: Any) -> Tensor:
+    """As a tensor on the CPU without a graph; of arrays a copy, because torch takes neither all strides nor all orders."""
+    if isinstance(values, np.ndarray):
+        values = values.astype(values.dtype.newbyteorder("="), order="C")
+    return torch.as_tensor(values).detach().to("cpu").to_dense()
 
 
 def _form_of(episode: Episode) -> _Form:

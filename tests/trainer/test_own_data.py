@@ -121,14 +121,39 @@ WRONG = {
     "must be floating point, such as images in .0, 1., .* not torch.uint8": lambda e: e.__setitem__(
         0, np.zeros((6, 7), np.uint8)
     ),
+    r"a label for each example, .* not examples \[6, 7\] with labels \[3\]: \[0, 1, 2\]": lambda e: e.__setitem__(
+        1, [0, 1, 2]
+    ),
+    r"an example for each label from 0, .*1000000000000": lambda e: e.__setitem__(1, np.arange(6) * 10**12),
+    r"with labels \[0\]": lambda e: e.__setitem__(1, np.zeros(0, int)),
+    r"with labels \[\]: 3": lambda e: e.__setitem__(1, 3),
+    r"An episode must be .support_x, support_y, query_x, query_y., all arrays": lambda e: e.pop(),
+    "all arrays: .*NoneType": lambda e: e.__setitem__(0, None),
 }
 
 
 @pytest.mark.parametrize("reason", WRONG)
 def test_other_forms_are_refused(reason: str) -> None:
-    """Uneven classes, differing shapes, and whole numbers in place of images."""
+    """Uneven classes, differing shapes, whole numbers in place of images, labels that do not fit, and no episodes."""
     with pytest.raises(RequestError, match=reason):
         trainer.OwnData(drawn(WRONG[reason]))
+
+
+def test_any_memory_will_do() -> None:
+    """Arrays of any stride and byte order, read-only ones, and tensors with a graph give the same episodes."""
+    forms: tuple[Callable[[Any], Any], ...] = (
+        lambda x: np.flip(np.flip(x).copy()),
+        lambda x: x.astype(x.dtype.newbyteorder(">")),
+        lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+        lambda x: torch.tensor(x, requires_grad=x.dtype == np.float32),
+    )
+    (plain,) = trainer.OwnData(features).eval("val", 1, 1, CPU)
+    for form in forms:
+        (batch,) = trainer.OwnData(lambda *given, form=form: [form(np.asarray(x)) for x in features(*given)]).eval(
+            "val", 1, 1, CPU
+        )
+        assert all(map(torch.equal, plain, batch))
+        assert not batch.support_x.requires_grad
 
 
 def test_what_does_not_apply_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ class Callbacks:
         self._warned: set[int] = set()
 
     def tell(self, what: str, *about: Any) -> None:
-        """Call the method ``what`` of each."""
+        """Call the method ``what`` of each, with dicts of its own, which it may change."""
         for place, callback in enumerate(self._callbacks):
             try:
-                getattr(callback, what)(*about)
+                getattr(callback, what)(*(deepcopy(one) if isinstance(one, dict) else one for one in about))
             except Exception as error:
                 if place not in self._warned:
                     self._warned.add(place)

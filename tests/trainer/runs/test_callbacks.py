@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from synthetic import Synthetic
 
 import trainer
@@ -102,6 +103,27 @@ def test_an_error_in_a_callback_is_one_warning(where: str, tmp_path: Path) -> No
     assert len(caught) == 1
     assert [one[0] for one in broken.told] == [one[0] for one in notes.told] == ["start", *["row"] * 6, "end"]
     assert result.step == 4
+
+
+def test_a_callback_that_changes_what_it_is_told_changes_nothing(tmp_path: Path) -> None:
+    """Neither the run, nor its records, nor what other callbacks are told."""
+
+    class Greedy(trainer.Callback):
+        def start(self, settings: dict[str, Any], data: dict[str, Any], run_dir: Path) -> None:  # noqa: ARG002
+            settings.clear()
+            data.clear()
+
+        def row(self, row: dict[str, Any]) -> None:
+            if row["event"] == "train":
+                row["accuracy_by_step"].clear()
+            row.clear()
+
+    notes, alone = Notes(), Notes()
+    result = train(SETTINGS, Synthetic(size=8), tmp_path / "greedy", callbacks=[Greedy(), notes])
+    plain = train(SETTINGS, Synthetic(size=8), tmp_path / "plain", callbacks=[alone])
+    assert (notes.told[0][1:3], notes.marks) == (alone.told[0][1:3], alone.marks)
+    saved, other = (torch.load(one.last, weights_only=True) for one in (result, plain))
+    assert saved["data"] == other["data"] == Synthetic(size=8).describe()
 
 
 def test_only_the_first_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

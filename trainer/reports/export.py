@@ -37,14 +37,14 @@ def export_model(
     Args:
         run_dir: with ``config.json``, and the ``results`` of its evaluations on the test split, if there are any.
         out: the file, which ends in ``.safetensors``; an earlier model there is replaced.
-        checkpoint: another one of the run than the best.
+        checkpoint: in ``run_dir``, another one than the best.
         root: the data root, where a bank of the same digest tells how images were prepared, if the run does not.
 
     Returns:
         The card.
 
     Raises:
-        RequestError: it is no run, or ``out`` or its card holds something else.
+        RequestError: it is no run, the checkpoint is elsewhere, or ``out`` or its card holds something else.
         DamagedError: a file of the run is damaged.
         WriteError: ``out`` cannot be written.
     """
@@ -52,6 +52,8 @@ def export_model(
     card = out.with_suffix(".md")
     _refuse_others(out, card)
     path = Path(checkpoint) if checkpoint else find_best(run_dir)
+    if path.resolve().parent != run_dir.resolve():
+        raise RequestError(f"{path} is not a checkpoint of {run_dir}: the card tells of that run and its results.")
     saved = load_checkpoint(path)
     about = _about(run_dir, path, saved, root)
     content = model_bytes(about, saved.weights)

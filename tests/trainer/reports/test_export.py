@@ -108,6 +108,15 @@ def test_another_checkpoint_than_the_best(run_dir: Path, tmp_path: Path) -> None
     assert trainer.load_run(out).settings == trainer.load_run(best).settings
 
 
+def test_a_checkpoint_of_another_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    """The card would tell of a run and of results that are not its own."""
+    other = tmp_path / find_best(run_dir).name
+    other.write_bytes(find_best(run_dir).read_bytes())
+    with pytest.raises(RequestError, match="is not a checkpoint of"):
+        trainer.export_model(run_dir, tmp_path / "tiny.safetensors", checkpoint=other)
+    assert not (tmp_path / "tiny.safetensors").exists()
+
+
 def test_an_old_run_says_how_its_images_were_prepared(run_dir: Path, tmp_path: Path, glyphs_root: Path) -> None:
     """If a bank or a manifest with its digest tells; otherwise the model does not say, and the card says that."""
     best = find_best(run_dir)

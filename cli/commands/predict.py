@@ -74,6 +74,10 @@ def command(
     asked = [path for one in images for path in ([one / name for name in _images_in(one)] if one.is_dir() else [one])]
     prepared, faults = _prepared(asked, recipe)
     rows = adapted(np.stack(list(prepared.values())), together=together).softmax(1).tolist() if prepared else []
+    if not np.isfinite(rows).all():
+        raise MamldataError(
+            "The network's answers are not finite numbers: it diverges, in training or on these images."
+        )
     shares = [dict(zip(adapted.classes, row, strict=True)) for row in rows]
     given = {str(path): max(one, key=one.__getitem__) for path, one in zip(prepared, shares, strict=True)}
     if as_json:

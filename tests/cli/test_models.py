@@ -116,6 +116,17 @@ def test_images_that_cannot_be_read_are_named(trained: Path, drawings: Path) -> 
     assert result.stdout == ""
 
 
+def test_a_network_that_diverges_gives_no_answers(trained: Path, drawings: Path, tmp_path: Path) -> None:
+    """It says so, and prints no NaN, which is no JSON."""
+    content = torch.load(find_best(trained), weights_only=True)
+    content["weights"] = {name: torch.full_like(value, torch.nan) for name, value in content["weights"].items()}
+    torch.save(content, tmp_path / find_best(trained).name)
+    model = tmp_path / find_best(trained).name
+    result = run("predict", model, "--support", drawings / "known", drawings / "new", "--json")
+    refused(result, 1, "answers are not finite numbers")
+    assert result.stdout == ""
+
+
 def test_folders_of_another_kind_are_refused(trained: Path, drawings: Path) -> None:
     """No images, images outside class folders, no such place."""
     (drawings / "empty").mkdir()

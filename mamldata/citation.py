@@ -41,7 +41,8 @@ def known_dataset(about: Mapping[str, Any]) -> Manifest | None:
         return None
     manifest = load_manifest(about["dataset"])
     size = about.get("image_size") or about["image_shape"][0]
-    same = about.get("bank_sha256") in {None, manifest.image.bank_sha256.get(size, about.get("bank_sha256"))}
+    bank = about.get("bank_sha256")
+    same = bank is None or bank == manifest.image.bank_sha256.get(size, bank)
     return manifest if same and about.get("dataset_version", manifest.version) == manifest.version else None
 
 

@@ -51,9 +51,10 @@ def _cited(target: str) -> tuple[str, Mapping[str, Any], str | None, dict[str, A
     if path.exists():
         from trainer.runs.checkpoint import find_checkpoint
         from trainer.runs.folder import trained_with
+        from trainer.settings import saved_settings
 
         file, checkpoint = find_checkpoint(path)
-        data, algorithm = checkpoint.data, checkpoint.settings["algorithm"]
+        data, algorithm = checkpoint.data, saved_settings(checkpoint.settings, file).algorithm
         title = f"A run of {algorithm} on {data['n_way']}-way {data['k_shot']}-shot episodes of {data['dataset']}"
         return title, data, data["digest"], {"algorithm": algorithm, "version": trained_with(file.parent)}
     if target not in benchmarks():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cli.main import main
@@ -253,6 +254,7 @@ def test_a_namesake_of_a_dataset_gets_none_of_its_papers() -> None:
     pinned = load_manifest("omniglot").image.bank_sha256[28]
     assert known_dataset({**about, "bank_sha256": pinned})
     assert known_dataset({**about, "bank_sha256": "0" * 64}) is None
+    assert known_dataset({**about, "bank_sha256": []}) is None  # of a forged checkpoint
     assert known_dataset({**about, "bank_sha256": pinned, "dataset_version": "2"}) is None
     assert "lake2015human" not in entries(bibtex("x", about, None, None))
     assert "veilleux2021realistic" in entries(bibtex("x", {**about, "query_alpha": 2}, None, None))
@@ -282,7 +284,11 @@ def test_a_run_is_cited_with_its_algorithm(built: Path, tmp_path: Path) -> None:
     found = entries(by_folder)
     assert "nichol2018first" in found
     assert any("mamldata 0.0.7" in fields.get("note", "") for fields in found.values())
-    assert run("cite", next((tmp_path / "run").glob("*.pt"))).stdout == by_folder
+    (checkpoint,) = (tmp_path / "run").glob("*.pt")
+    assert run("cite", checkpoint).stdout == by_folder
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "settings": {**content["settings"], "algorithm": 3}}, checkpoint)
+    assert "algorithm must be one of" in run("cite", checkpoint).stderr
 
 
 def test_a_misspelt_benchmark() -> None:

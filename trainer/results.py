@@ -231,6 +231,8 @@ def _require_consistent(result: Result) -> None:
     n_way, names = result.evaluation["n_way"], result.class_names
     if not isinstance(result.evaluation["split"], str):
         raise ValueError("the split has no name")
+    if not all(isinstance(name, str) for name in names or ()):
+        raise ValueError("a class has no name")
     for episode in result.episodes:
         if type(episode.index) is not int or type(episode.loss) not in {int, float, type(None)}:
             raise ValueError("an episode has no index or no loss")

@@ -207,7 +207,7 @@ def _row(cells: list[str]) -> str:
 
 def rows(compared: Mapping[str, Any]) -> Iterator[list[str]]:
     """The heading of the table and a line for each algorithm, cell by cell, from ``Comparison.to_json``."""
-    reference = next(entry for entry in compared["entries"] if entry["name"] == compared["reference"])
+    (reference,) = (entry for entry in compared["entries"] if entry["name"] == compared["reference"])
     yield [
         "algorithm",
         "accuracy",

@@ -61,7 +61,7 @@ def comparison_page(folder: Path, now: datetime) -> dict[str, Any]:
         }
     except FileNotFoundError:
         raise RequestError(f"{folder} holds no finished comparison: it has no {COMPARISON}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedError(f"{path} is damaged ({error!r}). Run the same comparison again.") from error
 
 

@@ -296,14 +296,17 @@ def test_an_unfinished_run(places: Path, tmp_path: Path) -> None:
         run_page(folder, NOW)
 
 
-@pytest.mark.parametrize("damage", [{"index": "0"}, {"loss": "x"}, None])
-def test_a_damaged_result_is_named(places: Path, tmp_path: Path, damage: dict[str, Any] | None) -> None:
-    """A result with an index or a loss that is no number, or without episodes, is left out and named."""
+@pytest.mark.parametrize("damage", [{"index": "0"}, {"loss": "x"}, None, "names"])
+def test_a_damaged_result_is_named(places: Path, tmp_path: Path, damage: Any) -> None:
+    """A result with an index or a loss that is no number, a class without a name, or no episodes is left out and named."""
     folder = tmp_path / "run"
     shutil.copytree(places / "run", folder)
     (file,) = (folder / "results").iterdir()
     content = json.loads(file.read_text())
-    content["episodes"] = [] if damage is None else [content["episodes"][0] | damage, *content["episodes"][1:]]
+    if damage == "names":
+        content["class_names"][0] = 5
+    else:
+        content["episodes"] = [] if damage is None else [content["episodes"][0] | damage, *content["episodes"][1:]]
     file.write_text(json.dumps(content))
     page = run_page(folder, NOW)
     assert page["results"] == []
@@ -368,6 +371,10 @@ def test_a_comparisons_page(tmp_path: Path) -> None:
     for name in ("..", "../other", ""):
         with pytest.raises(DamagedError, match=r"compare.json is damaged"):
             comparison_page(compared(tmp_path / "compared", ("maml", name, "random")), NOW)
+    document = json.loads((compared(tmp_path / "compared") / "compare.json").read_text())
+    (tmp_path / "compared/compare.json").write_text(json.dumps({**document, "reference": "none"}))
+    with pytest.raises(DamagedError, match=r"compare.json is damaged"):
+        comparison_page(tmp_path / "compared", NOW)
     with pytest.raises(RequestError, match="no finished comparison"):
         comparison_page(tmp_path, NOW)
 

@@ -130,8 +130,8 @@ def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def print_json(value: Any) -> None:
-    """Print a result for programs on stdout."""
-    _write(json.dumps(value, indent=2))
+    """Print a result for programs on stdout, with null for numbers that are not finite, which JSON lacks."""
+    _write(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2))
 
 
 @contextmanager

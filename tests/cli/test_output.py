@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import main
-from cli.output import show, use_command
+from cli.output import print_json, show, use_command
 from mamldata import errors, words
 from mamldata.datasets.load import load_manifest
 from mamldata.errors import ManifestError
@@ -30,6 +31,16 @@ def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> N
     show("class \x1b[2J\u202e\udcff\nnext")
     assert capsys.readouterr().out == "class \\x1b[2J\\u202e\\udcff\\nnext\n"
     assert str(errors.DamagedError("a \x1b[2J\x9b1m\nb")) == "a \\x1b[2J\\x9b1m\nb"
+
+
+def test_programs_get_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a loss is not finite; all other numbers stay the same."""
+    print_json({"loss": float("nan"), "accuracies": (0.1, -float("inf")), "index": 2**63})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "loss": None,
+        "accuracies": [0.1, None],
+        "index": 2**63,
+    }
 
 
 def test_a_misspelt_verb() -> None:

@@ -34,6 +34,10 @@ MOST_INDEX_BYTES = 1 << 28  # of archive.json: enough for 10**6 classes with nam
 MOST_SUM_BYTES = 1 << 10
 _MOST_VALUES = 1 << 23  # in archive.json: 10**6 classes have 5 million; the rest is for commas in their names
 _MOST_ROWS = 2**31  # source.npy is int32
+# The fields of an archive that its JSON has under their own names.
+_TEXTS = ("dataset", "dataset_version", "bank_sha256", "split_scheme", "rotations")
+_OF_CLASS = ("quarter_turns", "first_row", "images")
+_NUMBERS = ("seed", "n_way", "k_shot", "k_query")
 _MOST_SHOWN = 200  # characters of a file's own words in a message
 
 
@@ -138,18 +142,8 @@ class Archive:
 
     def spec(self, split: str) -> EpisodeSpec:
         """The values that determine the episodes of a split."""
-        turns = quarter_turns(self.rotations, split)
-        return EpisodeSpec(
-            self.bank_sha256,
-            self.split_scheme,
-            split,
-            self.n_way,
-            self.k_shot,
-            self.k_query,
-            turns,
-            self.seed,
-            self.query_alpha,
-        )
+        own = {name: getattr(self, name) for name in ("bank_sha256", "split_scheme", *_NUMBERS, "query_alpha")}
+        return EpisodeSpec(split=split, quarter_turns=quarter_turns(self.rotations, split), **own)
 
     def split(self, name: str) -> ArchiveSplit:
         """One split.
@@ -204,15 +198,7 @@ class Archive:
         return canonical_json(
             {
                 "format": THIN if self.thin else FORMAT,
-                "dataset": self.dataset,
-                "dataset_version": self.dataset_version,
-                "bank_sha256": self.bank_sha256,
-                "split_scheme": self.split_scheme,
-                "rotations": self.rotations,
-                "seed": self.seed,
-                "n_way": self.n_way,
-                "k_shot": self.k_shot,
-                "k_query": self.k_query,
+                **{name: getattr(self, name) for name in (*_TEXTS, *_NUMBERS)},
                 "image_shape": list(self.image_shape),
                 "normalisation": {key: list(value) for key, value in self.normalization._asdict().items()},
                 "splits": {name: _split_json(split, thin=self.thin) for name, split in self.splits.items()},
@@ -223,24 +209,12 @@ class Archive:
 
 def _split_json(split: ArchiveSplit, *, thin: bool) -> dict[str, Any]:
     table = split.classes
-    columns = zip(
-        table.names,
-        table.quarter_turns.tolist(),
-        table.first_row.tolist(),
-        table.images.tolist(),
-        strict=True,
-    )
+    numbers = (getattr(table, name).tolist() for name in _OF_CLASS)
+    rows = [dict(zip(("name", *_OF_CLASS), row, strict=True)) for row in zip(table.names, *numbers, strict=True)]
     if thin:  # the turns of a class are not listed, since they say nothing new
-        classes = [{"name": name, "first_row": row, "images": n} for name, turns, row, n in columns if not turns]
-        return {"classes": classes, "episodes": split.episodes}
-    return {
-        "classes": [
-            {"name": name, "quarter_turns": turns, "first_row": row, "images": images}
-            for name, turns, row, images in columns
-        ],
-        "episodes": split.episodes,
-        "shards": [asdict(shard) for shard in split.shards],
-    }
+        own = [row for row in rows if not row.pop("quarter_turns")]
+        return {"classes": own, "episodes": split.episodes}
+    return {"classes": rows, "episodes": split.episodes, "shards": [asdict(shard) for shard in split.shards]}
 
 
 def index_sum(digest: str) -> bytes:
@@ -332,15 +306,7 @@ def _from_json(document: dict[str, Any]) -> Archive:
     height, width, channels = document["image_shape"]
     thin = document["format"] == THIN
     return Archive(
-        dataset=document["dataset"],
-        dataset_version=document["dataset_version"],
-        bank_sha256=document["bank_sha256"],
-        split_scheme=document["split_scheme"],
-        rotations=document["rotations"],
-        seed=document["seed"],
-        n_way=document["n_way"],
-        k_shot=document["k_shot"],
-        k_query=document["k_query"],
+        **{name: document[name] for name in (*_TEXTS, *_NUMBERS)},
         image_shape=(height, width, channels),
         normalization=Normalization(**{key: tuple(value) for key, value in document["normalisation"].items()}),
         # JSON sorts splits by name; SPLITS has the order of work. The caller notices a split of another name.
@@ -382,7 +348,7 @@ def _plain(archive: Archive) -> bool:
     first = [shard.first_row for shard in archive.images]
     first += [shard.first_episode for split in splits for shard in split.shards]
     names = [name for split in splits for name in split.classes.names]
-    texts = (archive.dataset, archive.dataset_version, archive.bank_sha256, archive.split_scheme, *names)
+    texts = (*(getattr(archive, name) for name in _TEXTS), *names)
     moments = (*archive.normalization.mean, *archive.normalization.std)
     digests = (archive.bank_sha256, *(shard.sha256 for shard in shards))
     counts = [archive.n_way, archive.k_shot, archive.k_query, *archive.image_shape]

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,6 +306,13 @@ def class_interval(result: Result) -> float:
     places = np.array([roots[_root(name)] for name in result.class_names])
     classes = places[np.array([episode.classes for episode in result.episodes])]
     return class_half_width(np.array([episode.right / result.images for episode in result.episodes]), classes)
+
+
+def known_class_interval(result: Result) -> float | None:
+    """``class_interval``; None if the result does not tell."""
+    with suppress(RequestError):
+        return class_interval(result)
+    return None
 
 
 def _root(name: str) -> str:

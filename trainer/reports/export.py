@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mamldata.errors import DamagedError, RequestError
 from mamldata.io.atomic import MOST_NOTE, make_folder, read_whole, write_atomic
 from mamldata.io.digest import parse_json, sha256_bytes
 from mamldata.words import mamldata_command
-from trainer.results import FOLDER, Result, class_interval, read_result
+from trainer.results import FOLDER, known_class_interval, read_result
 from trainer.runs.checkpoint import Checkpoint, find_best, load_checkpoint
 from trainer.runs.folder import CONFIG
 from trainer.runs.model import SUFFIX, model_bytes, read_about
@@ -107,13 +106,7 @@ def _results(run_dir: Path, checkpoint: dict[str, Any]) -> Iterator[dict[str, An
         result = read_result(path)
         if result.checkpoint == checkpoint and result.evaluation["split"] == "test":
             target = {key: value for key, value in result.target.items() if key not in _OF_PLACE}
-            yield {**result.evaluation, "class_interval": _class_interval(result), "target": target}
-
-
-def _class_interval(result: Result) -> float | None:
-    with suppress(RequestError):
-        return class_interval(result)
-    return None
+            yield {**result.evaluation, "class_interval": known_class_interval(result), "target": target}
 
 
 def _command(settings: TrainSettings, data: dict[str, Any], start: dict[str, Any] | None) -> str:

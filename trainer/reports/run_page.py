@@ -24,7 +24,7 @@ from mamldata.words import quoted
 from trainer.reports.page import MOST_PICTURES, Problems, drawing
 from trainer.reports.pictures import episode_rows
 from trainer.reports.plots import draw_accuracies, draw_by_step, draw_losses
-from trainer.results import FOLDER, Result, class_interval, confusion, read_result, worst_episodes
+from trainer.results import FOLDER, Result, confusion, known_class_interval, read_result, worst_episodes
 from trainer.runs import metrics
 from trainer.runs.folder import CONFIG
 from trainer.runs.recipe import Recipe, load_recipe, recipe_names
@@ -88,7 +88,7 @@ def run_page(
         "costs": list(_costs(rows)),
         "loss": drawing("loss", lambda axes: draw_losses(axes, rows)) if rows else "",
         "accuracy": drawing("accuracy", lambda axes: draw_accuracies(axes, rows)) if rows else "",
-        "results": [(result, _others(result)) for result in results],
+        "results": [(result, known_class_interval(result)) for result in results],
         "more_results": max(0, len(files) - _MOST_RESULTS),
         "main": main,
         "environment": _flat(main.environment if main else config.get("versions")),
@@ -165,14 +165,6 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     ):
         if values := [row[key] for row in train if _is_number(row.get(key))]:
             yield name, f"{median(values):,.1f} {unit}"
-
-
-def _others(result: Result) -> float | None:
-    """The interval for other classes; None if the result does not tell."""
-    try:
-        return class_interval(result)
-    except RequestError:
-        return None
 
 
 def _flat(values: object) -> list[tuple[str, Any]]:

@@ -23,7 +23,6 @@ from mamldata.sources.source import EpisodeInfo, Source, SplitSource
 from mamldata.streaming.batch import EpisodeBatch
 from mamldata.streaming.device import DeviceStream
 from mamldata.streaming.stream import EpisodeStream
-from mamldata.streaming.transforms import Transform
 from mamldata.words import counted
 
 OpenSource = Callable[[str], SplitSource]
@@ -61,21 +60,9 @@ class EpisodeData:
         self._sources: dict[str, SplitSource] = {}
         self._trained_on: Source | None = None
 
-    def train(
-        self,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        *,
-        normalize: bool = False,
-        transform: Transform | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> DeviceStream:
-        """Meta-batches of the train split on a device: remixed, or else shuffled if the split is finite."""
-        stream = self.stream(
-            batch_size, seed, normalize=normalize, transform=transform, rank=rank, world_size=world_size
-        )
+    def train(self, batch_size: int, seed: int, device: torch.device, **options: Any) -> DeviceStream:
+        """See ``TrainData.train``: remixed, or else shuffled if the split is finite."""
+        stream = self.stream(batch_size, seed, **options)
         self._trained_on = stream.source
         return stream.to(device)
 
@@ -98,8 +85,7 @@ class EpisodeData:
         device: torch.device,
         *,
         normalize: bool | Normalization = False,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once and in order.
 
@@ -111,15 +97,8 @@ class EpisodeData:
             raise RequestError(
                 f"{self.place} has {counted(source.episodes, f'{split} episode')}, but {episodes} were requested."
             )
-        stream = EpisodeStream(
-            source.view(episodes),
-            batch_size=batch_size,
-            shuffle=False,
-            normalize=normalize,
-            rank=rank,
-            world_size=world_size,
-        )
-        return stream.to(device)
+        whole = source.view(episodes)
+        return EpisodeStream(whole, batch_size=batch_size, shuffle=False, normalize=normalize, **ranks).to(device)
 
     def describe(self) -> dict[str, Any]:
         """A description of the episodes, the same for all splits.

@@ -60,14 +60,13 @@ class OwnData:
         *,
         normalize: bool = False,
         transform: Transform | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> OwnStream:
         """Meta-batches of the train split, without end."""
         if transform is not None:
             raise RequestError("augment is not for episodes of your own. Change their examples where they are drawn.")
         _refuse_to_normalize(normalize)
-        return OwnStream(lambda t: self._batch("train", seed, t * batch_size, batch_size, rank, world_size).to(device))
+        return OwnStream(lambda t: self._batch("train", seed, t * batch_size, batch_size, **ranks).to(device))
 
     def eval(
         self,
@@ -77,16 +76,15 @@ class OwnData:
         device: torch.device,
         *,
         normalize: bool | Normalization = False,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> Iterator[EpisodeBatch]:
         """The first ``episodes`` episodes of a split."""
         _refuse_to_normalize(normalize)
         for first in range(0, episodes, batch_size):
-            yield self._batch(split, 0, first, min(batch_size, episodes - first), rank, world_size).to(device)
+            yield self._batch(split, 0, first, min(batch_size, episodes - first), **ranks).to(device)
 
-    def _batch(self, split: str, seed: int, first: int, size: int, rank: int, world_size: int) -> EpisodeBatch:
-        index = share(np.arange(first, first + size), rank, world_size)
+    def _batch(self, split: str, seed: int, first: int, size: int, **ranks: int) -> EpisodeBatch:
+        index = share(np.arange(first, first + size), **ranks)
         episodes = [_sorted(self._draw(split, one, _rng(split, seed, one))) for one in index.tolist()]
         for place, episode in zip(index, episodes, strict=True):
             if (form := _form_of(episode)) != self._form:
@@ -161,7 +159,7 @@ def _sorted(arrays: Sequence[Any]) -> Episode:
         if labels.ndim != 1 or not len(labels) or labels.shape != examples.shape[:1] or labels.max() >= len(labels):
             raise RequestError(
                 "An episode needs a label for each example, and an example for each label from 0, not examples "
-                f"{list(examples.shape)} with labels {list(labels.shape)}: {str(labels.tolist()):.60}."
+                f"{list(examples.shape)} with labels {list(labels.shape)}: {labels.tolist()!s:.60}."
             )
         order = labels.argsort(stable=True)
         parts += [examples.float()[order], labels[order]]
@@ -169,7 +167,7 @@ def _sorted(arrays: Sequence[Any]) -> Episode:
 
 
 def _tensor(values: Any) -> Tensor:
-    """As a tensor on the CPU without a graph; of arrays a copy, because torch takes neither all strides nor all orders."""
+    """On the CPU, without a graph; of arrays a copy, because torch does not take all strides and byte orders."""
     if isinstance(values, np.ndarray):
         values = values.astype(values.dtype.newbyteorder("="), order="C")
     return torch.as_tensor(values).detach().to("cpu").to_dense()
@@ -180,9 +178,7 @@ def _form_of(episode: Episode) -> _Form:
     shots, queries = ([int((y == way).sum()) for way in range(n_way)] for y in (episode.support_y, episode.query_y))
     form = _Form(n_way, shots[0], queries[0], shape)
     whole = [(n_way * k, *shape) for k in (form.k_shot, form.k_query)]
-    equal = (
-        shots == [form.k_shot] * n_way and queries == [form.k_query] * n_way and 0 not in (form.k_shot, form.k_query)
-    )
+    equal = {*shots} == {form.k_shot} and {*queries} == {form.k_query} and form.k_shot and form.k_query
     if not equal or not shape or [episode.support_x.shape, episode.query_x.shape] != whole:
         raise RequestError(
             f"An episode needs equal numbers of examples, all of one shape, for each label from 0 to {n_way - 1}; this "

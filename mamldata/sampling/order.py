@@ -134,7 +134,7 @@ def shard_runs(order: Order, epoch: int, shards: tuple[int, ...]) -> tuple[Indic
     return numbers, ends
 
 
-def share(indices: Indices, rank: int, world_size: int) -> Indices:
+def share(indices: Indices, rank: int = 0, world_size: int = 1) -> Indices:
     """One rank's near-equal contiguous slice of a meta-batch.
 
     The slices of all ranks, concatenated in order, are the whole meta-batch.

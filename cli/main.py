@@ -132,10 +132,7 @@ class Verbs(click.Group):
         try:
             return self._invoke(ctx)
         except MamldataError as error:
-            _tell_torchrun(error)
-            if not _shows(error):
-                _let_others_speak(error)
-                raise click.exceptions.Exit(error.exit_code) from error
+            _speak_or_leave(error)
             if isinstance(error, StoppedError):  # the user asked for it, so it is not shown as an error
                 say(str(error))
                 raise click.exceptions.Exit(error.exit_code) from error
@@ -143,10 +140,7 @@ class Verbs(click.Group):
         except click.UsageError as error:
             hidden = _hide_keys(error.message, ctx.meta["words"])
             error.message = printable(hidden, keep="\n")  # type: ignore[misc]  # it is shown from there
-            _tell_torchrun(error)
-            if not _shows(error):
-                _let_others_speak(error)
-                raise click.exceptions.Exit(error.exit_code) from error
+            _speak_or_leave(error)
             raise
         except (OSError, MemoryError) as error:
             if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
@@ -192,10 +186,16 @@ def _shows(error: BaseException) -> bool:
     return True
 
 
-def _let_others_speak(error: BaseException) -> None:
-    """Wait for the process that shows an error: when one process ends, torchrun ends all others by SIGTERM."""
-    if not isinstance(error, StoppedError):  # all have saved, and a scheduler may be waiting
-        time.sleep(_PATIENCE)
+def _speak_or_leave(error: MamldataError | click.UsageError) -> None:
+    """Tell torchrun of an error; if another process shows it, wait for that, and leave.
+
+    When one process ends, torchrun ends all others by SIGTERM.
+    """
+    _tell_torchrun(error)
+    if not _shows(error):
+        if not isinstance(error, StoppedError):  # all have saved, and a scheduler may be waiting
+            time.sleep(_PATIENCE)
+        raise click.exceptions.Exit(error.exit_code) from error
 
 
 def _tell_torchrun(error: Exception) -> None:

@@ -150,12 +150,8 @@ def _tell(result: Evaluation, digest: str, known: Benchmark | None, *, as_json: 
     else:
         show(str(result))
         if known:
-            part = (
-                "benchmark"
-                if complete
-                else f"the first {result.episodes:,} of {known.episodes:,} episodes of benchmark"
-            )
-            show(f"{part} {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
+            part = "" if complete else f"the first {result.episodes:,} of {known.episodes:,} episodes of "
+            show(f"{part}benchmark {known.name}{'' if known.sha256 else ' (not pinned yet)'}, digest sha256:{digest}")
         say(about_classes)
     if result.inner_steps and not as_json:
         steps = " → ".join(f"{100 * value:.2f}" for value in result.accuracy_by_step)

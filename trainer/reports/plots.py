@@ -239,11 +239,9 @@ def _looks(entries: Sequence[Row]) -> dict[str, dict[str, Any]]:
     lines = iter(("--", ":", "-."))
     for entry in entries:
         label = ascii(shortened(entry["name"], _LONGEST))[1:-1]  # of a file; matplotlib's font has few letters
-        if ALGORITHMS[entry["settings"]["algorithm"]].outer in {"joint", "none"}:
-            looks[entry["name"]] = {"color": _BASELINE, "linestyle": next(lines, "--"), "label": label}
-        else:
-            colour = _COLOURS[len(looks) % len(_COLOURS)]
-            looks[entry["name"]] = {"color": colour, "linestyle": "-", "label": label}
+        baseline = ALGORITHMS[entry["settings"]["algorithm"]].outer in {"joint", "none"}
+        colour = _BASELINE if baseline else _COLOURS[len(looks) % len(_COLOURS)]
+        looks[entry["name"]] = {"color": colour, "linestyle": next(lines, "--") if baseline else "-", "label": label}
     return looks
 
 

@@ -168,10 +168,8 @@ class EpisodeData:
         info = source.info.identity()
         del info["split"]
         digest = info["archive_sha256"] or info["bank_sha256"]
-        # The spelling of files, as in archive.json.
-        normalisation = {key: list(value) for key, value in source.info.normalization._asdict().items()}
         own = {"digest": digest, "remix": self.remix, "source": self.place, "image": self._image_of(source)}
-        return {**info, "normalisation": normalisation, **own}
+        return {**info, "normalisation": source.info.normalization.to_json(), **own}
 
     def _image_of(self, source: Source) -> dict[str, Any] | str:
         """How the images were prepared, looked up once: see ``ImageRecipe``; or ``unknown``."""

@@ -77,7 +77,7 @@ class MixedData:
             **{key: described[0][key] for key in _SHAPE},
             **{key: getattr(info, key) for key in ("dataset", "split_scheme", "rotations")},
             "digest": info.bank_sha256,
-            "normalisation": {key: list(value) for key, value in info.normalization._asdict().items()},
+            "normalisation": info.normalization.to_json(),
             "image": images[0] if images.count(images[0]) == len(images) else UNKNOWN,
             "source": " + ".join(one["source"] for one in described),
             "sources": [

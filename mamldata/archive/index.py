@@ -200,7 +200,7 @@ class Archive:
                 "format": THIN if self.thin else FORMAT,
                 **{name: getattr(self, name) for name in (*_TEXTS, *_NUMBERS)},
                 "image_shape": list(self.image_shape),
-                "normalisation": {key: list(value) for key, value in self.normalization._asdict().items()},
+                "normalisation": self.normalization.to_json(),
                 "splits": {name: _split_json(split, thin=self.thin) for name, split in self.splits.items()},
                 **thin,
             }

@@ -17,6 +17,10 @@ class Normalization(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def to_json(self) -> dict[str, list[float]]:
+        """As ``archive.json`` and descriptions of data have it."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
 
 def normalization(sums: Iterable[tuple[int, int]], pixels: int) -> Normalization:
     """The normalization from each channel's sum of values and sum of squares; values are 0 to 255.

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,9 +164,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As a dict of plain values; ``trained_on`` and ``fitted_from`` only if they are not None."""
-        kept = [one.name for one in fields(self) if one.name not in {"accuracy_by_episode", "answers", "origin"}]
-        values = {name: getattr(self, name) for name in kept}
-        return {name: value for name, value in values.items() if value is not None}
+        left_out = {"accuracy_by_episode", "answers", "origin"}
+        return {name: value for name, value in vars(self).items() if name not in left_out and value is not None}
 
     def __str__(self) -> str:
         fitted = "x".join(map(str, self.fitted_from or ()))

@@ -241,9 +241,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
         WriteError: the folder cannot be written to.
     """
     content = io.BytesIO()
-    # Not asdict, which would copy every tensor.
-    values = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-    torch.save({"format": _FORMAT, **values}, content)
+    torch.save({"format": _FORMAT, **vars(checkpoint)}, content)  # not asdict, which would copy every tensor
     path = run_dir / checkpoint.name
     write_atomic(path, content.getvalue())
     for step, other in _files(run_dir, unfinished=True):

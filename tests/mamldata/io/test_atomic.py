@@ -9,7 +9,7 @@ from mamldata.io.atomic import temporary, write_atomic
 
 
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
-    """Each write succeeds, every content that is read is whole, and nothing is left; what a killed one left is not in it."""
+    """Each write succeeds, each content that is read is whole, and nothing is left, also of a killed one."""
     path = tmp_path / "page.html"
     temporary(path).write_bytes(b"left")
 

@@ -298,7 +298,7 @@ def test_an_unfinished_run(places: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [{"index": "0"}, {"loss": "x"}, None, "names"])
 def test_a_damaged_result_is_named(places: Path, tmp_path: Path, damage: Any) -> None:
-    """A result with an index or a loss that is no number, a class without a name, or no episodes is left out and named."""
+    """A result with a wrong index or loss, a class without a name, or no episodes is left out and named."""
     folder = tmp_path / "run"
     shutil.copytree(places / "run", folder)
     (file,) = (folder / "results").iterdir()

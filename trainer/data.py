@@ -14,7 +14,6 @@ from mamldata.datasets.manifest import UNKNOWN
 from mamldata.errors import DamagedError, RequestError
 from mamldata.io.urls import is_remote, shown_place
 from mamldata.parallel import default_workers
-from mamldata.sampling.normalization import Normalization
 from mamldata.sampling.order import Indices
 from mamldata.sampling.splits import SPLITS
 from mamldata.sources.live import live
@@ -78,14 +77,7 @@ class EpisodeData:
         return self._source("train").info
 
     def eval(
-        self,
-        split: str,
-        episodes: int,
-        batch_size: int,
-        device: torch.device,
-        *,
-        normalize: bool | Normalization = False,
-        **ranks: int,
+        self, split: str, episodes: int, batch_size: int, device: torch.device, **options: Any
     ) -> Iterable[EpisodeBatch]:
         """The first ``episodes`` episodes of a split, once and in order.
 
@@ -98,7 +90,7 @@ class EpisodeData:
                 f"{self.place} has {counted(source.episodes, f'{split} episode')}, but {episodes} were requested."
             )
         whole = source.view(episodes)
-        return EpisodeStream(whole, batch_size=batch_size, shuffle=False, normalize=normalize, **ranks).to(device)
+        return EpisodeStream(whole, batch_size=batch_size, shuffle=False, **options).to(device)
 
     def describe(self) -> dict[str, Any]:
         """A description of the episodes, the same for all splits.

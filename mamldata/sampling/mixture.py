@@ -15,6 +15,7 @@ from mamldata.errors import RequestError
 from mamldata.sampling.order import Indices, Order, permute
 from mamldata.words import counted
 
+_MOST_WEIGHT = 10**300  # so that the sum is finite, too
 _BLOCK = 1000  # meta-batches among which each source has its share
 
 
@@ -88,10 +89,12 @@ def require_weights(weights: Sequence[float] | None, sources: int) -> tuple[floa
             "each."
         )
     for weight in weights:
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
             raise RequestError(f"weights must be finite numbers from 0, not {weight!r}.")
     if not any(weights):
         raise RequestError("weights must not all be 0.")
+    if max(weights) > _MOST_WEIGHT:
+        raise RequestError(f"weights must be at most 1e+300: only their ratios count.")
     return tuple(float(weight) for weight in weights)
 
 

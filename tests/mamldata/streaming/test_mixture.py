@@ -224,6 +224,8 @@ def test_normalized_by_all_images_together() -> None:
         ({"weights": [math.inf, 1]}, r"finite numbers from 0, not inf"),
         ({"weights": ["1", "2"]}, r"finite numbers from 0, not '1'"),
         ({"weights": [0, 0]}, r"must not all be 0"),
+        ({"weights": [1e308, 1e308]}, r"must be at most 1e\+300"),
+        ({"weights": [10**400, 1]}, r"must be at most 1e\+300"),
         ({"remix": True, "shuffle": True}, r"its own order"),
     ],
 )

@@ -94,7 +94,7 @@ def require_weights(weights: Sequence[float] | None, sources: int) -> tuple[floa
     if not any(weights):
         raise RequestError("weights must not all be 0.")
     if max(weights) > _MOST_WEIGHT:
-        raise RequestError(f"weights must be at most 1e+300: only their ratios count.")
+        raise RequestError("weights must be at most 1e+300: only their ratios count.")
     return tuple(float(weight) for weight in weights)
 
 

@@ -399,7 +399,7 @@ def evaluate(
             about = {**about, "image_shape": shape, "fitted_from": stored}
         require_fit(path, checkpoint, about)
         settings = saved_settings(checkpoint.settings, path)
-        normalize = settings.normalize and _normalisation_of(path, checkpoint, about)
+        normalize = bool(settings.normalize) and _normalisation_of(path, checkpoint, about)
         inner = settings.inner_loop_at_test()
         if inner_steps and inner.classifier == "prototypes":
             raise RequestError(f"inner_steps must be 0, not {inner_steps}: {settings.algorithm} has no inner loop.")

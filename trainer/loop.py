@@ -26,7 +26,7 @@ from trainer.runs.folder import RunResult, alone_in, as_begun, open_run, require
 from trainer.runs.metrics import Window
 from trainer.runs.network import named
 from trainer.runs.tensorboard import Board, require_tensorboard
-from trainer.settings import TrainSettings, pick_device
+from trainer.settings import DEPENDENT, TrainSettings, pick_device
 from trainer.system.distributed import ALONE, World
 from trainer.system.gpu import Wait
 from trainer.system.malloc import keep_large_buffers
@@ -86,6 +86,12 @@ def train(
     from_there = world.from_first(lambda: read_start(start)) if start is not None else None
     with world.together():
         about = data.describe()
+        given, settings = settings, settings.for_images(about)
+        own = {name: getattr(settings, name) for name in DEPENDENT if getattr(given, name) is None}
+        if own.get("network") == "conv4-pool":
+            notify(
+                "For colour images: " + ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+            )
         if from_there:
             require_fit(from_there.place, from_there.checkpoint, about)
         learner = _fit_to_train(settings, data, about, world, from_there, network)  # before anything is written
@@ -107,7 +113,7 @@ def train(
                 settings.meta_batch_size,
                 settings.seed,
                 learner.device,
-                normalize=settings.normalize,
+                normalize=bool(settings.normalize),
                 transform=augmentation(settings.augment, about["image_shape"]),
                 rank=world.rank,
                 world_size=world.world_size,
@@ -162,7 +168,7 @@ def _validation(learner: Learner, data: TrainData, world: World) -> Iterable[Epi
         settings.eval_episodes,
         settings.meta_batch_size,
         learner.device,
-        normalize=settings.normalize,
+        normalize=bool(settings.normalize),
         rank=world.rank,
         world_size=world.world_size,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 COORDINATES = tuple(part.name for part in fields(Algorithm) if part.name not in {"name", "outer", "classifier"})
 # An algorithm without an inner loop takes none of these.
 OF_INNER_STEPS = ("inner_steps", "inner_lr", "eval_inner_steps", "support_batches")
-INNER_LR, INNER_LR_FROZEN = 0.4, 0.05
+INNER_LR, INNER_LR_FROZEN, INNER_LR_POOLED = 0.4, 0.05, 0.03
+SMALLEST_POOLED = 16  # pixels, for conv4-pool
 META_LR = 4e-3
 MSL_EPOCHS = 10  # Antoniou et al. 2019, Omniglot; 15 for miniImageNet
 OWN = re.compile(r"[\w.]+:[\w.<>]+")  # the name of a network of one's own: module:function
@@ -53,6 +54,9 @@ OLD_NAMES = {"normalise": "normalize"}  # of settings in older files and command
 # A resumed run may change these. They do not affect the weights of a step, with one exception: after a change of steps,
 # a cosine schedule continues on the new curve, as it should in an extended run.
 CHANGEABLE = frozenset({"steps", "eval_every", "log_every", "tensorboard"})
+
+# Their defaults depend on the data or on the version: a resumed run keeps its own.
+DEPENDENT = ("network", "normalize", "inner_lr", "meta_lr")
 
 _OF_INNER_LOOP = {part.name for part in fields(InnerLoop)}
 _TYPES: dict[str, tuple[set[type], str]] = {
@@ -122,9 +126,9 @@ class Setting:
         return f"at most {self.at_most}" if self.at_most is not None and value > self.at_most else None
 
 
-def is_own(network: str) -> bool:
+def is_own(network: str | None) -> bool:
     """Whether the name of a network is that of the user's own code."""
-    return OWN.fullmatch(network) is not None
+    return network is not None and OWN.fullmatch(network) is not None
 
 
 def setting(default: Any, meaning: str, **rules: Any) -> Any:
@@ -145,9 +149,11 @@ class TrainSettings:
     """
 
     algorithm: str = setting("maml", "Meta-learning algorithm.", choices=tuple(ALGORITHMS))
-    network: str = setting(
-        "conv4",
+    # What is None here depends on the images: see ``for_images``.
+    network: str | None = setting(
+        None,
         "Network to train; MODULE:FUNCTION is one of your own.",
+        shown="conv4; conv4-pool for colour images",
         choices=("conv4", "conv3-pool", "conv4-pool", "resnet18"),
         or_own=True,
     )
@@ -158,7 +164,9 @@ class TrainSettings:
         at_least=1,
         at_most=4096,
     )
-    normalize: bool = setting(False, "Normalize images by the train split's mean and standard deviation.")
+    normalize: bool | None = setting(
+        None, "Normalize images by the train split's mean and standard deviation.", shown="no; yes for colour images"
+    )
     augment: str = setting(
         "none",
         "Random changes of training images: photo crops, flips, changes colours; character turns, scales, shifts.",
@@ -177,7 +185,7 @@ class TrainSettings:
     inner_lr: float | None = setting(
         None,
         "Inner learning rate (alpha); learned rates start from it.",
-        shown=f"{INNER_LR}; {INNER_LR_FROZEN} with bn frozen",
+        shown=f"{INNER_LR}; {INNER_LR_FROZEN} with bn frozen; {INNER_LR_POOLED} with colour images' own network",
         positive=True,
         at_most=10**6,
     )
@@ -338,6 +346,24 @@ class TrainSettings:
         own = {name: getattr(self.point, name) for name in COORDINATES}
         inner_lr = None if self.point.classifier == "prototypes" else self.alpha
         return {**asdict(self), "inner_lr": inner_lr, "meta_lr": self.beta, **own}
+
+    def for_images(self, about: Mapping[str, Any]) -> TrainSettings:
+        """The settings, with the defaults for these images where none are given.
+
+        Colour images have the network of Finn et al. 2017 for MiniImagenet, whose head has a feature for each place
+        and so needs a lower inner rate, and are normalized, as is usual for them.
+
+        Args:
+            about: describes the episodes, see ``TrainData.describe``.
+        """
+        shape: Sequence[int] = about["image_shape"]
+        own: dict[str, Any] = {"network": "conv4", "normalize": False}
+        if len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= SMALLEST_POOLED:
+            own = {"network": "conv4-pool", "normalize": about.get("normalisation") is not None}
+        own = {name: value for name, value in own.items() if getattr(self, name) is None}
+        if own.get("network") == "conv4-pool" and self.inner_lr is None and self.point.bn != "frozen":
+            own |= {"inner_lr": INNER_LR_POOLED} if self.point.classifier == "head" else {}
+        return replace(self, **own)
 
     @property
     def alpha(self) -> float:

@@ -5,7 +5,7 @@ import re
 import runpy
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -171,9 +171,9 @@ def test_the_table_in_the_docs_is_the_declaration() -> None:
     assert all(f"| `--{name.replace('_', '-')}` |" in page for name in SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["algorithm", "network", "engine"])
+@pytest.mark.parametrize("name", ["algorithm", "meta_optimizer", "engine"])
 def test_a_choice_that_must_be_made_is_not_none(name: str) -> None:
-    """None stands for the algorithm's own, and only where an algorithm has one."""
+    """None stands for what the algorithm, the images or the version decide, and only where they do."""
     with pytest.raises(RequestError, match=f"{name} must be one of .*, not None"):
         TrainSettings(**{name: None})  # type: ignore[arg-type]
     TrainSettings(order=None, loss=None, rates=None, adapts=None, inner_loss=None, bn=None, precision=None)
@@ -286,3 +286,21 @@ def test_absent_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
+
+
+def test_defaults_for_images() -> None:
+    """Colour images have a network and a rate of their own and are normalized; what is given stays."""
+    mean = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    colour = {"image_shape": [84, 84, 3], "normalisation": mean}
+
+    def found(about: dict[str, Any], **given: Any) -> tuple[Any, ...]:
+        settings = TrainSettings(**given).for_images(about)
+        return settings.network, settings.normalize, settings.inner_lr
+
+    assert found({"image_shape": (28, 28, 1)}) == found({"image_shape": [8, 8, 3]}) == ("conv4", False, None)
+    assert found({"image_shape": (7,)}) == ("conv4", False, None)
+    assert found(colour) == ("conv4-pool", True, 0.03)
+    assert found({"image_shape": [84, 84, 3], "normalisation": None}) == ("conv4-pool", False, 0.03)
+    assert found(colour, network="conv4", normalize=False) == ("conv4", False, None)
+    assert found(colour, inner_lr=0.4) == ("conv4-pool", True, 0.4)
+    assert found(colour, bn="frozen") == found(colour, algorithm="protonet") == ("conv4-pool", True, None)

@@ -19,7 +19,7 @@ from trainer.loop import train
 from trainer.protocol import TrainData
 from trainer.reports.costs import Costs, measure_costs
 from trainer.results import paired_difference, result_of, save_result
-from trainer.runs.folder import COMPARISON, RunResult, refuse_others
+from trainer.runs.folder import COMPARISON, RunResult, as_begun, refuse_others
 from trainer.runs.network import named
 from trainer.settings import TrainSettings, saved_settings
 from trainer.system.signals import BrokenOffError, stop_at_signals
@@ -114,11 +114,13 @@ def compare(
         WriteError: ``out`` cannot be written to.
     """
     out = Path(out)
-    plans = {name: named(settings, network) for name, settings in plans.items()}
+    about = data.describe()
+    begun = {name: as_begun(out / name, named(settings, network)) for name, settings in plans.items()}
+    plans = {name: settings.for_images(about) for name, settings in begun.items()}
     _require_comparable(plans)
     refuse_others(out, COMPARISON)
     asked = {("val", settings.eval_episodes) for settings in plans.values()} | {(split, episodes)}
-    normalize = next(iter(plans.values())).normalize
+    normalize = bool(next(iter(plans.values())).normalize)
     for what, count in asked:  # raises now rather than after hours of training
         data.eval(what, count, 1, torch.device("cpu"), normalize=normalize, rank=0, world_size=1)
     make_folder(out)
@@ -152,7 +154,7 @@ def compare(
     for name, settings in plans.items():
         difference = paired_difference(result_of(evaluations[name]), result_of(evaluations[reference]))
         entries.append(Entry(name, settings, runs[name], evaluations[name], *difference, costs.get(name)))
-    result = Comparison(reference, data.describe(), tuple(entries))
+    result = Comparison(reference, about, tuple(entries))
     write_atomic(out / RESULT, json.dumps(result.to_json(), indent=2).encode() + b"\n")
     write_atomic(out / TABLE, (table(result) + "\n").encode())
     return result

@@ -72,7 +72,9 @@ def measure_costs(
         MamldataError: such a process was killed; the message names the settings.
     """
     plans = {name: settings for name, settings in plans.items() if settings.outer_steps}
-    keys = {name: (settings.meta_batch_size, settings.seed, settings.normalize) for name, settings in plans.items()}
+    keys = {
+        name: (settings.meta_batch_size, settings.seed, bool(settings.normalize)) for name, settings in plans.items()
+    }
     joint = any(settings.point.outer == "joint" for settings in plans.values())
     drawn = {
         key: _sample(*key, data, network, joint=joint) for key in set(keys.values())

@@ -116,17 +116,22 @@ def _class_interval(result: Result) -> float | None:
 
 def _command(settings: TrainSettings, data: dict[str, Any], start: dict[str, Any] | None) -> str:
     """A command line that trains the same; of an archive and of weights to start from, only the digest is known."""
-    usual = {**TrainSettings(algorithm=settings.algorithm).resolved(), "algorithm": TrainSettings.algorithm}
+    usual = TrainSettings(algorithm=settings.algorithm).for_images(data).resolved()
+    usual["algorithm"] = TrainSettings.algorithm
     options = {name: value for name, value in settings.resolved().items() if value != usual[name]}
     live = data.get("archive_sha256", "") is None
     if live:
         options |= {name: data[name] for name in _OF_LIVE} | {"image_size": data["image_shape"][0]}
-    words = [
-        word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value) if word is not True
-    ]
+    words = [word for name, value in options.items() for word in _option(name.replace("_", "-"), value)]
     begun = ["--from", "WEIGHTS"] if start else []
     plain = [] if live or data.get("remix", True) else ["--no-remix"]
     return mamldata_command("train", data["dataset"] if live else "ARCHIVE", *words, *plain, *begun, "--out", "run")
+
+
+def _option(name: str, value: object) -> list[object]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", value]
 
 
 def _card(name: str, about: dict[str, Any], sha256: str) -> str:

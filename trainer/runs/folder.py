@@ -20,7 +20,7 @@ from mamldata.io.digest import parse_json
 from mamldata.version import __version__
 from trainer.runs import metrics
 from trainer.runs.checkpoint import Checkpoint, find_best, find_last, load_checkpoint
-from trainer.settings import CHANGEABLE, TrainSettings, saved_settings
+from trainer.settings import CHANGEABLE, DEPENDENT, TrainSettings, saved_settings
 from trainer.system.distributed import World
 
 CONFIG = "config.json"
@@ -143,7 +143,7 @@ def open_run(
 
 
 def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
-    """Settings to resume with: those given, but with the rates of a run that began when their defaults were others.
+    """Settings to resume with: those given, but with those of the run where none are given, since defaults change.
 
     Raises:
         DamagedError: ``config.json`` is damaged.
@@ -154,7 +154,8 @@ def as_begun(run_dir: Path, settings: TrainSettings) -> TrainSettings:
     there, _ = _saved(config)
     if there.algorithm != settings.algorithm:  # another run, as open_run will say
         return settings
-    return replace(settings, inner_lr=settings.inner_lr or there.inner_lr, meta_lr=settings.meta_lr or there.meta_lr)
+    kept = [name for name in DEPENDENT if getattr(settings, name) is None]
+    return replace(settings, **{name: getattr(there, name) for name in kept})
 
 
 def begin_run(

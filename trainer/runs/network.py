@@ -74,4 +74,4 @@ def make_network(settings: TrainSettings, about: Mapping[str, Any], own: nn.Modu
     height, width, channels = shape
     if height != width:
         raise RequestError(f"The networks take square images, but these have {height}x{width} pixels.")
-    return build_network(settings.network, channels, height, n_way, settings.seed, settings.filters)
+    return build_network(settings.network or "conv4", channels, height, n_way, settings.seed, settings.filters)

@@ -241,7 +241,7 @@ def test_loading_needs_the_network_again(tmp_path: Path) -> None:
         ):
             load(own, network=flat(nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 5)))
         assert load(own, network=module)
-    with pytest.raises(RequestError, match=r"network: 'torch.nn.modules.container:Sequential' there, 'conv4' here"):
+    with pytest.raises(RequestError, match=r"torch.nn.modules.container:Sequential, is code of the user's, which is"):
         trainer.train(SETTINGS, Synthetic(), own, resume=True)
     with pytest.raises(RequestError, match="filters is not for the network"):
         trainer.train(replace(SETTINGS, filters=8), Synthetic(), tmp_path / "new", network=module)

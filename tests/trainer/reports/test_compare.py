@@ -192,7 +192,8 @@ def test_pictures_say_what_they_compare(compared, monkeypatch: pytest.MonkeyPatc
 )
 def test_what_differs_must_be_the_algorithm(name: str, other: object, tmp_path: Path) -> None:
     """Other steps, seeds or networks would make the table say something else."""
-    told = rf"{name} must be the same for all algorithms, not {getattr(BASE, name)!r} for maml, {other!r} for f"
+    base = BASE.for_images(Synthetic().describe())
+    told = rf"{name} must be the same for all algorithms, not {getattr(base, name)!r} for maml, {other!r} for f"
     with pytest.raises(RequestError, match=told):
         compare({"maml": BASE, "f": replace(BASE, **{name: other})}, Synthetic(), tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -388,6 +388,7 @@ def evaluate(
     if inner_steps is not None and inner_steps < 0:
         raise RequestError(f"inner_steps must be at least 0, not {inner_steps}.")
 
+    require_data(data)
     path, checkpoint = world.from_first(lambda: find_checkpoint(Path(place)))
     with world.together():
         about = data.describe()
@@ -433,6 +434,19 @@ def evaluate(
             names = data.class_names(split, evaluation.answers.index)
     origin = Origin(path, checkpoint.step, settings.resolved(), about, around, names)
     return replace(evaluation, trained_on=_trained_on(checkpoint.data, about), fitted_from=stored, origin=origin)
+
+
+def require_data(data: object) -> None:
+    """Refuse a place in place of its episodes.
+
+    Raises:
+        RequestError: it is a text or a path.
+    """
+    if isinstance(data, str | Path):
+        raise RequestError(
+            f"The data must be episodes, not the text {str(data)!r}. Give trainer.archive_data({str(data)!r}) for an "
+            f"archive, or trainer.live_data({str(data)!r}, None, {{}}) for a dataset."
+        )
 
 
 def require_fit(path: Path, checkpoint: Checkpoint, about: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from mamldata.errors import RequestError, StoppedError
 from mamldata.progress import Notify, Progress, silence, silent
 from mamldata.streaming.batch import EpisodeBatch
 from trainer.augment import augmentation
-from trainer.evaluation import counting, evaluate_network, require_fit
+from trainer.evaluation import counting, evaluate_network, require_data, require_fit
 from trainer.learner import Learner
 from trainer.maml.rates import rate_lines
 from trainer.protocol import TrainData, TrainStream, endless
@@ -78,6 +78,7 @@ def train(
         DamagedError: a checkpoint that is needed is damaged.
         WriteError: ``run_dir`` cannot be written to.
     """
+    require_data(data)
     run_dir, settings = Path(run_dir), named(settings, network)
     notify = notify if world.first else silence
     if resume:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cli.options import LocalPath, json_option, root_option
 from cli.output import print_json, say, show
+from cli.own_network import own_network, own_network_option, seed_of_run
 from mamldata.bank.prepare import prepare_image, recipe_of
 from mamldata.datasets.load import load_manifest
 from mamldata.datasets.manifest import UNKNOWN, ImageRecipe
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--together", is_flag=True, help="Normalize all IMAGES together, as evaluation does.")
 @click.option("--like", metavar="NAME|FILE.toml|FOLDER", help="The dataset of a run that does not record its images.")
+@own_network_option
 @root_option
 @json_option
 def command(
@@ -47,6 +49,7 @@ def command(
     support: Path,
     together: bool,
     like: str | None,
+    network: str | None,
     root: str | None,
     as_json: bool,
 ) -> None:
@@ -58,9 +61,10 @@ def command(
     a network with transductive or per-step batch norm normalizes all IMAGES together, as in evaluation: slightly better
     if they show all classes about equally often, but no better than guessing for one image or images of one class.
     """
-    from trainer.runs.checkpoint import load_run
+    from trainer.runs.checkpoint import find_checkpoint, load_run
 
-    run = load_run(model)
+    trained, seed = find_checkpoint(model)[1].data, seed_of_run(model, network)
+    run = load_run(model, network=own_network(network, trained, seed))
     recipe = _recipe(run, like, root)
     known = {support / name: Path(name).parent.as_posix() for name in _images_in(support)}
     if loose := [path for path, label in known.items() if label == "."]:
@@ -104,7 +108,8 @@ def _recipe(run: TrainedRun, like: str | None, root: str | None) -> ImageRecipe:
     if like is None:
         if known is None:
             raise click.UsageError(
-                "The run does not record how its images were prepared. Name the dataset that it was trained on: --like."
+                "The run does not record how its images were prepared, and no bank of these images is under the data "
+                "root. Give the root that has it with --root, or name the dataset that it was trained on with --like."
             )
         return known
     if known is not None:

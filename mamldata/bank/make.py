@@ -171,7 +171,10 @@ def _require_unchanged(manifest: Manifest, folder: DatasetFolder, progress: Prog
 
 def _advice(manifest: Manifest, root: Path, faults: Iterable[Fault]) -> str:
     if manifest.folder is not None:
-        return "Repair or remove these files, or leave out damaged images, and run the same command again."
+        return (
+            "Repair or remove these files and run the same command again; or leave out damaged images with "
+            "--skip-damaged (in Python skip_damaged=True)."
+        )
     if all(fault.of_one_image for fault in faults):
         return (
             'Get these images again, or put damaged = "leave-out" under [reader] in a manifest of your own: the '

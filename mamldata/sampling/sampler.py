@@ -297,7 +297,8 @@ def _refuse_the_impossible(spec: EpisodeSpec, table: ClassTable) -> None:
         others = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
         raise RequestError(
             f"{place}, class {table.names[short[0]]!r}{others}: it has {counted(table.images[short[0]], 'image')}, but "
-            f"k_shot + k_query = {spec.k_shot} + {spec.k_query} = {need}. Lower k_shot or k_query."
+            f"k_shot + k_query = {spec.k_shot} + {spec.k_query} = {need}. "
+            "Lower k_shot or k_query; of a folder of images, min_images leaves out small classes."
         )
 
 

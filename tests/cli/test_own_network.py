@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from cli.main import main
 
@@ -60,12 +61,20 @@ def test_it_trains_and_is_named_again_to_evaluate(here: Path, glyphs_root: Path)
         assert refused.exit_code == 2
         assert "was trained with the network owned_nets:tiny. Add --network owned_nets:tiny, if you" in refused.output
     resumed = run(glyphs_root, "train", "glyphs", *SMALL, "--out", "run", "--resume")
-    assert "network: 'owned_nets:tiny' there, 'conv4' here" in resumed.output
+    assert "owned_nets:tiny, is code of the user's, which is never loaded by its name" in resumed.output
+    assert "on the command line --network MODULE:FUNCTION" in resumed.output
     assert not (here / "imported").exists()
     again = ("train", "glyphs", "--network", "owned_nets:tiny", *SMALL, "--out", "run", "--resume")
     assert run(glyphs_root, *again).exit_code == 0
     named = ("--network", "owned_nets:tiny", "--episodes", "2", "--device", "cpu")
     assert "95 % interval" in run(glyphs_root, "eval", "run", "glyphs", *named).output
+    for image in ("a/1", "a/2", "b/1", "new"):
+        (here / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), len(image) * 50).save(here / "images" / f"{image}.png")
+    (here / "images" / "new.png").rename(here / "new.png")
+    predict = ("predict", "run", "--support", "images", "new.png")
+    assert "Add --network owned_nets:tiny" in run(glyphs_root, *predict).output
+    assert run(glyphs_root, *predict, "--network", "owned_nets:tiny").stdout.startswith("new.png  ")
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,16 @@ def test_endless_goes_through_epochs() -> None:
         next(endless(Empty(Synthetic(), 1, seed=0)))
 
 
+def test_a_name_in_place_of_episodes_is_refused(tmp_path: Path) -> None:
+    """With the functions that open it."""
+    for attempt in (
+        lambda: train(TrainSettings(steps=1), "glyphs", tmp_path / "run"),  # type: ignore[arg-type]
+        lambda: evaluate(tmp_path / "run", "glyphs"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RequestError, match=r"Give trainer\.archive_data\('glyphs'\) for an archive, or "):
+            attempt()
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     """While a process trains in a folder no other one may, not even to resume."""
     with alone_in(tmp_path), pytest.raises(RequestError, match="Another process is training in"):

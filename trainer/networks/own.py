@@ -32,11 +32,14 @@ class OwnNetwork(nn.Module):
         module: the copy.
 
     Raises:
-        RequestError: a parameter has no shape yet, none requires gradients, or a batch norm has another epsilon.
+        RequestError: it is no module, a parameter has no shape yet, none requires gradients, or a batch norm has
+            another epsilon.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise RequestError(f"The network must be a torch.nn.Module, such as a function returns, not {module!r}.")
         for name, value in module.named_parameters():
             if is_lazy(value):
                 raise RequestError(f"The network's {name} has no shape yet. Call the network on an example first.")

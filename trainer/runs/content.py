@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamldata.datasets.manifest import UNKNOWN
+from mamldata.datasets.manifest import FITS, UNKNOWN
 from mamldata.datasets.toml import RESAMPLINGS
 
 _MOST = 2**63  # beyond, numbers are none of NumPy's
@@ -112,7 +112,9 @@ def _prepares(value: object, shape: list[int]) -> bool:
     """See ``ImageRecipe.to_json``."""
     return (
         isinstance(value, dict)
-        and value.keys() == {"size", "channels", "resampling", "invert", "upright"}
+        and value.keys() - {"fit"} == {"size", "channels", "resampling", "invert", "upright"}
+        and _text(fit := value.get("fit", "stretch"))
+        and fit in FITS
         and all(type(value[key]) is bool for key in ("invert", "upright"))
         and value["resampling"] in RESAMPLINGS
         and [value["size"], value["size"], value["channels"]] == shape

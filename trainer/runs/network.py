@@ -64,7 +64,7 @@ def make_network(settings: TrainSettings, about: Mapping[str, Any], own: nn.Modu
     if is_own(settings.network):
         raise RequestError(
             f"The network of this run, {settings.network}, is code of the user's, which is never loaded by its name. "
-            "Give the module itself: network=…"
+            "Give the module itself: network=…, or on the command line --network MODULE:FUNCTION."
         )
     if len(shape) != 3:
         raise RequestError(

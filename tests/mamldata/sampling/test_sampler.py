@@ -425,7 +425,7 @@ def test_more_shots_than_images() -> None:
     """The error names the first class that is too small, what it has, what is needed, and how many more there are."""
     pattern = (
         r"split 'train' of split scheme 'own', class 'class0' \(and 3 more\): it has 4 images, but "
-        r"k_shot \+ k_query = 2 \+ 4 = 6\. Lower k_shot or k_query\."
+        r"k_shot \+ k_query = 2 \+ 4 = 6\. Lower k_shot or k_query; of a folder of images, min_images leaves"
     )
     with pytest.raises(RequestError, match=pattern):
         EpisodeSampler(replace(SPEC, k_shot=2, k_query=4), table())

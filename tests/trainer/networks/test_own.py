@@ -164,6 +164,7 @@ REFUSED = {
     "it calls F.batch_norm. Use nn.BatchNorm2d": Functional,
     "batch norm 0 has eps 0.1. Only 1e-05 works": lambda: nn.Sequential(nn.BatchNorm2d(1, eps=0.1)),
     "1.weight has no shape yet. Call the network on an example": lambda: flat(nn.LazyLinear(5)),
+    "must be a torch.nn.Module, such as a function returns, not <function flat": lambda: flat,
     "no parameter that requires gradients": lambda: flat(nn.Linear(144, 5).requires_grad_(False)),
 }
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from synthetic import Synthetic, SyntheticStream
 
+from mamldata.datasets.manifest import ImageRecipe
 from mamldata.errors import MamldataError, RequestError
 from trainer.evaluation import evaluate
 from trainer.loop import train
@@ -169,6 +170,23 @@ def test_fields_are_named_in_the_message(contents: list[dict[str, Any]], tmp_pat
         torch.save({**contents[0], **change}, path)
         with pytest.raises(RequestError, match=message):
             load_checkpoint(path)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_a_run_on_photographs_is_loaded_with_their_fit(
+    contents: list[dict[str, Any]], tmp_path: Path, fit: str
+) -> None:
+    """As ``ImageRecipe.to_json`` has it; a fit that is none is refused."""
+    content = deepcopy(contents[-1])
+    recipe = replace(ImageRecipe(**content["data"]["image"], bank_sha256={}), fit=fit)
+    content["data"]["image"] = recipe.to_json()
+    torch.save(content, tmp_path / "a.pt")
+    assert load_run(tmp_path / "a.pt").image == recipe
+    for odd in ("squash", ["crop"], None):
+        content["data"]["image"]["fit"] = odd
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(RequestError, match="its data must have image"):
+            load_run(tmp_path / "a.pt")
 
 
 def test_a_file_cannot_ask_for_memory(contents: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -156,7 +156,12 @@ def _sorted(arrays: Sequence[Any]) -> Episode:
                 f"{examples.dtype} and {labels.dtype}."
             )
         labels = labels.long()
-        if labels.ndim != 1 or not len(labels) or labels.shape != examples.shape[:1] or labels.max() >= len(labels):
+        if (
+            labels.ndim != 1
+            or not len(labels)
+            or labels.shape != examples.shape[:1]
+            or not 0 <= labels.max() < len(labels)
+        ):
             raise RequestError(
                 "An episode needs a label for each example, and an example for each label from 0, not examples "
                 f"{list(examples.shape)} with labels {list(labels.shape)}: {labels.tolist()!s:.60}."

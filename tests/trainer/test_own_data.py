@@ -126,6 +126,7 @@ WRONG = {
     ),
     r"an example for each label from 0, .*1000000000000": lambda e: e.__setitem__(1, np.arange(6) * 10**12),
     r"with labels \[0\]": lambda e: e.__setitem__(1, np.zeros(0, int)),
+    r"with labels \[6\]: \[-1, ": lambda e: e.__setitem__(1, np.full(6, -1)),
     r"with labels \[\]: 3": lambda e: e.__setitem__(1, 3),
     r"An episode must be .support_x, support_y, query_x, query_y., all arrays": lambda e: e.pop(),
     "all arrays: .*NoneType": lambda e: e.__setitem__(0, None),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command(
     epilog="\b\nExamples:\n  mamldata eval run glyphs-5w1s --split test\n  mamldata eval run --benchmark glyphs-5w1s\n"
-    "  mamldata eval run glyphs-5w1s eurosat dtd --fit-images",
+    "  mamldata eval run glyphs-5w1s glyphs --fit-images",
 )
 @click.argument("checkpoint", metavar="RUN|CHECKPOINT|MODEL", type=LocalPath(path_type=Path))
 @target_argument("targets", metavar="[NAME|FOLDER|ARCHIVE|BENCHMARK]...", nargs=-1)

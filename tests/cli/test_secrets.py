@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,17 @@ from mamldata.datasets.load import load_manifest
 from mamldata.errors import MamldataError
 from mamldata.fetching import act, http
 from mamldata.sources import open as opening
+
+# fsspec's FTP gives a warning when it is collected without ever having connected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected() -> Iterator[None]:
+    """So that no later test gets the warning."""
+    yield
+    gc.collect()
+
 
 MANIFEST = """
 format = "mamldata-manifest/1"

@@ -49,6 +49,8 @@ def go_on(run_dir: str, pace: str = "", algorithm: str = "") -> None:
 
 def settings_of(algorithm: str) -> TrainSettings:
     """With everything that changes in the course of a run: learned rates and norms, both annealings, clipping."""
+    if algorithm == "protonet":  # without an inner loop
+        return replace(SETTINGS, algorithm=algorithm, inner_lr=None, steps=14, meta_clip_norm=1.0)
     annealed = {"first_order_epochs": 1, "epoch_steps": 4, "msl_epochs": 2} if algorithm == "maml++" else {}
     return replace(SETTINGS, algorithm=algorithm, steps=14, inner_steps=2, meta_clip_norm=1.0, **annealed)
 

@@ -93,7 +93,7 @@ def test_the_example_of_the_format(alpha, episode):
         first, *others = (5 * class_ + images[: 1 + share]).tolist()
         ways.append(f"{class_}: {first} | {' '.join(map(str, others))}")
     page = (Path(__file__).parents[3] / "docs/format.md").read_text(encoding="utf-8")
-    assert f"    {', '.join(ways)}\n" in page
+    assert f"\n{', '.join(ways)}\n" in page
     assert ", ".join(f"0x{part:016x}" for part in spec.key) in page
 
 

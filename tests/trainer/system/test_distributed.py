@@ -242,7 +242,7 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
         "damaged": (1, "DamagedError", "train episode 1", 1),
         "damaged val": (1, "DamagedError", "val episode ", 1),
         "diverged": (0, "DivergedError", "The validation loss at step 2 is nan: training has diverged.", 1),
-        "no checkpoint": (0, "RequestError", "There is no checkpoint ", 2),
+        "no checkpoint": (0, "RequestError", "There is no run folder, checkpoint or model ", 2),
         "bug": (1, "AssertionError", "a bug", None),
         "apart": (0, "MamldataError", "The weights at step 7 differ between rank 0 and 1: ", 1),
     }

@@ -48,7 +48,7 @@ def test_a_run_is_loaded_to_adapt_with(tmp_path: Path) -> None:
     )
     result = trainer.train(settings, Synthetic(size=8), tmp_path)
     loaded, same = trainer.load_run(tmp_path), trainer.load_run(result.best)
-    assert loaded.settings == settings.__class__(**settings.resolved())
+    assert loaded.settings == settings.__class__(**settings.for_images(loaded.data).resolved())
     assert loaded.data["dataset"] == "synthetic"
     assert all(map(torch.equal, loaded.parameters.tensors(), same.parameters.tensors()))
     data, method = Synthetic(size=8), method_of(loaded.network, loaded.settings.inner_loop_at_test())

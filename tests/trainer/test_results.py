@@ -87,7 +87,7 @@ def test_a_file_gives_back_what_was_measured(evaluation: Evaluation, run: RunRes
     result = read_result(path)
     assert result == result_of(evaluation)
     assert result.evaluation == json.loads(json.dumps(evaluation.to_json()))
-    assert result.settings == SETTINGS.resolved()
+    assert result.settings == SETTINGS.for_images(result.target).resolved()
     assert result.target["digest"] == "sha256:synthetic"
     assert result.checkpoint == {"file": run.best.name, "step": run.best_step}
     assert set(result.environment["versions"]) == {"mamldata", "numpy", "python", "torch"}

@@ -65,13 +65,14 @@ def stop_at_signals(*, keyboard: bool = False, at_once: bool = False) -> Iterato
     stop = Stop()
 
     def note(number: int, _: FrameType | None) -> None:
-        if stop.asked is None:
-            again = " Interrupt again to stop at once, without saving." if number == signal.SIGINT else ""
-            _say(f"{signal.Signals(number).name}: stopping as soon as the work so far is saved.{again}\n")
-        stop.asked = signal.Signals(number).name
+        first, stop.asked = stop.asked is None, signal.Signals(number).name
         if number == signal.SIGINT:
-            # Python's own handler would wait for the end of a long operation of torch; the system's does not.
+            # Python's own handler would wait for the end of a long operation of torch; the system's does not. It is in
+            # force before the message asks for the next signal, which would be lost otherwise.
             signal.signal(number, signal.SIG_DFL if at_once else before[number])
+        if first:
+            again = " Interrupt again to stop at once, without saving." if number == signal.SIGINT else ""
+            _say(f"{stop.asked}: stopping as soon as the work so far is saved.{again}\n")
 
     # SIGINT stays ignored where it is, as in a shell's background job.
     interrupts = keyboard and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -192,7 +192,7 @@ def test_a_run_in_bf16(algorithm: str, tmp_path: Path) -> None:
     assert {value.dtype for value in other.weights.values()} == {torch.float32}
     assert any(not torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     assert other.settings["precision"] == "bf16"
-    assert TrainSettings(**other.settings).resolved() == settings.resolved()
+    assert TrainSettings(**other.settings).resolved() == settings.for_images(Synthetic().describe()).resolved()
     result = evaluate(ends[1], Synthetic(), split="val", episodes=2, device="cpu")
     assert result.precision == "bf16"
     assert "bf16" in str(result)

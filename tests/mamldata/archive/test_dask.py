@@ -33,8 +33,9 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-        wait_for(lambda: (folder / "scheduler.json").exists())
-        self.address = json.loads((folder / "scheduler.json").read_text())["address"]
+        told = folder / "scheduler.json"
+        wait_for(lambda: told.exists() and told.read_text().endswith("}"))  # it is written in place
+        self.address = json.loads(told.read_text())["address"]
         options = ("--no-nanny", "--nthreads", "1", "--no-dashboard")
         self.workers = [self._start("worker", *options, "--name", name) for name in ("one", "two")]
 
